@@ -15,7 +15,7 @@ from devtools import ROOT
 from devtools.agreement.notebook import NotebookGradCAM, check
 from devtools.agreement.photos import photographs
 from devtools.bench import report
-from devtools.bench.engine import noise, prepared
+from devtools.bench.variants import noise, prepared
 from gradcam_worker.gradcam.methods import cam
 from gradcam_worker.gradcam.models.loading import load_network
 from gradcam_worker.gradcam.network import Method

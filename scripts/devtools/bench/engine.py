@@ -13,25 +13,16 @@ from typing import Any
 from devtools.agreement.notebook import CLASSES, TOLERANCE, NotebookGradCAM, check
 from devtools.bench.report import Figures, Requirement, at_least, by_figure, plain, table, tiny
 from devtools.bench.timing import Cost, Variant, interleave
-from gradcam_worker.gradcam.backend import device_name
+from devtools.bench.variants import FORWARD, OURS, SEED, Variants, best, noise, prepared
+from gradcam_worker.gradcam.backend import device_name, keras
 from gradcam_worker.gradcam.methods import cam
-from gradcam_worker.gradcam.models.keras_network import KerasNetwork
 from gradcam_worker.gradcam.models.loading import load_network
-from gradcam_worker.gradcam.network import Method
-
-# isort: split
-# Only now: the lines above keep TensorFlow quiet while it is loaded for the first time.
-import keras
-import numpy as np
-import tensorflow as tf
-from numpy.typing import NDArray
 
 TITLE = "Engine"
 PACKAGES = ("tensorflow", "keras", "numpy")
 TOPS = (1, 8, 50)  # classes
 REPEATS = {1: 15, 8: 7, 32: 3}  # by batch size: what is short is measured more often
-SEED = 0
-FORWARD, NOTEBOOK, OURS = "forward", "notebook", "ours, top "  # names of variants
+NOTEBOOK = "notebook"  # the name of its variant
 REQUIRED_TIMES_NOTEBOOK = {"vgg16": 28.0, "xception": 40.0}
 REQUIRED_SHARES = {  # of forward, in CPU time, by batch size and classes
     "vgg16": {("1", "8"): 0.92, ("8", "8"): 0.95, ("8", "50"): 0.90},
@@ -39,60 +30,6 @@ REQUIRED_SHARES = {  # of forward, in CPU time, by batch size and classes
 }
 QUICK = "xception"
 REQUIRED_QUICK = 10.0  # times the notebook's speed: one noisy call must not decide
-
-Pixels = NDArray[np.uint8]
-Floats = NDArray[np.float32]
-
-
-def noise(count: int, size: tuple[int, int]) -> Pixels:
-    """Seeded noise (count, height, width, 3): as good as any picture for random weights."""
-    return np.random.default_rng(SEED).integers(0, 256, (count, *size, 3), np.uint8)
-
-
-def prepared(network: KerasNetwork, pixels: Pixels) -> Floats:
-    """The input of the model by Keras's own preprocessing: a check on ours."""
-    return np.asarray(
-        keras.applications.imagenet_utils.preprocess_input(
-            pixels.astype(np.float32), data_format="channels_last", mode=network.facts.preprocessing
-        )
-    )
-
-
-def best(images: int, classes: int) -> NDArray[np.int32]:
-    """The wish for the best classes of images, (images, classes): see `ClassIndex.select`."""
-    return np.tile(-np.arange(1, classes + 1, dtype=np.int32), (images, 1))
-
-
-class Variants:
-    """What can be measured of one network; every variant runs on the very same weights, in memory once."""
-
-    def __init__(self, network: KerasNetwork) -> None:
-        self._network, self.model = network, network._model  # noqa: SLF001  # the model and nothing else
-        any_batch = tf.TensorSpec((None, *network.facts.input_size, 3), tf.float32)
-        model = partial(self.model, training=False)
-        self._forward = tf.function(model, input_signature=[any_batch], autograph=False)
-
-    def forward(self, batch: int, repeats: int) -> Variant:
-        """The Keras model and nothing else; its input is on the device already."""
-        images = tf.constant(prepared(self._network, self._pixels(batch)))
-        return Variant(FORWARD, batch, repeats, lambda: self._forward(images).numpy())
-
-    def beside_ours(self, batch: int, tops: tuple[int, ...], repeats: int) -> Iterator[Variant]:
-        """The forward pass, and `Network.compute`: pixels in, scores and heatmaps out."""
-        yield self.forward(batch, repeats)
-        for top in tops:
-            compute = partial(self._network.compute, self._pixels(batch), best(batch, top))
-            yield Variant(f"{OURS}{top}", batch, repeats, compute)
-
-    def beside_methods(self, batch: int, top: int, repeats: int) -> Iterator[Variant]:
-        """The forward pass, and every method."""
-        yield self.forward(batch, repeats)
-        for method in cam.METHODS:
-            compute = partial(self._network.compute, self._pixels(batch), best(batch, top), Method(method))
-            yield Variant(method, batch, repeats, compute)
-
-    def _pixels(self, batch: int) -> Pixels:
-        return noise(batch, self._network.facts.input_size)
 
 
 def measure(*, quick: bool) -> dict[str, Any]:

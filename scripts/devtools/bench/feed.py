@@ -2,11 +2,13 @@
 memory. Networks are simulated, on request also the device and what a job costs besides; nothing is stored.
 
 * border: pixels of 224 x 224 x 3 for a network that costs nothing;
-* cores: each image is also decoded, fitted, drawn and encoded, so that the cores are what limits;
+* cores: each image is also decoded and fitted, and its overlays are drawn, encoded, hashed and kept in
+  memory, so that the cores are what limits;
 * sleeping: that work is simulated by sleeping, so that many job processes fit on few cores, and the device
   takes 25 ms for 32 images.
 """
 
+import hashlib
 import multiprocessing
 import os
 import tempfile
@@ -14,6 +16,9 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import cycle, islice
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +31,7 @@ from gradcam_worker.gradcam.classes import DATA
 from gradcam_worker.gradcam.decoding.decode import decode
 from gradcam_worker.gradcam.imaging.overlay import OverlayBase, encode
 from gradcam_worker.gradcam.imaging.resize import fit
-from gradcam_worker.gradcam.network import GRADCAM
+from gradcam_worker.gradcam.network import GRADCAM, Network
 from gradcam_worker.inference.engine_client import EngineClient
 from gradcam_worker.inference.engine_server import EngineFacts, EngineServer
 from gradcam_worker.inference.model_cache import ModelCache
@@ -41,7 +46,7 @@ POOL_BYTES = 64 * 1024 * 1024
 THREADS = {"border": 64, "cores": 4, "sleeping": 8}  # of a job process
 SLEEP_S = 0.064  # so a job process brings 125 images a second, and ten keep the device busy
 SLEEPERS = (1, 2, 4, 8, 16)
-START_S = 60.0
+START_S = 180.0  # a GPU process loads its backend, and its network
 SECONDS, QUICK_SECONDS = 6.0, 2.0  # of one measurement
 HEIGHT = WIDTH = 224
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
@@ -55,48 +60,63 @@ REQUIRED_BUSY = 0.90
 UNTIL_BUSY = 0.92  # of the device: more job processes cannot bring more
 
 
-def serve(path: Path, network: str, passes: Path) -> None:
+@dataclass(frozen=True)
+class Engine:
+    """What an engine process computes with: a simulated network."""
+
+    network: str
+    batch: int = BATCH  # images of a pass at most
+
+    def load(self, passes: Passes) -> Network:
+        """Load it in the engine process. What the device does is written to `passes`."""
+        return SimulatedNetwork(self.network, passes if self.network == "gpu_time" else None)
+
+
+def serve(path: Path, engine: Engine, passes: Path) -> None:
     """Run an engine process."""
-    written = Passes(passes) if network == "gpu_time" else None
-    cache = ModelCache(lambda _: SimulatedNetwork(network, written), max_batch=BATCH)
-    EngineServer(cache, path, EngineFacts("simulated", on_gpu=True, max_batch=BATCH)).serve()
+    cache = ModelCache(lambda _: engine.load(Passes(passes)), max_batch=engine.batch)
+    EngineServer(cache, path, EngineFacts(engine.network, on_gpu=True, max_batch=engine.batch)).serve()
 
 
-def feed(path: Path, work: str, ready: Any, begin: Any, end: Any, counts: Any, number: int) -> None:
+def feed(
+    path: Path, work: str, threads: int, ready: Any, begin: Any, end: Any, counts: Any, number: int
+) -> None:
     """Run a job process: its threads work and ask until `end` is set, and count their answers."""
     client = EngineClient(path, pool_bytes=POOL_BYTES)
     client.connect(START_S)
     network, deadline = client.load(ROW), Deadline(3600)
-    photo = (DATA / "photos" / "coffee.jpg").read_bytes()
+    photos = [photo.read_bytes() for photo in sorted((DATA / "photos").glob("*.jpg"))]
+    objects: dict[int, list[tuple[str, bytes]]] = {}
     same = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
-    done = [0] * THREADS[work]
+    done = [0] * threads
 
     def run(index: int) -> None:
-        while not end.is_set():
+        for photo in islice(cycle(photos), index, None):
+            if end.is_set():
+                break
             pixels = same
             if work == "sleeping":
                 time.sleep(SLEEP_S)
             elif work == "cores":
                 decoded = decode(photo).pixels
-                pixels = fit(decoded, (HEIGHT, WIDTH))
+                pixels = fit(decoded, network.facts.input_size)
             with client.reserve() as slot:
                 if work == "border":
                     client.compute(network, pixels, CLASSES, GRADCAM, deadline)
                 else:
                     explanation = slot.infer(network, pixels, CLASSES, GRADCAM, deadline).explanation
             if work == "cores":
-                base = OverlayBase(decoded, bgr=True)
-                for heatmap in explanation.shown:
-                    encode(base.draw(heatmap))
+                overlays = map(encode, map(OverlayBase(decoded, bgr=True).draw, explanation.shown))
+                objects[index] = [(hashlib.sha256(overlay).hexdigest(), overlay) for overlay in overlays]
             done[index] += 1
             counts[number] = sum(done)
 
-    threads = [threading.Thread(target=run, args=[index], daemon=True) for index in range(len(done))]
+    running = [threading.Thread(target=run, args=[index], daemon=True) for index in range(threads)]
     ready.release()
     begin.wait()
-    for thread in threads:
+    for thread in running:
         thread.start()
-    for thread in threads:
+    for thread in running:
         thread.join()
 
 
@@ -118,17 +138,22 @@ def cpu_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / TICKS_PER_S
 
 
-def measure_feed(work: str, count: int, network: str, seconds: float) -> dict[str, float]:
-    """Let `count` job processes feed an engine process; return what it computed."""
+def measure_feed(work: str, count: int, engine: Engine, seconds: float, threads: int = 0) -> dict[str, Any]:
+    """Let `count` job processes feed an engine process; return what it computed.
+
+    `threads` are those of a job process, if not as many as usual.
+    """
     context = multiprocessing.get_context("spawn")
     ready, begin, end = context.Semaphore(0), context.Event(), context.Event()
     counts = context.Array("q", count, lock=False)
     with tempfile.TemporaryDirectory() as folder:
         path, passes = Path(folder) / "engine", Path(folder) / "passes"
-        with started(context, serve, path, network, passes) as engine:
+        with started(context, serve, path, engine, passes) as server:
             feeders = [
                 context.Process(
-                    target=feed, args=(path, work, ready, begin, end, counts, number), daemon=True
+                    target=feed,
+                    args=(path, work, threads or THREADS[work], ready, begin, end, counts, number),
+                    daemon=True,
                 )
                 for number in range(count)
             ]
@@ -141,9 +166,9 @@ def measure_feed(work: str, count: int, network: str, seconds: float) -> dict[st
                         raise TimeoutError(message)
                 begin.set()
                 time.sleep(seconds / 4)  # until all threads have begun
-                before, engine_before, begun_s = sum(counts), cpu_s(engine.pid), time.time()
+                before, engine_before, begun_s = sum(counts), cpu_s(server.pid), time.time()
                 time.sleep(seconds)
-                after, engine_after, ended_s = sum(counts), cpu_s(engine.pid), time.time()
+                after, engine_after, ended_s = sum(counts), cpu_s(server.pid), time.time()
                 end.set()
                 for feeder in feeders:
                     feeder.join(START_S)
@@ -151,29 +176,28 @@ def measure_feed(work: str, count: int, network: str, seconds: float) -> dict[st
                 for feeder in feeders:
                     feeder.kill()
         images, took_s = after - before, ended_s - begun_s
-        figures = {
+        figures: dict[str, Any] = {
             "images_per_s": images / took_s,
-            "engine_us": 1e6 * (engine_after - engine_before) / images,
+            "engine_us": 1e6 * (engine_after - engine_before) / max(images, 1),
         }
         if passes.exists():
             sizes, busy_s = Passes.between(passes, begun_s, ended_s)
             figures["busy"] = busy_s / took_s
-            figures["batch"] = sum(size * number for size, number in sizes.items()) / max(
-                sum(sizes.values()), 1
-            )
+            figures["passes"] = dict(sorted(sizes.items()))  # images -> passes
+            figures["batch"] = sum(map(mul, sizes, sizes.values())) / max(sizes.total(), 1)
         return figures
 
 
 def measure(*, quick: bool) -> dict[str, Any]:
     """All of it. Cases that are compared take turns."""
     seconds = QUICK_SECONDS if quick else SECONDS
-    border = {count: measure_feed("border", count, "no_time", seconds) for count in (1, 2)}
+    border = {count: measure_feed("border", count, Engine("no_time"), seconds) for count in (1, 2)}
     turns = [
-        {count: measure_feed("cores", count, "no_time", seconds) for count in order}
+        {count: measure_feed("cores", count, Engine("no_time"), seconds) for count in order}
         for order in ((1, 2), (2, 1))
     ]
     scaling = [turn[2]["images_per_s"] / turn[1]["images_per_s"] for turn in turns]
-    sleeping = {count: measure_feed("sleeping", count, "gpu_time", seconds) for count in SLEEPERS}
+    sleeping = {count: measure_feed("sleeping", count, Engine("gpu_time"), seconds) for count in SLEEPERS}
     best = max(border.values(), key=lambda figures: figures["images_per_s"])
     return {
         "border": border,

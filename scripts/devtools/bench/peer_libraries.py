@@ -100,7 +100,7 @@ def same_size(maps: Floats) -> Floats:
 
 def ours(network: str, folder: Path) -> Library:
     """The engine, given pixels. It writes what the others need: weights, layers, images, classes."""
-    from devtools.bench.engine import best, noise, prepared
+    from devtools.bench.variants import best, noise, prepared
     from gradcam_worker.gradcam.methods import cam
     from gradcam_worker.gradcam.models.loading import load_network
 

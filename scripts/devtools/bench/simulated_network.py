@@ -28,9 +28,7 @@ from devtools import import_path
 from gradcam_worker.gradcam.catalog import NetworkRow
 from gradcam_worker.gradcam.classes import imagenet
 from gradcam_worker.gradcam.network import GRADCAM, Computed, Method, Network, NetworkFacts
-from gradcam_worker.runtime import engine_process, parent_watch, worker_process
 from gradcam_worker.runtime.devices import OPENCV_THREADS
-from gradcam_worker.runtime.supervisor import Supervisor
 from gradcam_worker.settings import Settings
 
 # isort: split
@@ -215,6 +213,8 @@ def start_worker(
     settings: Settings, log: Path, passes: str, *, grace_s: float = GRACE_S, program: str = __file__
 ) -> Popen[bytes]:
     """Start a worker that runs this program, or another one like it; see `parent_watch.spawn`."""
+    from gradcam_worker.runtime import parent_watch
+
     variables = {
         **SHARED_DEVICE,
         OPENCV_THREADS: "1",  # as a supervisor does
@@ -227,6 +227,9 @@ def start_worker(
 
 def work(passes: str, ready_fd: str | None = None) -> int:
     """Run a worker, or, with `ready_fd`, one of the processes that its supervisor starts."""
+    from gradcam_worker.runtime import engine_process, worker_process
+    from gradcam_worker.runtime.supervisor import Supervisor
+
     settings = Settings.from_environment()
     load_row = partial(load, settings, Passes(Path(passes)))
     if ready_fd and settings.role == "engine":
