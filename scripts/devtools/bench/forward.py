@@ -10,9 +10,10 @@ import gc
 from collections.abc import Iterator
 from typing import Any
 
-from devtools.bench.engine import FORWARD, REPEATS, SEED, Variants
+from devtools.bench.engine import REPEATS
 from devtools.bench.report import Figures, NothingToMeasure, Requirement, at_least, plain, table, tiny
 from devtools.bench.timing import interleave
+from devtools.bench.variants import FORWARD, SEED, Variants
 from gradcam_worker.gradcam import backend
 from gradcam_worker.gradcam.backend import keras
 from gradcam_worker.gradcam.catalog import CATALOG, NetworkRow

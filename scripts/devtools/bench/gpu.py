@@ -1,6 +1,6 @@
-"""Engine and service on this machine's GPU, with each of PyTorch and JAX that is installed, or with the Keras
-backend that KERAS_BACKEND names. It needs no server, no Celery and no TensorFlow: job processes take photos
-from memory and keep their objects there, all else is real.
+"""Engine and service on this machine's GPU, with each of TensorFlow, PyTorch and JAX that is installed, or
+with the one that KERAS_BACKEND names. It needs no server and no Celery: job processes take photos from memory
+and keep their objects there. gpu.txt has what a Python with PyTorch or JAX lacks.
 
 Each part is a process of its own, and prints a line of JSON for each case as soon as it is measured: whatever
 ends this program, what was printed stands.
@@ -27,11 +27,12 @@ from devtools import command, import_path
 from devtools.bench.feed import CLASSES, Engine, measure_feed
 from devtools.bench.report import Figures, NothingToMeasure, Requirement, plain, table
 from devtools.bench.simulated_network import SEED, SHARED_DEVICE, Passes, RecordedNetwork
+from gradcam_worker.gradcam.catalog import CATALOG
 from gradcam_worker.gradcam.network import GRADCAM, Computed, Method, Network
 
 TITLE = "GPU"
 PACKAGES = ("keras", "numpy", "opencv-python-headless")
-BACKENDS = ("torch", "jax")
+BACKENDS = ("tensorflow", "torch", "jax")
 PRECISIONS = ("float32", "tf32", "bfloat16")
 TOP = 8  # classes that the engine explains
 REPEATS = 15
@@ -63,6 +64,7 @@ def parts(backend: str, *, quick: bool) -> list[Part]:
         Part("engine", backend, "vgg16"),
         Part("service", backend, "xception", ("tf32", "bfloat16"), (64,)),
         Part("service", backend, "vgg16", ("bfloat16",), (64,)),
+        Part("service", backend, "no_time", ("float32",), (64,)),  # what the cores could do
     ]
 
 
@@ -152,15 +154,11 @@ def measure_service(part: Part) -> Iterator[dict[str, Any]]:
     count, (batch,) = max((os.cpu_count() or 1) - 2, 1), part.batches
     threads = max(2 * batch // count, 4)  # while one half is computed, the other half is prepared
     for precision in part.precisions:
-        engine = KerasEngine(part.network, batch, precision)
+        is_real = part.network in CATALOG
+        engine = KerasEngine(part.network, batch, precision) if is_real else Engine(part.network, batch)
         figures = measure_feed("cores", count, engine, part.seconds, threads)
-        yield {
-            "precision": precision,
-            "job_processes": count,
-            "device_idle": 1 - figures.pop("busy"),
-            "most": batch,
-            **figures,
-        }
+        idle = {"device_idle": 1 - figures["busy"]} if "busy" in figures else {}
+        yield {"precision": precision, "job_processes": count, "max_batch": batch, **figures, **idle}
 
 
 def run_part(part: Part, limit_s: float) -> tuple[list[dict[str, Any]], str]:
@@ -209,9 +207,8 @@ def measure(*, quick: bool) -> dict[str, Any]:
     seen = {name: run_part(Part("device", name), left_s()) for name in installed}
     found = {name: rows[0] for name, (rows, _) in seen.items() if rows and rows[0]["device"] != "cpu"}
     if not found:
-        message = (
-            f"There is no GPU here that {' or '.join(installed or BACKENDS)} can use: nothing was measured."
-        )
+        names = " or ".join(installed or BACKENDS)
+        message = f"There is no accelerator here that {names} can use: nothing was measured."
         raise NothingToMeasure(message)
     return {
         "device": next(iter(found.values()))["device"],
@@ -257,10 +254,10 @@ def blocks(figures: Figures) -> Iterator[str]:
     )
     yield _table(
         figures["service"],
-        ("backend", "network", "precision", "job_processes", "most"),
+        ("backend", "network", "precision", "job_processes", "max_batch"),
         {
             "images_per_s": "images/s",
-            "device_idle": "device idle",
+            "device_idle": "device idle, share",
             "batch": "mean batch",
             "engine_us": "engine CPU, µs/image",
         },
@@ -271,7 +268,13 @@ def _table(rows: list[dict[str, Any]], keys: tuple[str, ...], measured: dict[str
     headings = (*(key.replace("_", " ") for key in keys), *measured.values())
     return table(
         headings,
-        [(*(str(row[key]) for key in keys), *(plain(row[name]) for name in measured)) for row in rows],
+        [
+            (
+                *(str(row[key]) for key in keys),
+                *(plain(row[name]) if name in row else "" for name in measured),
+            )
+            for row in rows
+        ],
     )
 
 
