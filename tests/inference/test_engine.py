@@ -7,6 +7,7 @@ import os
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -285,15 +286,27 @@ def test_a_job_gets_the_time_back_for_which_there_was_no_engine(path: Path) -> N
             assert asked.result(WAIT_S).explained
 
 
-def test_a_changed_network_is_loaded_beside_the_old_one(path: Path) -> None:
-    with engine(path, ModelCache(lambda _: TinyNetwork())), client(path) as remote:
+def test_a_changed_network_is_loaded_beside_the_old_one_which_is_kept_while_it_is_used(path: Path) -> None:
+    loaded: list[weakref.ref[TinyNetwork]] = []
+
+    def load(_: NetworkRow) -> TinyNetwork:
+        network = TinyNetwork()
+        loaded.append(weakref.ref(network))
+        return network
+
+    cache = ModelCache(load)
+    with engine(path, cache), client(path) as remote:
         remote.connect(WAIT_S)
         old = remote.load(ROW)
         new = remote.load(replace(ROW, target_layer="other"))
         assert new.key != old.key
-        for network in (old, new):
+        for network in (old, new, old, new):
             with remote.reserve() as slot:
                 assert slot.infer(network, RED, (-1,), GRADCAM, Deadline(WAIT_S)).explanation.explained
+        assert len(loaded) == 2, "each once"
+        cache.keep_replaced_s = 0.01
+        wait_for(lambda: loaded[0]() is None)
+        assert loaded[1]()
 
 
 def test_a_full_pool_makes_requests_wait_and_no_longer_than_their_deadline(path: Path) -> None:

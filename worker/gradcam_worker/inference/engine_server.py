@@ -58,6 +58,7 @@ log = EventLogger("gradcam")
 RECEIVE_BYTES = 256 * 1024
 SEND_BUFFER_BYTES = 4 * 1024 * 1024
 STATE_INTERVAL_S = 1.0  # between two reports of the engine's state
+KEEP_REPLACED_S = 60.0  # a network whose row has changed, after its latest use: a shard asks often
 LOADERS = 4  # networks that are loaded at once
 UNUSED_POLL_INTERVAL_S = 0.1
 ACCEPT_RETRY_S = 0.1
@@ -266,6 +267,7 @@ class EngineServer:
             os.umask(mask)
         self._listener.listen(128)
         model_cache.set_expected_elsewhere(self._expected)
+        model_cache.keep_replaced_s = KEEP_REPLACED_S
 
     def _expected(self) -> int:
         return sum(connection.expected for connection in [*self._connections])
@@ -321,6 +323,7 @@ class EngineServer:
                 if time.monotonic() - reported_s >= STATE_INTERVAL_S:
                     reported_s = time.monotonic()
                     self._report_state()
+                    self._model_cache.drop_replaced()
         finally:
             self._listener.close()
             self._model_cache.drain(DRAIN_TIMEOUT_S)

@@ -130,6 +130,8 @@ class ModelCache:
             wait_s=wait_s, max_batch_size=max_batch or DEFAULT_BATCH_SIZE, observer=observer
         )
         self._networks: OrderedDict[str, tuple[NetworkRow, Network]] = OrderedDict()  # last used last
+        self._replaced: dict[NetworkRow, tuple[Network, float]] = {}  # and when they were used
+        self.keep_replaced_s = 0.0  # how long after its latest use: jobs of other processes hold no network
         self._failed_loads: dict[str, _LoadFailure] = {}
         self._loading: dict[str, threading.Lock] = {}
         self._lock = threading.Lock()
@@ -211,23 +213,43 @@ class ModelCache:
     def _cached(self, row: NetworkRow) -> Network | None:
         with self._lock:
             cached, network = self._networks.get(row.name, (None, None))
-            if cached != row:
-                return None
-            self._networks.move_to_end(row.name)
+            if cached == row:
+                self._networks.move_to_end(row.name)
+                return network
+            network, _ = self._replaced.get(row, (None, 0.0))
+            if network:
+                self._replaced[row] = network, time.monotonic()
             return network
 
     def _store(self, row: NetworkRow, network: Network) -> None:
         """Store a network; drop the least recently used ones until all fit."""
         with self._lock:
             dropped = [self._networks.pop(row.name)] if row.name in self._networks else []
+            if self.keep_replaced_s and dropped:
+                old_row, old_network = dropped.pop()
+                self._replaced[old_row] = old_network, time.monotonic()
             self._networks[row.name] = row, network
             while len(self._networks) > 1 and self._weight_bytes() > self._max_bytes:
                 dropped.append(self._networks.popitem(last=False)[1])
                 log.info("network_evicted", network=dropped[-1][0].name, loaded=row.name)
-        for _, old_network in dropped:
-            self._batcher.forget(old_network)
-        if dropped:
-            del dropped, old_network
+        networks = [dropped.pop()[1] for _ in range(len(dropped))]
+        self._forget(networks)
+
+    def drop_replaced(self) -> None:
+        """Drop each network that a newer version has replaced, when it has not been used lately."""
+        with self._lock:
+            last_s = time.monotonic() - self.keep_replaced_s
+            unused = [row for row, (_, used_s) in self._replaced.items() if used_s < last_s]
+            networks = [self._replaced.pop(row)[0] for row in unused]
+        self._forget(networks)
+
+    def _forget(self, networks: list[Network]) -> None:
+        """Free the memory of networks that were dropped; the list is emptied."""
+        for network in networks:
+            self._batcher.forget(network)
+        if networks:
+            networks.clear()
+            del network
             gc.collect()  # a network has reference cycles
 
     def _weight_bytes(self) -> int:
