@@ -257,6 +257,21 @@ def test_an_unknown_layer_fails_its_own_request(path: Path) -> None:
         assert explain(remote).explained
 
 
+class Wide(TinyNetwork):
+    """Computes with 64 bits."""
+
+    def compute(self, pixels: Any, wanted: Any, method: Method = GRADCAM) -> Computed:
+        computed, wide = super().compute(pixels, wanted, method), np.float64
+        scores, class_ids, raw = computed.scores, computed.class_ids, computed.raw
+        return Computed(computed.layer, scores.astype(wide), class_ids.astype(int), raw.astype(wide))
+
+
+def test_results_of_other_types_are_sent_too(path: Path) -> None:
+    with engine(path, ModelCache(lambda _: Wide())), client(path) as remote:
+        remote.connect(WAIT_S)
+        assert_equal(explain(remote), explain(ModelCache(lambda _: TinyNetwork())))
+
+
 def test_a_deadline_ends_the_wait_and_the_memory_is_kept_until_the_engine_answers(path: Path) -> None:
     network = Blocking()
     with engine(path, ModelCache(lambda _: network)), client(path) as remote:

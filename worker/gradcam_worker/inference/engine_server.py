@@ -555,10 +555,15 @@ def _answer(
         rows: Any = slice(None)
     else:
         rows = [response.index for _, response in together]
-    parts = [computed.scores, computed.class_ids, computed.raw]
+    floats, ids = np.float32, np.int32  # whatever a custom network returns
+    parts: list[tuple[Any, Any]] = [
+        (computed.scores, floats),
+        (computed.class_ids, ids),
+        (computed.raw, floats),
+    ]
     if computed.outputs is not None:
-        parts.append(computed.outputs)
-    arrays = tuple(np.ascontiguousarray(part[rows]) for part in parts)
+        parts.append((computed.outputs, floats))
+    arrays = tuple(np.ascontiguousarray(part[rows], dtype) for part, dtype in parts)
     results = Results(
         requests=tuple(request.number for request, _ in together),
         images=tuple(request.images for request, _ in together),
