@@ -301,6 +301,28 @@ def test_a_job_gets_the_time_back_for_which_there_was_no_engine(path: Path) -> N
             assert asked.result(WAIT_S).explained
 
 
+def test_requests_of_one_job_get_the_time_back_once(path: Path) -> None:
+    first = Blocking()
+    with client(path) as remote, ThreadPoolExecutor(2) as pool:
+        deadline = Deadline(WAIT_S)
+        with engine(path, ModelCache(lambda _: first)) as server:
+            remote.connect(WAIT_S)
+            network, pixels = remote.load(ROW), np.stack([RED])
+            ask = partial(remote.infer_many, network, pixels, (-1,), GRADCAM, deadline)
+            asked = [pool.submit(ask) for _ in range(2)]
+            wait_for(lambda: sum(len(c.requests) for c in server._connections) == 2)
+            kill(server)
+            first.may_go_on.set()
+        wait_for(lambda: remote.not_ready)
+        assert remote._absent_since_s
+        absent_s, remote._absent_since_s = 500.0, remote._absent_since_s - 500.0
+        for request in remote._requests.values():
+            request.counted_s -= absent_s
+        with engine(path, ModelCache(lambda _: TinyNetwork())):
+            assert all(future.result(WAIT_S) for future in asked)
+        assert absent_s < deadline.left_s() < absent_s + WAIT_S + 60
+
+
 def test_a_changed_network_is_loaded_beside_the_old_one_which_is_kept_while_it_is_used(path: Path) -> None:
     loaded: list[weakref.ref[TinyNetwork]] = []
 

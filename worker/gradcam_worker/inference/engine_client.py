@@ -518,7 +518,9 @@ class EngineClient:
             now_s = time.monotonic()
             if self._absent_since_s is not None and now_s - self._absent_since_s < MAX_ABSENCE_S:
                 request.deadline.extend(now_s - max(self._absent_since_s, request.counted_s))
-                request.counted_s = now_s
+                for other in (request, *self._requests.values()):
+                    if other.deadline is request.deadline:  # of the same shard
+                        other.counted_s = now_s
         return request.deadline.left_s() > 0
 
     def _disconnect(self) -> None:
