@@ -30,7 +30,7 @@ class Host:
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self._folder, self._monkeypatch = folder, monkeypatch
         monkeypatch.setenv("PATH", str(folder))
-        for name in ("CUDA_VISIBLE_DEVICES", "OPENCV_FOR_THREADS_NUM"):
+        for name in ("CUDA_VISIBLE_DEVICES", *devices.FEW_THREADS):
             monkeypatch.delenv(name, raising=False)
 
     def lists(self, listing: str, *, visible: str | None = None) -> None:
@@ -150,13 +150,14 @@ def test_a_gpu_gets_twice_as_many_jobs_as_its_largest_batch_unless_told_otherwis
     assert threads(Settings(devices="cpu")) == [str(Settings().threads)]
 
 
-def test_opencv_has_one_thread_for_a_picture_unless_the_operator_says_otherwise(
-    host: Host, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("variable", devices.FEW_THREADS)
+def test_opencv_and_obstore_have_one_thread_unless_the_operator_says_otherwise(
+    host: Host, monkeypatch: pytest.MonkeyPatch, variable: str
 ) -> None:
     host.lists(TWO)
-    assert [one.environment["OPENCV_FOR_THREADS_NUM"] for one in devices.choose(Settings())] == ["1", "1"]
-    monkeypatch.setenv("OPENCV_FOR_THREADS_NUM", "4")
-    assert [one.environment["OPENCV_FOR_THREADS_NUM"] for one in devices.choose(Settings())] == ["4", "4"]
+    assert [one.environment[variable] for one in devices.choose(Settings())] == ["1", "1"]
+    monkeypatch.setenv(variable, "4")
+    assert [one.environment[variable] for one in devices.choose(Settings())] == ["4", "4"]
 
 
 def test_a_process_without_a_supervisor_takes_the_one_device_that_it_is_given(host: Host) -> None:

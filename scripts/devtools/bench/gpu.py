@@ -29,7 +29,7 @@ from devtools.bench.report import Figures, NothingToMeasure, Requirement, plain,
 from devtools.bench.simulated_network import SEED, SHARED_DEVICE, Passes, RecordedNetwork
 from gradcam_worker.gradcam.catalog import CATALOG
 from gradcam_worker.gradcam.network import GRADCAM, Computed, Method, Network
-from gradcam_worker.runtime.devices import OPENCV_THREADS
+from gradcam_worker.runtime.devices import FEW_THREADS
 
 TITLE = "GPU"
 PACKAGES = ("keras", "numpy", "opencv-python-headless")
@@ -39,7 +39,7 @@ TOP = 8  # classes that the engine explains
 REPEATS = 15
 BUDGET_S, QUICK_BUDGET_S = 330.0, 110.0  # of all parts together
 SECONDS, QUICK_SECONDS = 5.0, 2.0  # of one measurement of the service
-ENVIRONMENT = {**SHARED_DEVICE, OPENCV_THREADS: "1"}  # as in a worker
+ENVIRONMENT = {**SHARED_DEVICE, **FEW_THREADS}  # as in a worker
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import hashlib
 import importlib
 import itertools
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -34,11 +35,14 @@ from devtools.bench.timing import clock
 from devtools.processes import PROC, cpu_seconds, repeating
 from gradcam_worker.gradcam.explain import explain_pixels
 from gradcam_worker.gradcam.imaging.overlay import ENCODER_OPTIONS, OverlayBase
+from gradcam_worker.runtime.devices import FEW_THREADS
 
 # isort: split
 # Only now: the package of the worker tells OpenCV how large an image may be before it is loaded.
 import cv2
 import simplejpeg
+
+os.environ.update(FEW_THREADS)  # in this process, too, before obstore starts its threads
 
 TITLE = "CPU of a job"
 PACKAGES = ("celery", "kombu", "redis", "obstore", "opencv-python-headless", "simplejpeg", "pydantic")

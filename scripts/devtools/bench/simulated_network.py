@@ -28,7 +28,7 @@ from devtools import import_path
 from gradcam_worker.gradcam.catalog import NetworkRow
 from gradcam_worker.gradcam.classes import imagenet
 from gradcam_worker.gradcam.network import GRADCAM, Computed, Method, Network, NetworkFacts
-from gradcam_worker.runtime.devices import OPENCV_THREADS
+from gradcam_worker.runtime.devices import FEW_THREADS
 from gradcam_worker.settings import Settings
 
 # isort: split
@@ -217,7 +217,7 @@ def start_worker(
 
     variables = {
         **SHARED_DEVICE,
-        OPENCV_THREADS: "1",  # as a supervisor does
+        **FEW_THREADS,  # as a supervisor does
         **import_path(),
         **settings.to_environment(),
     }

@@ -16,7 +16,11 @@ from gradcam_worker.errors import InvalidSettings
 from gradcam_worker.settings import Settings
 
 VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"  # the GPUs that a process sees, in order: numbers or UUIDs
-OPENCV_THREADS = "OPENCV_FOR_THREADS_NUM"  # threads of one operation; read when OpenCV is imported
+# Jobs run in parallel: neither an operation on one image nor a request of one object needs several threads.
+FEW_THREADS = {
+    "OPENCV_FOR_THREADS_NUM": "1",  # read when OpenCV is imported
+    "TOKIO_WORKER_THREADS": "1",  # of obstore; by default one for each core, and they wake one another
+}
 GPU_LINE = re.compile(r"^( *)(?:GPU|MIG) .*\(UUID: ([^)]+)\)", re.MULTILINE)  # a line of `nvidia-smi -L`
 LISTING_TIMEOUT_S = 30  # the driver may have to wake several GPUs first
 BATCH_SIZE = 32  # of a GPU, to choose the number of threads where GRADCAM_MAX_BATCH is 0
@@ -47,8 +51,7 @@ def choose(settings: Settings) -> list[Device]:
     Raises:
         InvalidSettings: a GPU is named that does not exist, or twice.
     """
-    # Jobs run in parallel: no operation on one image needs several threads.
-    environment = {OPENCV_THREADS: "1", **settings.environment_for_child()}
+    environment = {**FEW_THREADS, **settings.environment_for_child()}
     if settings.devices == "cpu":
         return [Device("cpu", {**environment, VISIBLE_GPUS: ""})]
     gpus = visible_gpus(environment)
