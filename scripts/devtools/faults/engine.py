@@ -22,7 +22,7 @@ from devtools.processes import children
 
 JOB_PROCESSES = 2
 JOBS_A_FAULT = 25  # at least
-AHEAD = 40  # jobs that wait or run at a time
+AHEAD = 40  # jobs that wait or run at a time; once as many have ended, an engine has computed again
 EVERY_S = 0.06  # between two submissions
 STALLED_AFTER_S = 5.0  # until the supervisor replaces an engine that shows no sign of life
 SUSPENDED_S = 4.5  # longer than a lease
@@ -64,7 +64,7 @@ def attack(count: int, seed: int) -> Verdict:
                 done[fault.__name__] += 1
                 finished = len(cluster.accepted) - observer.unfinished()
                 wait_for(
-                    lambda goal=finished + 5: len(cluster.accepted) - observer.unfinished() >= goal,  # type: ignore[misc]
+                    lambda goal=finished + AHEAD: len(cluster.accepted) - observer.unfinished() >= goal,  # type: ignore[misc]
                     START_S + BACK_S,
                     "jobs end again",
                 )
