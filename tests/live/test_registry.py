@@ -76,4 +76,7 @@ def test_an_own_network_explains_and_its_next_version_takes_over_while_the_worke
     log = stage.log("worker")
     assert log.count("worker_started ") == 1, "nothing was started again"
     assert f"registry_reloaded path={registry} networks=shapes" in log
-    assert {path.name for path in (tmp_path / "cache").iterdir()} == {f"{first}.keras", f"{second}.keras"}
+    assert {path.name for path in (tmp_path / "cache").glob("*.keras")} == {
+        f"{first}.keras",
+        f"{second}.keras",
+    }

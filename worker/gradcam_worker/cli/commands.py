@@ -46,6 +46,13 @@ def run(arguments: Sequence[str]) -> int:
     return 1
 
 
+def _require(*packages: str) -> None:
+    """Raise ModuleNotFoundError for the first package that is not installed."""
+    for package in packages:
+        if find_spec(package) is None:
+            raise ModuleNotFoundError(name=package)
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="gradcam")
 def gradcam() -> None:
@@ -96,9 +103,7 @@ def worker(*, devices: str | None, unsupervised: bool, ready_fd: int | None) -> 
     Example:
       GRADCAM_BROKER_URL=redis://queue:6379/0 GRADCAM_OUTPUT=s3://out/cams gradcam worker
     """
-    for package in ("celery", "keras"):  # fail here once, not in each process that would be started
-        if find_spec(package) is None:
-            raise ModuleNotFoundError(name=package)
+    _require("celery", "keras")  # fail here once, not in each process that would be started
     settings = Settings.from_environment(devices=devices)
     configure_logging(settings.log_format, settings.log_level)
     if ready_fd is not None and settings.role == "engine":
@@ -137,6 +142,7 @@ def deliver() -> int:
     Example:
       GRADCAM_BROKER_URL=redis://queue:6379/0 GRADCAM_WEBHOOK_HOSTS=app.example.com gradcam deliver
     """
+    _require("httpx", "standardwebhooks")  # fail here, not when the first event is delivered
     from gradcam_worker.runtime import delivery_process, preflight
 
     settings = Settings.from_environment()
