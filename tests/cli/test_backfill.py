@@ -145,6 +145,17 @@ def test_for_machines_each_line_is_json(
     assert document["dataset"]["rows"] == 20
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Let SIGINT raise KeyboardInterrupt, whatever tests before this one and their libraries have set."""
+    import rich._emoji_codes  # noqa: F401  # now, since an interrupted import leaves a file open
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before or signal.default_int_handler)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 def test_an_interrupted_backfill_reports_shards_in_flight_and_can_be_resumed(
     worker: WorkerThread, image_list: Path, capsys: pytest.CaptureFixture[str], number: int
@@ -174,6 +185,7 @@ def test_an_interrupted_backfill_reports_shards_in_flight_and_can_be_resumed(
     assert "holds this very backfill, and it is complete: use --resume" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_backfill_is_cancelled_by_another_process_while_it_runs_and_after_it_was_stopped(
     worker: WorkerThread, image_list: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
