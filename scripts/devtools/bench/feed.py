@@ -3,9 +3,9 @@ memory. Networks are simulated, on request also the device and what a job costs 
 
 * border: pixels of 224 x 224 x 3 for a network that costs nothing;
 * cores: each image is also decoded and fitted, and its overlays are drawn, encoded, hashed and kept in
-  memory, so that the cores are what limits;
-* sleeping: that work is simulated by sleeping, so that many job processes fit on few cores, and the device
-  takes 25 ms for 32 images.
+  memory, by one thread of each job process, so that the cores are what limits;
+* sleeping: that work is simulated by sleeping, one thread of a job process at a time as on one core, so that
+  many job processes fit on few cores, and the device takes 25 ms for 32 images.
 """
 
 import hashlib
@@ -37,14 +37,18 @@ from gradcam_worker.inference.engine_server import EngineFacts, EngineServer
 from gradcam_worker.inference.model_cache import ModelCache
 from gradcam_worker.resilience.deadline import Deadline
 
+# isort: split
+# Only now: the package of the worker tells OpenCV how large an image may be before it is loaded.
+import cv2
+
 TITLE = "Feeding"
 PACKAGES = ("numpy", "opencv-python-headless")
 ROW = CATALOG["efficientnet_lite0"]  # it stands for whatever is simulated
 CLASSES = (-1, -2, -3)
 BATCH = 32
 POOL_BYTES = 64 * 1024 * 1024
-THREADS = {"border": 64, "cores": 4, "sleeping": 8}  # of a job process
-SLEEP_S = 0.064  # so a job process brings 125 images a second, and ten keep the device busy
+THREADS = {"border": 64, "cores": 1, "sleeping": 16}  # of a job process; one keeps a core busy
+SLEEP_S = 0.008  # so a job process brings 125 images a second at most, and ten keep the device busy
 SLEEPERS = (1, 2, 4, 8, 16)
 START_S = 180.0  # a GPU process loads its backend, and its network
 SECONDS, QUICK_SECONDS = 6.0, 2.0  # of one measurement
@@ -88,6 +92,8 @@ def feed(
     photos = [photo.read_bytes() for photo in sorted((DATA / "photos").glob("*.jpg"))]
     objects: dict[int, list[tuple[str, bytes]]] = {}
     same = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+    simulated_core = threading.Lock()
+    cv2.setNumThreads(1)  # as in a worker
     done = [0] * threads
 
     def run(index: int) -> None:
@@ -96,7 +102,8 @@ def feed(
                 break
             pixels = same
             if work == "sleeping":
-                time.sleep(SLEEP_S)
+                with simulated_core:
+                    time.sleep(SLEEP_S)
             elif work == "cores":
                 decoded = decode(photo).pixels
                 pixels = fit(decoded, network.facts.input_size)
