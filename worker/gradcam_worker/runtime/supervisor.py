@@ -42,13 +42,12 @@ ENGINE_CORES = 1  # of the share of a GPU
 # A job takes 7 to 14 ms of a job process, so these bring 1000 to 2000 jobs a second, and more rows of shards.
 MAX_AUTO_JOB_PROCESSES = 16
 # Of job processes: the C library would keep a heap for each of a process's many threads and give little of it
-# back, and OpenBLAS and obstore would start a thread for each core, in each process.
+# back, and OpenBLAS would start a thread for each core, in each process.
 LIGHT = {
     "MALLOC_ARENA_MAX": "2",
     "MALLOC_MMAP_THRESHOLD_": str(2**20),
     "MALLOC_TRIM_THRESHOLD_": str(2**20),
     "OPENBLAS_NUM_THREADS": "1",
-    "TOKIO_WORKER_THREADS": "2",
 }
 MAX_FAILED_STARTS = 5  # in a row, on every device, before the supervisor gives up
 RESTART = RetryPolicy(first_s=0.5, max_s=30.0)  # short after one crash, long on a broken device
