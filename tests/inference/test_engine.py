@@ -633,7 +633,7 @@ def test_a_cancelled_job_waits_for_no_engine(path: Path) -> None:
     with engine(path, ModelCache(lambda _: network)), client(path) as remote, ThreadPoolExecutor(1) as pool:
         remote.connect(WAIT_S)
         loaded, deadline = remote.load(ROW), Deadline(WAIT_S)
-        asked = pool.submit(remote.infer, loaded, RED, (-1,), GRADCAM, deadline)
+        asked = pool.submit(remote.compute, loaded, RED, (-1,), GRADCAM, deadline)
         assert network.is_busy.wait(WAIT_S)
         deadline.cancel(JobCanceled("no longer wanted"))
         with pytest.raises(JobCanceled, match="no longer wanted"):
@@ -649,7 +649,7 @@ def test_the_memory_of_a_request_that_no_engine_has_is_free_when_it_is_given_up(
         wait_for(lambda: remote.not_ready)
         deadline = Deadline(WAIT_S)
         with ThreadPoolExecutor(1) as pool:
-            asked = pool.submit(remote.infer, network, RED, (-1,), GRADCAM, deadline)
+            asked = pool.submit(remote.compute, network, RED, (-1,), GRADCAM, deadline)
             wait_for(lambda: remote.in_flight)
             deadline.cancel(JobCanceled("no longer wanted"))
             with pytest.raises(JobCanceled):

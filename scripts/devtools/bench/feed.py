@@ -109,7 +109,7 @@ def feed(
                 pixels = fit(decoded, network.facts.input_size)
             with client.reserve() as slot:
                 if work == "border":
-                    client.compute(network, pixels, CLASSES, GRADCAM, deadline)
+                    slot.compute(network, pixels, CLASSES, GRADCAM, deadline)
                 else:
                     explanation = slot.infer(network, pixels, CLASSES, GRADCAM, deadline).explanation
             if work == "cores":

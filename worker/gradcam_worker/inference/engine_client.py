@@ -278,37 +278,24 @@ class EngineClient:
         method: Method,
         deadline: Deadline,
         *,
+        images: int = 0,
         bulk: bool = False,
+        alone: bool = False,
         submitted: Callable[[], None] = lambda: None,
     ) -> Answer:
-        """Compute scores and heatmaps of one image, in a batch with others: see `ReservedSlot.infer`."""
-        traceparent = tracing.propagation_headers().get("traceparent")
-        answer: Answer = self._ask(
-            lambda number, offset: Infer(
-                number, network.key, offset, 0, classes, _fields(method), bulk, False, traceparent
-            ),
-            deadline,
-            pixels,
-            submitted,
-        )
-        return answer
+        """Compute scores and heatmaps: see `messages.Infer` for `images`, `bulk` and `alone`.
 
-    def infer(
-        self,
-        network: RemoteNetwork,
-        pixels: NDArray[np.uint8],
-        classes: Sequence[int],
-        method: Method,
-        deadline: Deadline,
-        *,
-        bulk: bool = False,
-        submitted: Callable[[], None] = lambda: None,
-    ) -> InferenceResult:
-        """Explain one image: see `ReservedSlot.infer`."""
-        wanted = tuple(classes)
-        answer = self.compute(network, pixels, wanted, method, deadline, bulk=bulk, submitted=submitted)
-        explanation = extract_explanation(network, answer.computed, 0, wanted, method.normalize)
-        return InferenceResult(explanation, answer.waited_s, answer.computed_s, answer.batch_size)
+        One image (`images` is 0) has to be announced: see `EngineSlot.compute`.
+        """
+        traceparent = tracing.propagation_headers().get("traceparent")
+
+        def message(number: int, offset: int) -> Infer:
+            return Infer(
+                number, network.key, offset, images, classes, _fields(method), bulk, alone, traceparent
+            )
+
+        answer: Answer = self._ask(message, deadline, pixels, submitted)
+        return answer
 
     def infer_many(
         self,
@@ -321,23 +308,11 @@ class EngineClient:
         alone: bool = False,
     ) -> list[Explanation | GradcamError]:
         """See `InferenceClient.infer_many`."""
-        classes, traceparent = tuple(classes), tracing.propagation_headers().get("traceparent")
-        answer: Answer = self._ask(
-            lambda number, offset: Infer(
-                number,
-                network.key,
-                offset,
-                len(pixels),
-                classes,
-                _fields(method),
-                bulk=True,
-                alone=alone,
-                traceparent=traceparent,
-            ),
-            deadline,
-            pixels,
+        wanted, images = tuple(classes), len(pixels)
+        answer = self.compute(
+            network, pixels, wanted, method, deadline, images=images, bulk=True, alone=alone
         )
-        return extract_each(network, answer.computed, classes, method.normalize)
+        return extract_each(network, answer.computed, wanted, method.normalize)
 
     def measure(
         self,
@@ -503,7 +478,10 @@ class EngineClient:
             for request in self._requests.values():
                 self._extend_deadline(request)
             self._absent_since_s = None
-            announced = [request for request in self._requests.values() if _is_announced(request.message)]
+            waiting = [request.message for request in self._requests.values()]
+            announced = [
+                message for message in waiting if isinstance(message, Infer) and message.is_announced
+            ]
             self._pool.announced = self._slots + len(announced)
             for key, row in self._rows.items():
                 self._send(Register(key, row))
@@ -604,6 +582,20 @@ class EngineSlot:
             self._is_closed = True
             self._client.slot_closed(is_used=is_used)
 
+    def compute(
+        self,
+        network: RemoteNetwork,
+        pixels: NDArray[np.uint8],
+        classes: tuple[int, ...],
+        method: Method,
+        deadline: Deadline,
+        *,
+        bulk: bool = False,
+    ) -> Answer:
+        """Compute scores and heatmaps of one image, in a batch with others."""
+        used = partial(self.close, is_used=True)
+        return self._client.compute(network, pixels, classes, method, deadline, bulk=bulk, submitted=used)
+
     def infer(
         self,
         network: RemoteNetwork,
@@ -615,14 +607,10 @@ class EngineSlot:
         bulk: bool = False,
     ) -> InferenceResult:
         """See `ReservedSlot.infer`."""
-        return self._client.infer(
-            network, pixels, classes, method, deadline, bulk=bulk, submitted=partial(self.close, is_used=True)
-        )
-
-
-def _is_announced(message: Message) -> bool:
-    """Whether the engine expects the message, because a slot was reserved for it."""
-    return isinstance(message, Infer) and not message.images
+        wanted = tuple(classes)
+        answer = self.compute(network, pixels, wanted, method, deadline, bulk=bulk)
+        explanation = extract_explanation(network, answer.computed, 0, wanted, method.normalize)
+        return InferenceResult(explanation, answer.waited_s, answer.computed_s, answer.batch_size)
 
 
 def _fields(method: Method) -> tuple[str, str | None, str, str, bool]:

@@ -254,7 +254,7 @@ class EngineServer:
         self._stopped = False
         self._turned_s = time.monotonic()
         self._awake, self._wake = socket.socketpair()
-        self._wake.setblocking(False)  # the library's parameter
+        self._wake.setblocking(False)
         self._loaders = ThreadPoolExecutor(LOADERS, thread_name_prefix="load")
         self._waiting_for: dict[NetworkRow, list[tuple[Connection, Load | Infer | Score]]] = {}
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -379,6 +379,7 @@ class EngineServer:
         """Handle what a connection received. Requests for loaded networks are queued together."""
         requests: list[RemoteRequest] = []
         networks: dict[str, Network | None] = {}
+        announced = 0  # of these messages
         for message, _ in connection.receiver.feed(data):
             if not (connection.is_greeted or isinstance(message, Hello)):
                 text = f"{type(message).__name__} was received: the first message must be Hello."
@@ -387,7 +388,7 @@ class EngineServer:
                 self._first_request()
                 self._first_request = None
             if isinstance(message, Infer | Score):
-                connection.received += isinstance(message, Infer) and not message.images
+                announced += isinstance(message, Infer) and message.is_announced
                 if message.key not in networks:
                     row = connection.rows.get(message.key)
                     networks[message.key] = self._model_cache.find_loaded(row) if row else None
@@ -401,8 +402,14 @@ class EngineServer:
                         connection.send(_failure(message.request, error))
             else:
                 self._handle(connection, message)
+
+        def submitted() -> None:
+            connection.received += announced
+
         if requests:
-            self._queue(requests)
+            self._queue(requests, submitted)
+        else:
+            submitted()
 
     def _handle(self, connection: Connection, message: Message) -> None:
         if isinstance(message, Hello):
@@ -492,11 +499,12 @@ class EngineServer:
         if requests:
             self._queue(requests)
 
-    def _queue(self, requests: list[RemoteRequest]) -> None:
+    def _queue(self, requests: list[RemoteRequest], submitted: Callable[[], None] = lambda: None) -> None:
+        """Queue requests. `submitted` is called with that: before, a batch would still wait for them."""
         for request in requests:
             request.connection.requests[request.number] = request
         try:
-            self._model_cache.submit(requests)
+            self._model_cache.submit(requests, submitted)
         except InternalError as error:  # the device's thread has ended: the engine will be replaced
             for request in requests:
                 request.complete(error=error)

@@ -101,6 +101,11 @@ class Infer:
     alone: bool  # nothing else may be at the device: this request may have ended an engine
     traceparent: str | None = None  # of the job's span, which the span of the batch links to
 
+    @property
+    def is_announced(self) -> bool:
+        """Whether the engine expects it: the job process has announced it in its pool of pixels."""
+        return not self.images
+
 
 @dataclass(frozen=True, slots=True)
 class Score:

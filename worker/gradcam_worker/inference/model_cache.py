@@ -194,9 +194,9 @@ class ModelCache:
         """Return the network of this row if it is loaded; then it counts as used."""
         return self._cached(row)
 
-    def submit(self, requests: Sequence[InferenceRequest]) -> None:
+    def submit(self, requests: Sequence[InferenceRequest], submitted: Callable[[], None]) -> None:
         """Queue requests of other processes: see `Batcher.submit`."""
-        self._batcher.submit(requests)
+        self._batcher.submit(requests, submitted)
 
     def drain(self, timeout_s: float) -> bool:
         """Start no further batch, and wait for those at the device: see `Batcher.drain`."""
