@@ -344,6 +344,20 @@ class TestProbabilitiesAlready:
         ):
             wrap(model, head=Head(kind="probabilities"))
 
+    @pytest.mark.parametrize("bias", [-3.0, 0.5, 37.0])
+    @pytest.mark.parametrize("activation", [None, "relu", "tanh"])
+    def test_one_unit_without_a_sigmoid_is_never_taken_for_two_classes_undeclared(
+        self, bias: float, activation: str | None, trunk: Trunk, wrap: Wrap
+    ) -> None:
+        import keras
+
+        x, layer = trunk.dense(1, activation)
+        layer.set_weights([0.1 * layer.get_weights()[0], np.array([bias])])
+        model = keras.Model(trunk.input, x)
+        with pytest.raises(NetworkIncompatible, match=r"a quantity \(a regression\), which is no class"):
+            wrap(model)
+        assert wrap(model, head=Head(kind="sigmoid")).facts.head == "sigmoid"
+
     def test_they_cannot_be_declared_to_be_scores(self, trunk: Trunk, wrap: Wrap) -> None:
         import keras
 

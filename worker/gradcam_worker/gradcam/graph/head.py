@@ -33,6 +33,7 @@ DECLARE = (
     'declare what it is: head = {kind = "sigmoid"} or {kind = "softmax"} for scores, '
     '{kind = "probabilities"} for probabilities (in Python: Head(kind="sigmoid"))'
 )
+QUANTITY = "a quantity (a regression), which is no class and cannot be explained"
 
 
 @dataclass(frozen=True)
@@ -131,16 +132,16 @@ def decide_kind(scores: Scores, head: Head, outputs: NDArray[np.float64], dtype:
     if kind is None and scores.units == 1 and not is_unit:
         message = (
             f"The network ends in one unit without a sigmoid, which returns {_least_probable(outputs):.4g}: "
-            "that may be the score of class 1, or a quantity, which is no class and cannot be explained. If "
-            'it is a score, add this line to its row: head = {kind = "sigmoid"} (in Python: '
-            'Head(kind="sigmoid")).'
+            f"that may be the score of class 1, or {QUANTITY}. If it is a score, add this line to its row: "
+            'head = {kind = "sigmoid"} (in Python: Head(kind="sigmoid")).'
         )
         raise NetworkIncompatible(message)
     if kind is None and (scores.units == 1 or (is_unit and not scores.is_linear)):
         message = (
             f"The network's outputs lie between 0 and 1 ({outputs.min():.3g} to {outputs.max():.3g}) for all "
             "images that it was tried with, but it ends in no sigmoid or softmax: they may be "
-            f"probabilities, or scores that are small. Please {DECLARE}."
+            f"probabilities, or scores that are small{f', or {QUANTITY}' if scores.units == 1 else ''}. "
+            f"Please {DECLARE}."
         )
         raise NetworkIncompatible(message)
     if kind == "probabilities":

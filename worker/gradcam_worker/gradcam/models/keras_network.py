@@ -74,7 +74,7 @@ class KerasNetwork:
         self._scores = decide_kind(self._scores, row.head, self._observed.outputs, self._observed.dtype)
         load_checks.check_alignment(row.name, self._layers, layer, self._observed)
         self._aligned.add(layer)
-        self.labels = _labels(row, self._scores.classes)
+        self.labels = _labels(row, self._scores.classes, self._scores.units)
         self._default = layer.path
         self.facts = NetworkFacts(
             name=row.name,
@@ -349,13 +349,18 @@ class KerasNetwork:
         return np.random.default_rng(0).integers(0, 256, (1, *self._pixels), np.uint8)
 
 
-def _labels(row: NetworkRow, classes: int) -> ClassIndex:
-    """The row's labels, one for each class of the network. Raises NetworkIncompatible."""
+def _labels(row: NetworkRow, classes: int, units: int) -> ClassIndex:
+    """The row's labels, one for each of the classes that the units stand for. Raises NetworkIncompatible."""
     if row.labels == ():
         return ClassIndex.numbered(classes)
     labels = imagenet() if row.labels is None else ClassIndex.of(row.labels)
     if len(labels) != classes:
         message = f"{row.name} has {classes} classes, but {len(labels)} labels are given for them."
+        if units == 1:
+            message += (
+                " It ends in one unit, which decides between two: name class 0, for which the unit is low, "
+                "before class 1."
+            )
         raise NetworkIncompatible(message)
     return labels
 

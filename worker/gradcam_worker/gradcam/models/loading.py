@@ -2,7 +2,7 @@
 
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
@@ -13,7 +13,7 @@ from gradcam_worker.errors import NetworkIncompatible, WeightsUnavailable
 from gradcam_worker.gradcam import backend, catalog
 from gradcam_worker.gradcam.backend import keras
 from gradcam_worker.gradcam.catalog import PREPROCESSING, Head, NetworkRow, Preprocessing
-from gradcam_worker.gradcam.models import compiled_forward, model_file, weights
+from gradcam_worker.gradcam.models import compiled_forward, label_file, model_file, weights
 from gradcam_worker.gradcam.models.file_cache import FileCache
 from gradcam_worker.gradcam.models.keras_network import KerasNetwork
 from gradcam_worker.gradcam.models.precision import with_precision
@@ -100,7 +100,7 @@ def wrap_model(
     model: Any,
     *,
     preprocessing: Preprocessing | str,
-    labels: tuple[str, ...] | list[str] = (),
+    labels: Sequence[str] | Mapping[str, int] | Mapping[int, str] | Path = (),
     input_size: tuple[int, int] | None = None,
     target_layer: str | None = None,
     head: Head | None = None,
@@ -115,7 +115,9 @@ def wrap_model(
         model: A Keras model with one image input.
         preprocessing: Of the pixels before training: `caffe`, `tf`, `torch`, `lite`, `unit`, `none`, or a
             `Preprocessing`.
-        labels: Names of the classes; default: their numbers.
+        labels: Names of the classes in the order of the outputs; or names with their ids, as Keras's
+            `class_indices`, or ids with their names, as `id2label`; or the path of a file of them, as in a
+            registry; or `imagenet`. Default: their numbers.
         input_size: (height, width) in pixels, if the model takes any size.
         target_layer: The layer to explain; default: found in the graph.
         head: How to read the outputs, if the graph does not show it.
@@ -126,7 +128,7 @@ def wrap_model(
         A network for `explain_image`.
 
     Raises:
-        NetworkIncompatible: It cannot be explained; the message gives the reason.
+        NetworkIncompatible: It cannot be explained, or labels cannot be used; the message gives the reason.
         UnknownLayer: The target layer does not exist.
 
     Examples:
@@ -144,12 +146,17 @@ def wrap_model(
             message = f"{model.name} does not say how large its input is: give input_size (height, width)."
             raise NetworkIncompatible(message)
         input_size = shapes[0]
+    try:
+        names = label_file.given(labels)
+    except (OSError, ValueError) as error:
+        message = f"The labels cannot be used: {label_file.describe(error)}."
+        raise NetworkIncompatible(message) from error
     row = NetworkRow(
         name=name or model.name,
         input_size=input_size,
         preprocessing=preprocessing,
         target_layer=target_layer,
-        labels=tuple(labels),
+        labels=names,
         head=head or Head(),
     )
     return KerasNetwork(row, model, weights_sha256=None, exact_backward=exact_backward)

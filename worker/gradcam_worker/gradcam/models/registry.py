@@ -3,7 +3,7 @@
     [networks.tumours]
     model = "s3://models/tumours-v7.keras"  # or a path, relative to this file
     sha256 = "..."
-    labels = "tumours.txt"                  # a file, a list, or "imagenet"; default: numbers
+    labels = "tumours.txt"                  # a file of any usual kind, a list, or "imagenet"
     preprocessing = "torch"                 # or { scale = 0.00784, offset = -1.0, channels = "bgr" }
     input_size = [384, 384]                 # height, width
 
@@ -18,13 +18,11 @@ The file is read again after each change. It is validated completely. Of the fil
 of labels are opened here.
 """
 
-import json
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote
 
 from pydantic import ValidationError
@@ -32,9 +30,9 @@ from pydantic import ValidationError
 from gradcam_worker.errors import InvalidSettings
 from gradcam_worker.gradcam import catalog
 from gradcam_worker.gradcam.catalog import CATALOG, ModelFile, NetworkRow
+from gradcam_worker.gradcam.models import label_file
+from gradcam_worker.gradcam.models.label_file import IMAGENET, IMAGENET_CLASSES
 from gradcam_worker.gradcam.models.registry_file import (
-    IMAGENET,
-    IMAGENET_CLASSES,
     OperatorNetwork,
     RegistryFile,
     describe_errors,
@@ -44,7 +42,6 @@ from gradcam_worker.text.log_events import EventLogger
 
 log = EventLogger("gradcam")
 
-MAX_NAME_LENGTH = 256  # characters of the name of a class
 MAX_TEXT_BYTES = 1_000_000  # of the registry, and of each file of labels
 
 Stamp = tuple[int, int, int]  # of a file: time of change in ns, size in bytes, inode
@@ -108,13 +105,13 @@ class Registry:
         except RecursionError as error:
             raise _invalid(path, ["it is nested too deeply"]) from error
         except (OSError, ValueError) as error:
-            raise _invalid(path, [_describe(error)]) from error
+            raise _invalid(path, [label_file.describe(error)]) from error
         rows, errors = {}, []
         for name, table in registry_file.networks.items():
             try:
                 rows[name] = _row(name, table, path.absolute().parent, files)
             except (OSError, ValueError) as error:
-                errors.append(f"networks.{name}.labels: {_describe(error)}")
+                errors.append(f"networks.{name}.labels: {label_file.describe(error)}")
         if errors:
             raise _invalid(path, errors)
         self._rows = {**CATALOG, **rows}
@@ -124,12 +121,6 @@ def _invalid(path: Path, errors: list[str]) -> InvalidSettings:
     reasons = "; ".join(errors)
     full_stop = "" if reasons.endswith("?") else "."
     return InvalidSettings(f"GRADCAM_NETWORKS: {path} cannot be used: {reasons}{full_stop}")
-
-
-def _describe(error: OSError | ValueError) -> str:
-    if isinstance(error, UnicodeDecodeError):
-        return f"it is not UTF-8 at byte {error.start}"
-    return f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
 
 
 class _Files:
@@ -208,35 +199,10 @@ def _labels(labels: str | tuple[str, ...], folder: Path, files: _Files) -> tuple
     """The names of the classes; empty if they have numbers; None for those of ImageNet."""
     if labels in {IMAGENET, ()}:
         return None if labels else ()
-    names = _names(labels, folder, files) if isinstance(labels, str) else labels
-    for number, name in enumerate(names, start=1):
-        if not isinstance(name, str) or not name.strip():
-            message = f"number {number} is {name!r}, which is no name"
-            raise ValueError(message)
-        if len(name.strip()) > MAX_NAME_LENGTH or not name.strip().isprintable():
-            message = (
-                f"number {number} is {name[:40]!r}...: a name is printable, of at most {MAX_NAME_LENGTH} "
-                "letters"
-            )
-            raise ValueError(message)
-    return tuple(name.strip() for name in names)
-
-
-def _names(address: str, folder: Path, files: _Files) -> Sequence[Any]:
-    """Read a file of labels: one name a line, or, with the ending `.json`, a list of names."""
-    if "://" in address and not address.startswith("file://"):
-        message = f"{address!r} must be a file on this machine, or the names themselves in a list"
+    if not isinstance(labels, str):
+        return label_file.check(labels)
+    if "://" in labels and not labels.startswith("file://"):
+        message = f"{labels!r} must be a file on this machine, or the names themselves in a list"
         raise ValueError(message)
-    path = Path(_resolve_uri(address, folder))
-    text = files.text(path)
-    if path.suffix != ".json":
-        return text.rstrip().split("\n")
-    try:
-        names = json.loads(text)
-    except RecursionError as error:
-        message = f"{path} is nested too deeply"
-        raise ValueError(message) from error
-    if not isinstance(names, list) or not names:
-        message = f"{path} must hold a list of names"
-        raise ValueError(message)
-    return names
+    path = Path(_resolve_uri(labels, folder))
+    return label_file.parse(files.text(path), path)

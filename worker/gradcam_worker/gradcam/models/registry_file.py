@@ -33,7 +33,6 @@ from gradcam_worker.text.similar_names import nearest
 from gradcam_worker.text.urls import has_credentials, without_user
 
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
-IMAGENET, IMAGENET_CLASSES = "imagenet", 1000
 ARCHITECTURES = {
     name: row for name, row in CATALOG.items() if (row.builder or "").startswith("keras.applications:")
 }
