@@ -193,6 +193,19 @@ class TestSigmoid:
         assert_allclose(found.sum(1), 1, atol=1e-6)
         assert len(network.labels) == 2
 
+    def test_one_unit_has_two_labels_of_which_the_first_is_for_low_values(
+        self, trunk: Trunk, wrap: Wrap
+    ) -> None:
+        import keras
+
+        model = keras.Model(trunk.input, trunk.dense(1, "sigmoid")[0])
+        network = wrap(model, labels={"ill": 1, "well": 0})
+        assert [label.name for label in network.labels.labels] == ["well", "ill"]
+        with pytest.raises(NetworkIncompatible, match="1 labels are given for them"):
+            wrap(model, labels=["ill"])
+        with pytest.raises(NetworkIncompatible, match="labels cannot be used: ids run from 1 to 2"):
+            wrap(model, labels={"ill": 1, "well": 2})
+
     def test_the_probability_of_one_unit_has_the_slope_of_the_other_side(
         self, trunk: Trunk, wrap: Wrap
     ) -> None:
