@@ -11,7 +11,7 @@ from gradcam_worker.ledger import state_machine
 from gradcam_worker.schemas import legacy_rows
 from gradcam_worker.schemas.legacy_rows import row_state
 from gradcam_worker.schemas.model import ResponseModel
-from gradcam_worker.schemas.status import Problem, RowSearch, RowState, StatusDocument, WorkerRef
+from gradcam_worker.schemas.status import PassState, Problem, RowSearch, RowState, StatusDocument, WorkerRef
 
 WRITTEN_BEFORE = (
     '{"schema":"gradcam.status/v1","id":"01a2062b-306e-7164-a139-13398da125f6","status":"running",'
@@ -79,16 +79,20 @@ def test_an_earlier_version_finds_progress_and_failures_where_it_looks() -> None
     assert row_state(document(metrics=legacy_rows.metrics_of_failed(failed))).failed == failed
 
 
-def test_an_earlier_version_reads_a_document_with_rows() -> None:
+def test_an_earlier_version_reads_a_document_with_rows_and_passes() -> None:
     fields: Any = {
-        name: (info.annotation, info) for name, info in StatusDocument.model_fields.items() if name != "rows"
+        name: (info.annotation, info)
+        for name, info in StatusDocument.model_fields.items()
+        if name not in {"rows", "passes"}
     }
     before = create_model("StatusDocumentOfBefore", __base__=ResponseModel, **fields)
-    given = document(rows=RowState(done=24, failed={"internal": 1}, search=RowSearch(row=3, left_out=(1,))))
+    rows = RowState(done=24, failed={"internal": 1}, search=RowSearch(row=3, left_out=(1,)))
+    given = document(rows=rows, passes=PassState(done=3, total=65))
     assert json.loads(given.to_json())["rows"] == {
         "done": 24,
         "failed": {"internal": 1},
         "search": {"group": None, "row": 3, "left_out": [1]},
     }
+    assert json.loads(given.to_json())["passes"] == {"done": 3, "total": 65}
     assert StatusDocument.model_validate_json(given.to_json()) == given
     assert before.model_validate_json(given.to_json()).model_dump_json() == WRITTEN_BEFORE

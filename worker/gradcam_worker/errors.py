@@ -28,6 +28,7 @@
     │   ├── UnknownLayer               unknown_layer             fails
     │   ├── UnknownClass               unknown_class             fails
     │   ├── AmbiguousClass             ambiguous_class           fails
+    │   ├── MethodNotSupported         method_not_supported      fails
     │   ├── NetworkIncompatible        network_incompatible      fails
     │   ├── WeightsChecksumMismatch    weights_checksum_mismatch fails
     │   └── WeightsUnavailable         weights_unavailable       retried
@@ -298,6 +299,13 @@ class AmbiguousClass(ModelError, PermanentError):
 
     code = "ambiguous_class"
     public_message = "One of the classes that were asked for may mean several. Please name it exactly."
+
+
+class MethodNotSupported(ModelError, PermanentError):
+    """The network cannot be explained by this method; the message names those that can."""
+
+    code = "method_not_supported"
+    public_message = "The model cannot be explained in this way. Please choose another method."
 
 
 class NetworkIncompatible(ModelError, PermanentError):

@@ -8,6 +8,7 @@ from gradcam_worker.errors import InvalidSettings, MissingExtra
 WORKER = "cpu"  # or gpu, which brings the same and what a GPU needs
 EXTRAS = {  # by the name that is imported, the smallest extra that brings it
     "PIL": WORKER,
+    "ai_edge_litert": "tflite",
     "alembic": "sql",
     "boto3": "s3",
     "botocore": "s3",
@@ -22,6 +23,7 @@ EXTRAS = {  # by the name that is imported, the smallest extra that brings it
     "numpy": WORKER,
     "obstore": "s3",
     "opentelemetry": "otel",
+    "onnxruntime": "onnx",
     "openvino": "openvino",
     "prometheus_client": WORKER,
     "psycopg": "sql",

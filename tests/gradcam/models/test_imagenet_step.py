@@ -102,9 +102,9 @@ def row_and_file(
 
 
 def load_own(path: Path, pretrained: bool | None = None, row: NetworkRow = SMALL) -> Any:
-    from gradcam_worker.gradcam.models.loading import _load_operator_model
+    from gradcam_worker.gradcam.models.loading import load_operator_model
 
-    return _load_operator_model(*row_and_file(path, pretrained, row))
+    return load_operator_model(*row_and_file(path, pretrained, row))
 
 
 @pytest.fixture(scope="module")

@@ -101,7 +101,7 @@ def test_errors_are_reported_with_their_key(body: str, why: str, tmp_path: Path)
         ("saved/", "looks like a folder, a SavedModel perhaps"),
         ("saved_model.pb", "belongs to a SavedModel"),
         ("s3://m/saved", "looks like a folder"),
-        ("t.onnx", "is of ONNX, which has no layers of Keras: take the model it was exported from"),
+        ("t.pt", "is of PyTorch, which has no layers of Keras"),
         ("t.txt", "is no Keras model: save it with model.save('NAME.keras')"),
         ("https://m/t.keras", "https:// cannot be read: use s3://bucket/key, file:///path or a path"),
         ("s3://t.keras", "is not a whole address"),

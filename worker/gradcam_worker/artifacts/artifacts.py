@@ -27,6 +27,7 @@ from gradcam_worker import __version__
 from gradcam_worker.artifacts.render import RenderedArtifact, RenderResult
 from gradcam_worker.gradcam.catalog import NetworkRow
 from gradcam_worker.gradcam.explain import Explanation, Prediction
+from gradcam_worker.gradcam.methods import masking
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.schemas.job import Job
 from gradcam_worker.schemas.manifest import (
@@ -39,6 +40,7 @@ from gradcam_worker.schemas.manifest import (
     NetworkRecord,
     SalientRegion,
 )
+from gradcam_worker.schemas.options import MethodSpec
 from gradcam_worker.schemas.status import ClassScore, ManifestRef, ResultWarning
 from gradcam_worker.storage.stores import Object, Store
 from gradcam_worker.text.log_events import EventLogger
@@ -130,7 +132,7 @@ def build_manifest(
             dtype=network.dtype,
             head=network.head,
         ),
-        method=MethodRecord(**{**dict(job.method), "layer": explanation.layer}),
+        method=method_record(job.method, explanation),
         predictions=class_scores(explanation.predictions),
         explanations=tuple(explanations),
         artifacts=tuple(
@@ -139,6 +141,23 @@ def build_manifest(
             if artifact.class_index is None and artifact.kind != "heatmap"
         ),
         warnings=result_warnings(image, explanation),
+    )
+
+
+def method_record(method: MethodSpec, explanation: Explanation) -> MethodRecord:
+    """Describe how an explanation was computed, with what the job left open.
+
+    Args:
+        method: The job's method.
+        explanation: What was computed.
+    """
+    computed = explanation.method
+    if computed is None:
+        return MethodRecord(**{**dict(method), "layer": explanation.layer})
+    return MethodRecord(
+        **vars(computed),
+        baseline=masking.BASELINE,
+        scored_images=masking.image_count(computed, explanation.network.input_size),
     )
 
 

@@ -206,7 +206,11 @@ def _report(
 def _method_text(method: MethodSpec) -> str:
     """Name a method and the score that it explains."""
     score = {"eigencam": "", "notebook": " of the probability"}.get(method.name, f" of the {method.score}")
-    return f"{method.name}{score}" + (", with the mirror image" if method.flip else "")
+    details = {
+        "rise": f", {method.masks} masks of {method.cells} x {method.cells} cells, seed {method.seed}",
+        "occlusion": f", a square of {method.window} pixels every {method.stride} pixels",
+    }.get(method.name, "")
+    return f"{method.name}{score}{details}" + (", with the mirror image" if method.flip else "")
 
 
 def _image_artifact(

@@ -15,6 +15,22 @@ METHODS, SCORES, NORMALIZE = (
     get_args(MethodSpec.model_fields[name].annotation) for name in ("name", "score", "normalize")
 )
 
+MASKING_OPTIONS = {  # of the methods that cover parts of the image: option, least value, help
+    "masks": ("--masks", 2, "Of rise: number of masks, each of which costs a forward pass. [1024]"),
+    "cells": ("--mask-cells", 2, "Of rise: cells of a mask along each side. [7]"),
+    "seed": ("--seed", 0, "Of rise: of the random masks. [0]"),
+    "window": (
+        "--occlusion-window",
+        1,
+        "Of occlusion: side of the square, in pixels of the network's input. [a seventh of the shorter side]",
+    ),
+    "stride": (
+        "--occlusion-stride",
+        1,
+        "Of occlusion: pixels between two positions of the square. [half of its side]",
+    ),
+}
+
 
 def json_option(help_text: str = "Print JSON, for programs.") -> Callable[[Command], Command]:
     """The option `--json`, as the keyword argument `as_json`."""
@@ -54,7 +70,7 @@ def explanation_options(command: Command) -> Command:
         network: str,
         top_n: int | None,
         classes: tuple[str, ...] | None,
-        method: str,
+        method: str | None,
         layer: str | None,
         score: str,
         normalize: str,
@@ -63,10 +79,12 @@ def explanation_options(command: Command) -> Command:
         metrics: tuple[str, ...],
         **others: Any,
     ) -> Any:
+        how = {"layer": layer, "score": score, "normalize": normalize, "flip": flip}
+        chosen = {name: others.pop(f"method_{name}") for name in MASKING_OPTIONS} | {"name": method}
         spec: dict[str, Any] = {
             "network": network,
             "target": _target(top_n, classes),
-            "method": {"name": method, "layer": layer, "score": score, "normalize": normalize, "flip": flip},
+            "method": how | {name: value for name, value in chosen.items() if value is not None},
             "metrics": metrics,
         }
         if artifacts:
@@ -121,12 +139,14 @@ def explanation_options(command: Command) -> Command:
             help="Layer whose feature maps are used: a name, or auto to find one in the model. "
             "[the network's own]",
         ),
+        *(
+            click.option(option, f"method_{name}", type=click.IntRange(least), help=help_text)
+            for name, (option, least, help_text) in reversed(MASKING_OPTIONS.items())
+        ),
         click.option(
             "--method",
             type=click.Choice(METHODS),
-            default=METHODS[0],
-            show_default=True,
-            help="How the heatmap is computed.",
+            help="How the heatmap is computed. [gradcam; rise where the network only gives scores]",
         ),
         click.option(
             "--network",

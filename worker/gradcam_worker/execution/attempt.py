@@ -13,6 +13,7 @@ from gradcam_worker.schemas.status import (
     ClassScore,
     ManifestRef,
     NetworkRef,
+    PassState,
     ResultWarning,
     RowSearch,
     RowState,
@@ -34,6 +35,7 @@ class JobResult:
     warnings: tuple[ResultWarning, ...]
     metrics: dict[str, float] = field(default_factory=dict)
     rows: RowState | None = None  # of a shard's rows
+    passes: PassState | None = None  # of a job whose method only needs scores
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Progress:
 
     stage: str  # shown to people
     rows: RowState | None = None  # of a shard's rows: what other processes need to know
+    passes: PassState | None = None  # of a job whose method only needs scores
 
 
 @dataclass
@@ -57,6 +60,7 @@ class JobContext:
     after_crash: bool = False  # a worker died while it ran this job
     row_search: RowSearch | None = None  # of a shard: state of the search for the row that killed the worker
     is_last_attempt: bool = False
+    progressed: Callable[[], None] = lambda: None  # reports that the job is not stuck
 
     @contextmanager
     def enter_stage(self, stage: str) -> Iterator[None]:

@@ -294,6 +294,7 @@ class JobHandler:
             after_crash=crashed is not None,
             row_search=row_state(crashed).search if crashed else None,
             is_last_attempt=document.attempt >= document.max_attempts,
+            progressed=self.stall.progressed,
         )
         with (
             self._track_in_flight(document, context, shard=isinstance(work, Shard)),

@@ -6,9 +6,10 @@ from functools import partial
 from gradcam_worker.artifacts import artifacts
 from gradcam_worker.artifacts.render import render
 from gradcam_worker.errors import ImageForbidden, ImageNotFound
-from gradcam_worker.execution.attempt import JobContext, JobResult, admit
+from gradcam_worker.execution.attempt import JobContext, JobResult, Progress, admit
+from gradcam_worker.execution.scoring import explain_in_passes, method_of, spec_of
 from gradcam_worker.execution.services import Services
-from gradcam_worker.gradcam.network import Method
+from gradcam_worker.gradcam.methods import masking
 from gradcam_worker.images.prepare import fetch_image
 from gradcam_worker.observability import tracing
 from gradcam_worker.schemas.job import Job
@@ -16,6 +17,7 @@ from gradcam_worker.schemas.manifest import Manifest
 from gradcam_worker.schemas.status import (
     ManifestRef,
     NetworkRef,
+    PassState,
 )
 from gradcam_worker.storage.stores import Store
 
@@ -65,17 +67,25 @@ def _explain(
         with context.enter_stage("load"):
             network = services.model_cache.load(services.networks.find(job.network))
             classes = network.labels.select(top_n=job.target.top_n, classes=job.target.classes)
+            method = method_of(job.method, network.facts)
         context.deadline.extend(context.metrics["load_s"])  # weights may have to be downloaded
         with context.enter_stage("explain"):
             pixels = image.fit(network.facts)
-            method = Method(**job.method.model_dump())
-            inferred = slot.infer(network, pixels, classes, method, context.deadline, bulk=bulk)
-            tracing.annotate(
-                batch_size=inferred.batch_size,
-                batch_wait_s=inferred.waited_s,
-                computed_s=inferred.computed_s,
+            inferred = None
+            if not masking.is_masking(method):
+                inferred = slot.infer(network, pixels, classes, method, context.deadline, bulk=bulk)
+                tracing.annotate(
+                    batch_size=inferred.batch_size,
+                    batch_wait_s=inferred.waited_s,
+                    computed_s=inferred.computed_s,
+                )
+    if inferred:
+        explanation = inferred.explanation
+    else:  # no batch waits for this job any more
+        with context.enter_stage("explain"):
+            explanation = explain_in_passes(
+                services.model_cache, network, pixels, classes, method, context, partial(_report, context)
             )
-    explanation = inferred.explanation
     if job.metrics:
         with context.enter_stage("measure"):
             explanation = services.model_cache.measure(
@@ -83,19 +93,29 @@ def _explain(
             )
     with context.enter_stage("render"):
         rendered = render(
-            job.artifacts, image, explanation, context.deadline, job_id=job.id, method=job.method
+            job.artifacts,
+            image,
+            explanation,
+            context.deadline,
+            job_id=job.id,
+            method=spec_of(method) if masking.is_masking(method) else job.method,
         )
         image.release()
     with context.enter_stage("upload"):
         records = artifacts.describe(store, folder, rendered)
         manifest = artifacts.build_manifest(job, record, explanation, rendered, records)
         reference = artifacts.write_manifest(store, folder, manifest, context.deadline, rendered.artifacts)
-    context.metrics |= {
-        "batch_wait_s": round(inferred.waited_s, 4),
-        "explain_s": round(inferred.computed_s, 4),
-        "batch_size": inferred.batch_size,
-    }
+    if inferred:
+        context.metrics |= {
+            "batch_wait_s": round(inferred.waited_s, 4),
+            "explain_s": round(inferred.computed_s, 4),
+            "batch_size": inferred.batch_size,
+        }
     return _job_result(job, manifest, reference)
+
+
+def _report(context: JobContext, passes: PassState) -> None:
+    context.report_progress(Progress("explain", passes=passes))
 
 
 def _find_result(
@@ -116,4 +136,14 @@ def _job_result(job: Job, manifest: Manifest, reference: ManifestRef) -> JobResu
         predictions=manifest.predictions,
         result=reference,
         warnings=manifest.warnings,
+        passes=_all_passes(manifest),
     )
+
+
+def _all_passes(manifest: Manifest) -> PassState | None:
+    """The passes that a result has cost, if its method only needs scores."""
+    images = manifest.method.scored_images
+    if images is None:
+        return None
+    total = -(-images // masking.pass_size(manifest.network.input_size))
+    return PassState(done=total, total=total)

@@ -31,10 +31,12 @@ from gradcam_worker.errors import (
     WorkerLost,
 )
 from gradcam_worker.execution.attempt import JobContext, JobResult, Progress, admit
+from gradcam_worker.execution.scoring import explain_in_passes, method_of, spec_of
 from gradcam_worker.execution.services import Services
 from gradcam_worker.execution.shard_rows import SHARD_ERRORS, LoadedImage, ShardRows
 from gradcam_worker.gradcam.explain import Explanation
-from gradcam_worker.gradcam.network import Classifier, Method
+from gradcam_worker.gradcam.methods import masking
+from gradcam_worker.gradcam.network import Classifier
 from gradcam_worker.inference.model_cache import GREY
 from gradcam_worker.observability.logs import ContextThreadPool
 from gradcam_worker.resilience.deadline import Deadline
@@ -80,6 +82,7 @@ def run_shard(shard: Shard, services: Services, context: JobContext) -> JobResul
     indexes = [index for index in range(len(shard.rows)) if shard.first + index not in kept_numbers]
     with context.enter_stage("load"):
         run = _ShardRun(shard, services, context, store)
+        shard = run.shard
     with context.enter_stage("explain"):
         outcomes = run.outcomes(indexes)
         grid, layer = run.grid_and_layer()
@@ -161,14 +164,20 @@ class _ShardRun:
                 f"this worker has {weights_sha256 or 'weights with an unknown sha256'}."
             )
             raise WeightsChecksumMismatch(message)
-        self.rows = ShardRows(shard, services, context, store, self.network)
-        self.batch_size = services.model_cache.shard_batch_size(self.network)
         self.classes = self.network.labels.select(top_n=shard.target.top_n, classes=shard.target.classes)
-        self.method = Method(**shard.method.model_dump())
+        self.method = method_of(shard.method, self.network.facts)
+        # By a method that needs many passes for each image, images are explained one by one.
+        self.in_passes = masking.is_masking(self.method)
+        if self.in_passes:  # what the shard leaves open is written into its file
+            self.shard = shard = shard.model_copy(update={"method": spec_of(self.method)})
+        self.rows = ShardRows(shard, services, context, store, self.network)
+        self.batch_size = 1 if self.in_passes else services.model_cache.shard_batch_size(self.network)
 
     def grid_and_layer(self) -> tuple[dataset.Grid, str]:
         """Return the grid and the layer of the heatmaps. If no row was explained, explain a grey image."""
         facts = self.network.facts
+        if self.in_passes:
+            return masking.grid_size(self.method, facts.input_size), masking.LAYER
         if not self._grid:
             self._infer({0: np.full((*facts.input_size, facts.channels), GREY, np.uint8)}, self.batch_size)
         layer = self._layer or self.shard.method.layer or facts.default_layer
@@ -315,9 +324,7 @@ class _ShardRun:
         for index, pixels in images.items():
             batch[index % size] = pixels
         try:
-            explanations = self.model_cache.infer_many(
-                self.network, batch, self.classes, self.method, self.context.deadline, alone=alone
-            )
+            explanations = self._explain_batch(batch, alone=alone)
         except SHARD_ERRORS:
             raise
         except BaseException as error:  # noqa: BLE001  # a custom layer may raise anything
@@ -342,6 +349,16 @@ class _ShardRun:
             if isinstance(result, Explanation):
                 self._grid, self._layer = result.heatmaps.shape[1:], result.layer
         return results
+
+    def _explain_batch(self, batch: Pixels, *, alone: bool) -> list[Explanation | GradcamError]:
+        if not self.in_passes:
+            return self.model_cache.infer_many(
+                self.network, batch, self.classes, self.method, self.context.deadline, alone=alone
+            )
+        return [
+            explain_in_passes(self.model_cache, self.network, pixels, self.classes, self.method, self.context)
+            for pixels in batch
+        ]
 
 
 def _groups(indexes: Iterable[int], size: int) -> list[list[int]]:

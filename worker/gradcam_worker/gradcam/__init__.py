@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from gradcam_worker.gradcam.explain import explain_image as explain_image
     from gradcam_worker.gradcam.models.loading import load_network as load_network
     from gradcam_worker.gradcam.models.loading import wrap_model as wrap_model
+    from gradcam_worker.gradcam.models.score_files import load_score_network as load_score_network
+    from gradcam_worker.gradcam.models.score_network import wrap_callable as wrap_callable
     from gradcam_worker.gradcam.network import Method as Method
     from gradcam_worker.gradcam.network import Network as Network
 
@@ -57,6 +59,8 @@ __all__ = [
     "Preprocessing",
     "explain_image",
     "load_network",
+    "load_score_network",
+    "wrap_callable",
     "wrap_model",
 ]
 
@@ -75,6 +79,8 @@ if not TYPE_CHECKING:
             "Preprocessing": "gradcam_worker.gradcam.catalog",
             "explain_image": "gradcam_worker.gradcam.explain",
             "load_network": "gradcam_worker.gradcam.models.loading",
+            "load_score_network": "gradcam_worker.gradcam.models.score_files",
+            "wrap_callable": "gradcam_worker.gradcam.models.score_network",
             "wrap_model": "gradcam_worker.gradcam.models.loading",
         },
     )

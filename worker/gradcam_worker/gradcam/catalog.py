@@ -20,6 +20,7 @@ MODEL_FILE_ENDINGS = (
     ".tflite",
 )  # not names of networks
 Channels = Literal["rgb", "bgr", "grey"] | int
+Layout = Literal["nchw", "nhwc"]
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class ModelFile:
 
 @dataclass(frozen=True)
 class NetworkRow:
-    """A network. Its model is made by `builder`, or it is a `.keras` file."""
+    """A network. Its model is made by `builder`, or it is a `.keras`, `.onnx` or `.tflite` file."""
 
     name: str
     input_size: tuple[int, int]  # (height, width) in pixels
@@ -109,6 +110,8 @@ class NetworkRow:
     classes: int | None = None  # with a builder: of its head; None: the default of Keras
     pretrained: bool | None = None  # built with weights="imagenet"; None: read from the file
     head: Head = Head()
+    scores_only: bool = False  # it is not taken apart: RISE and occlusion alone explain it
+    layout: Layout | None = None  # of the input of an ONNX or TFLite file; None: read from the file
 
 
 def _keras(

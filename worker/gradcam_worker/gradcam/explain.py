@@ -1,20 +1,25 @@
 """The explanation of an image: predictions, heatmaps and overlays of classes."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gradcam_worker.errors import InvalidJob, NetworkIncompatible, UnsupportedMediaType
+from gradcam_worker.errors import (
+    InvalidJob,
+    MethodNotSupported,
+    NetworkIncompatible,
+    UnsupportedMediaType,
+)
 from gradcam_worker.gradcam.classes import ClassIndex, caption
 from gradcam_worker.gradcam.decoding.decode import Limits, decode
 from gradcam_worker.gradcam.decoding.structure import Damage
 from gradcam_worker.gradcam.imaging.overlay import encode, overlay
 from gradcam_worker.gradcam.imaging.resize import fit
-from gradcam_worker.gradcam.methods import cam
-from gradcam_worker.gradcam.network import GRADCAM, Classifier, Computed, Method, Network, NetworkFacts
+from gradcam_worker.gradcam.methods import cam, masking
+from gradcam_worker.gradcam.network import Classifier, Computed, Method, Network, NetworkFacts
 
 RGB_CHANNELS = 3
 MAX_NAME_BYTES = 60  # of the name of a class in a file name
@@ -53,6 +58,7 @@ class Explanation:
         raw_min: (k,), the least value of each heatmap before the ReLU and the division by the peak.
         raw_max: (k,), as `raw_min`, the greatest value.
         metrics: Faithfulness of each of the k heatmaps, if requested.
+        method: Of a method that covers parts of the image: it, with each of its parameters.
     """
 
     network: NetworkFacts
@@ -63,6 +69,7 @@ class Explanation:
     raw_min: NDArray[np.float32]
     raw_max: NDArray[np.float32]
     metrics: tuple[Mapping[str, float], ...] = field(default=(), kw_only=True)
+    method: Method | None = field(default=None, kw_only=True)
 
     def __repr__(self) -> str:
         """Show the classes and the shape of the heatmaps, whose values would fill the screen."""
@@ -154,7 +161,7 @@ def explain_image(
     *,
     top_n: int | None = None,
     classes: Sequence[int | str] | None = None,
-    method: Method | str = GRADCAM,
+    method: Method | str | None = None,
     limits: Limits | None = None,
 ) -> Explained:
     """Explain an image: which regions of it count for each class.
@@ -162,12 +169,13 @@ def explain_image(
     A slightly damaged image (see `limits`) is explained, and `damage` of the result describes the damage.
 
     Args:
-        network: From `load_network` or `wrap_model`.
+        network: From `load_network`, `wrap_model` or `wrap_callable`.
         image: A path, encoded bytes, or RGB pixels (height, width, 3), uint8; for a network with another
             number of channels its pixels (height, width, channels), uint8.
         top_n: Explain the n most probable classes.
         classes: Explain these classes instead: ids, wnids or names.
-        method: The name of a formula of `cam.METHODS`, or a `Method` with layer, score and normalization.
+        method: The name of a formula of `cam.METHODS` or `masking.METHODS`, or a `Method` with layer, score
+            and normalization. None: `gradcam`, or `rise` where a network only gives scores.
         limits: The largest size and damage of an image; None: the defaults.
 
     Returns:
@@ -175,6 +183,7 @@ def explain_image(
 
     Raises:
         InvalidJob: Neither or both of top_n and classes are given, or the method does not exist.
+        MethodNotSupported: The network only gives scores, and the method needs more.
         UnknownClass, AmbiguousClass: The network has no such class, or several of that name.
         UnknownLayer: The network has no layer of the name that the method gives.
         NetworkIncompatible: The network returns no valid scores, or needs other channels.
@@ -188,8 +197,7 @@ def explain_image(
         ```
     """
     selected = network.labels.select(top_n=top_n, classes=classes)
-    method = Method(method) if isinstance(method, str) else method
-    check_method(method)
+    method = choose_method(Method(method) if isinstance(method, str) else method, network.facts)
     channels = network.facts.channels
     damage = None
     if isinstance(image, np.ndarray):
@@ -233,10 +241,40 @@ def _to_rgb(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.repeat(pixels[..., :1], RGB_CHANNELS, axis=2)
 
 
+def default_method(facts: NetworkFacts) -> str:
+    """The name of the method that explains a network where none is asked for."""
+    return "rise" if facts.scores_only else "gradcam"
+
+
+def choose_method(method: Method | None, facts: NetworkFacts) -> Method:
+    """Check a method, and fill in what it leaves open.
+
+    Args:
+        method: The method; None: the default one of the network.
+        facts: Of the network.
+
+    Returns:
+        The method, with each of its parameters.
+
+    Raises:
+        InvalidJob: Formula, score or normalization do not exist, or a parameter is wrong.
+        MethodNotSupported: The network only gives scores, and the method needs more.
+    """
+    method = Method(default_method(facts)) if method is None else method
+    check_method(method)
+    if facts.scores_only and not masking.is_masking(method):
+        message = (
+            f"{facts.name} only gives scores, and {method.name} needs the gradients or the feature maps of a "
+            f"network. For this one there are {' and '.join(masking.METHODS)}."
+        )
+        raise MethodNotSupported(message)
+    return masking.with_defaults(method, facts.input_size)
+
+
 def check_method(method: Method) -> None:
     """Check that formula, score and normalization of a method exist. Raises InvalidJob."""
     for name, choices in (
-        (method.name, cam.METHODS),
+        (method.name, (*cam.METHODS, *masking.METHODS)),
         (method.score, cam.SCORES),
         (method.normalize, cam.NORMALIZE),
     ):
@@ -249,28 +287,71 @@ def explain_pixels(
     network: Network,
     pixels: NDArray[np.uint8],
     selections: Sequence[tuple[int, ...]],
-    method: Method = GRADCAM,
+    method: Method | None = None,
 ) -> list[Explanation]:
-    """Explain n images in one pass.
+    """Explain n images, in one pass if the method has gradients.
 
     Args:
         network: The network.
         pixels: (n, height, width, channels), uint8, of the network's input size.
         selections: The classes of each image, from `ClassIndex.select`.
-        method: How to compute the heatmaps.
+        method: How to compute the heatmaps; None: as the network is explained by default.
 
     Returns:
         The n explanations.
 
     Raises:
+        InvalidJob: A parameter of the method is wrong.
+        MethodNotSupported: The network only gives scores, and the method needs more.
         UnknownLayer: The network has no layer of the name that the method gives.
         NetworkIncompatible: The network returns no valid scores.
     """
+    method = choose_method(method, network.facts)
+    if masking.is_masking(method):
+        return [
+            explain_by_scores(network, network.scores, image, selection, method)
+            for image, selection in zip(pixels, selections, strict=True)
+        ]
     computed = network.compute(pixels, pad_selections(selections), method)
     return [
         extract_explanation(network, computed, index, selection, method.normalize)
         for index, selection in enumerate(selections)
     ]
+
+
+def explain_by_scores(
+    network: Classifier,
+    score: masking.Score,
+    pixels: NDArray[np.uint8],
+    selection: tuple[int, ...],
+    method: Method,
+    report: masking.Report = lambda done, total: None,  # noqa: ARG005  # the names of its arguments
+) -> Explanation:
+    """Explain one image by a method that needs nothing but scores.
+
+    Args:
+        network: The network.
+        score: `Network.scores`, wherever it computes. All calls have the same number of images.
+        pixels: (height, width, channels), uint8, of the network's input size.
+        selection: The classes, from `ClassIndex.select`.
+        method: From `choose_method`.
+        report: Called before the first pass and after each, with the number of passes that are done and of
+            all; what it raises ends the computation.
+
+    Returns:
+        The explanation.
+
+    Raises:
+        NetworkIncompatible: The network returns no valid scores.
+    """
+    head, explained = network.facts.head, method.score
+
+    def to_values(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+        return to_probabilities(scores, head) if explained == "probability" else scores
+
+    computed = masking.compute(score, pixels, selection, method, to_values, report)
+    explanation = extract_explanation(network, computed, 0, selection, method.normalize)
+    return replace(explanation, method=method)
 
 
 def pad_selections(selections: Sequence[tuple[int, ...]]) -> NDArray[np.int32]:

@@ -30,10 +30,14 @@ class NetworkFacts:
     parameters: int = 0
     rescales: bool = False  # whether its first layers do the preprocessing
     weight_copies: int = 1  # in memory
+    stored_bytes: int | None = None  # of its weights; None: by the number of parameters
+    scores_only: bool = False  # it has no gradients: only the methods of `masking` work
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of its weights in memory."""
+        if self.stored_bytes is not None:
+            return self.stored_bytes
         return self.weight_copies * self.parameters * (2 if self.dtype in {"bfloat16", "float16"} else 4)
 
 
@@ -42,11 +46,18 @@ class Method:
     """How to compute heatmaps.
 
     Attributes:
-        name: The formula, a name from `cam.METHODS`.
+        name: The formula, a name from `cam.METHODS` or `masking.METHODS`.
         layer: The target layer; None: that of the network; `auto`: found in its graph.
         score: What is explained, from `cam.SCORES`: the score before the softmax, or log p after it.
         normalize: How heatmaps are scaled, from `cam.NORMALIZE`.
         flip: Average the heatmap with that of the mirrored image.
+        masks: Of `rise`: the number of masks.
+        cells: Of `rise`: cells of a mask along each side.
+        seed: Of `rise`: of the random masks.
+        window: Of `occlusion`: side of the square that covers the image, in pixels of the network's input.
+        stride: Of `occlusion`: distance between two positions of the square, in the same pixels.
+
+    Parameters that are None have the defaults of `masking.with_defaults`.
     """
 
     name: str = "gradcam"
@@ -54,6 +65,11 @@ class Method:
     score: str = "logit"
     normalize: str = "per_class"
     flip: bool = False
+    masks: int | None = None
+    cells: int | None = None
+    seed: int | None = None
+    window: int | None = None
+    stride: int | None = None
 
 
 GRADCAM = Method()

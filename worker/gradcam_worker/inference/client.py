@@ -81,6 +81,12 @@ class InferenceClient(Protocol[C]):
         """See `gradcam_worker.inference.model_cache.ModelCache.infer_many`."""
         ...
 
+    def scores(
+        self, network: C, pixels: NDArray[np.uint8], deadline: Deadline, *, bulk: bool = False
+    ) -> NDArray[np.float32]:
+        """See `gradcam_worker.inference.model_cache.ModelCache.scores`."""
+        ...
+
     def measure(
         self,
         network: C,

@@ -314,6 +314,17 @@ class EngineClient:
         )
         return extract_each(network, answer.computed, wanted, method.normalize)
 
+    def scores(
+        self, network: RemoteNetwork, pixels: NDArray[np.uint8], deadline: Deadline, *, bulk: bool = False
+    ) -> NDArray[np.float32]:
+        """See `InferenceClient.scores`."""
+        scores: NDArray[np.float32] = self._ask(
+            lambda number, offset: Score(number, network.key, offset, len(pixels), bulk, alone=False),
+            deadline,
+            pixels,
+        )
+        return scores
+
     def measure(
         self,
         network: RemoteNetwork,
@@ -325,15 +336,7 @@ class EngineClient:
         bulk: bool = False,
     ) -> Explanation:
         """See `InferenceClient.measure`."""
-
-        def score(images: NDArray[np.uint8]) -> NDArray[np.float32]:
-            scores: NDArray[np.float32] = self._ask(
-                lambda number, offset: Score(number, network.key, offset, len(images), bulk, alone=False),
-                deadline,
-                images,
-            )
-            return scores
-
+        score = partial(self.scores, network, deadline=deadline, bulk=bulk)
         return replace(explanation, metrics=tuple(measure(score, pixels, explanation, metrics)))
 
     def _ask(

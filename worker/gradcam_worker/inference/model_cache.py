@@ -8,13 +8,19 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gradcam_worker.errors import DeviceOutOfMemory, GradcamError, NetworkIncompatible, PermanentError
 from gradcam_worker.gradcam.catalog import NetworkRow
-from gradcam_worker.gradcam.explain import Explanation, extract_explanation
+from gradcam_worker.gradcam.explain import (
+    Explanation,
+    choose_method,
+    explain_by_scores,
+    extract_explanation,
+)
 from gradcam_worker.gradcam.faithfulness import measure
 from gradcam_worker.gradcam.network import GRADCAM, Classifier, Computed, Method, Network, NetworkFacts
 from gradcam_worker.inference.batcher import DEFAULT_BATCH_SIZE, Batcher
@@ -26,6 +32,7 @@ from gradcam_worker.text.log_events import EventLogger
 log = EventLogger("gradcam")
 
 WARM_UP_TIMEOUT_S = 600  # the first batches of a large network take minutes on a slow machine
+WARM_UP_MASKS = 15  # with the image itself one pass of 224 x 224 pixels
 RETRY_LOAD_AFTER_S = 30  # pause before another try to load a network that failed with a permanent error
 GREY = 128  # pixel value of an image without content
 MAX_BATCH_SIZE = 64  # larger batches were not faster in measurements
@@ -187,7 +194,8 @@ class ModelCache:
             self._failed_loads[row.name] = _LoadFailure(row, type(error), str(error), time.monotonic())
             raise
         self._failed_loads.pop(row.name, None)
-        self._batcher.limit(network, self._max_batch or self._best_batch_size(network))
+        measured = self._max_batch == 0 and not network.facts.scores_only  # its passes have one size
+        self._batcher.limit(network, self._best_batch_size(network) if measured else self._max_batch or 1)
         return network
 
     def find_loaded(self, row: NetworkRow) -> Network | None:
@@ -302,9 +310,22 @@ class ModelCache:
         return self._batcher.run_exclusive(run, Deadline(WARM_UP_TIMEOUT_S), bulk=True)
 
     def warm_up(self, row: NetworkRow) -> InferenceResult:
-        """Load a network and explain a grey image with it, so that the first job is not slow."""
+        """Load a network and explain a grey image with it, so that the first job is not slow.
+
+        Of a network that only gives scores the explanation has few masks.
+        """
         network = self.load(row)
         image = np.full((*network.facts.input_size, network.facts.channels), GREY, np.uint8)
+        if network.facts.scores_only:
+            begun_s = self._clock()
+            explanation = explain_by_scores(
+                network,
+                partial(self.scores, network, deadline=Deadline(WARM_UP_TIMEOUT_S)),
+                image,
+                network.labels.select(top_n=1),
+                choose_method(Method("rise", masks=WARM_UP_MASKS), network.facts),
+            )
+            return InferenceResult(explanation, 0.0, self._clock() - begun_s, 1)
         with self.reserve() as slot:
             return slot.infer(
                 network, image, network.labels.select(top_n=1), GRADCAM, Deadline(WARM_UP_TIMEOUT_S)
@@ -356,6 +377,26 @@ class ModelCache:
         response = self._batcher.compute_many(network, pixels, classes, method, deadline)
         return extract_each(network, response.computed, tuple(classes), method.normalize)
 
+    def scores(
+        self, network: Network, pixels: NDArray[np.uint8], deadline: Deadline, *, bulk: bool = False
+    ) -> NDArray[np.float32]:
+        """Compute the scores of n images alone, in a pass of their own.
+
+        Args:
+            network: The network.
+            pixels: Images of the network's input size (n, height, width, channels).
+            deadline: The job's deadline.
+            bulk: Whether urgent requests go first.
+
+        Returns:
+            (n, classes), before the softmax.
+
+        Raises:
+            DeviceOutOfMemory: The device has too little memory for this pass.
+            JobTimeout: The deadline passed.
+        """
+        return self._batcher.run_exclusive(lambda: network.scores(pixels), deadline, bulk=bulk)
+
     def measure(
         self,
         network: Network,
@@ -382,10 +423,7 @@ class ModelCache:
         Raises:
             JobTimeout: The deadline passed.
         """
-
-        def score(images: NDArray[np.uint8]) -> NDArray[np.float32]:
-            return self._batcher.run_exclusive(lambda: network.scores(images), deadline, bulk=bulk)
-
+        score = partial(self.scores, network, deadline=deadline, bulk=bulk)
         return replace(explanation, metrics=tuple(measure(score, pixels, explanation, metrics)))
 
 

@@ -47,7 +47,8 @@ def next_revision(before: StatusDocument, **changes: Any) -> StatusDocument:
 
     Args:
         before: The current revision.
-        changes: Fields to replace. A final `status` also clears stage and rows and sets `completed_at`.
+        changes: Fields to replace. A final `status` also clears stage and rows and sets `completed_at`;
+            `passes` are cleared unless they are among the changes.
 
     Returns:
         The next revision.
@@ -55,7 +56,8 @@ def next_revision(before: StatusDocument, **changes: Any) -> StatusDocument:
     now = utc_now()
     if changes.get("status") in FINAL:
         changes = {"stage": None, "rows": None, "completed_at": now, **changes}
-    return before.model_copy(update={"revision": before.revision + 1, "updated_at": now, **changes})
+    update = {"revision": before.revision + 1, "updated_at": now, "passes": None, **changes}
+    return before.model_copy(update=update)
 
 
 def begin_attempt(before: StatusDocument, worker: WorkerRef, now: datetime) -> StatusDocument:

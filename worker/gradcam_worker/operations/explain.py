@@ -8,8 +8,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from gradcam_worker.errors import GradcamError, ImageNotFound, InternalError
 from gradcam_worker.execution.attempt import JobContext
 from gradcam_worker.execution.pipeline import run_job
+from gradcam_worker.execution.scoring import method_of
 from gradcam_worker.execution.services import Services
 from gradcam_worker.gradcam.classes import percent
+from gradcam_worker.gradcam.methods import masking
 from gradcam_worker.operations import console
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.runtime import service_factory
@@ -21,6 +23,7 @@ from gradcam_worker.text.log_events import EventLogger
 log = EventLogger("gradcam")
 
 TIMEOUT_S = 300  # for one image; the first one also waits until the network is loaded
+IN_PASSES_TIMEOUT_S = 3600  # by a method that scores the image a thousand times
 
 
 def explain_files(
@@ -44,8 +47,8 @@ def explain_files(
         The exit code: 1 if any file failed.
 
     Raises:
-        InvalidJob, UnknownNetwork, NetworkIncompatible, WeightsUnavailable, UnknownClass: No file can be
-            explained.
+        InvalidJob, UnknownNetwork, NetworkIncompatible, MethodNotSupported, WeightsUnavailable, UnknownClass:
+            No file can be explained.
         KeyboardInterrupt: After the results so far were printed.
     """
     output = output.absolute()
@@ -60,6 +63,8 @@ def explain_files(
     job = Job.parse({"image": "file:///", "timeout_s": TIMEOUT_S, **spec})
     network = services.model_cache.load(services.networks.find(job.network))
     network.labels.select(top_n=job.target.top_n, classes=job.target.classes)
+    in_passes = masking.is_masking(method_of(job.method, network.facts))
+    timeout_s = IN_PASSES_TIMEOUT_S if in_passes else TIMEOUT_S
     folders = _folders(images)
     results: dict[Path, Manifest | GradcamError] = {}
     interrupted = False
@@ -67,7 +72,7 @@ def explain_files(
     with Progress(*columns, console=console.err, transient=True) as progress:
         try:
             for image in progress.track(images, description=f"explaining with {job.network}"):
-                results[image] = _explain_file(job, image, services, folders[image], output)
+                results[image] = _explain_file(job, image, services, folders[image], output, timeout_s)
         except KeyboardInterrupt:
             interrupted = True
     if as_json:
@@ -95,9 +100,9 @@ def _folders(images: tuple[Path, ...]) -> dict[Path, str]:
 
 
 def _explain_file(
-    job: Job, image: Path, services: Services, folder: str, output: Path
+    job: Job, image: Path, services: Services, folder: str, output: Path, timeout_s: float
 ) -> Manifest | GradcamError:
-    context = JobContext(Deadline(TIMEOUT_S), lambda _: None)
+    context = JobContext(Deadline(timeout_s), lambda _: None)
     file_job = job.model_copy(
         update={"image": job.image.model_copy(update={"uri": image.absolute().as_uri()})}
     )

@@ -101,6 +101,10 @@ def load(settings: Settings, s3: S3, row: NetworkRow) -> Network:
     file = None
     if row.file:
         file = weights.fetch_cached(row.file, settings.cache, s3.download, settings.cache_bytes)
+    if row.scores_only and file:
+        from gradcam_worker.gradcam.models.score_files import load_file
+
+        return load_file(row, file, threads=settings.intra_op_threads)
     from gradcam_worker.gradcam.models.loading import load_network
 
     return load_network(

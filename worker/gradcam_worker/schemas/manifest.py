@@ -91,7 +91,14 @@ class NetworkRecord(ResponseModel):
 
 
 class MethodRecord(MethodSpec, ResponseModel):
-    """The method and the layer of the heatmaps."""
+    """The method and the layer of the heatmaps.
+
+    Of a method that covers parts of the image there is no layer; `baseline` is what is covered becomes, and
+    `scored_images` is what it cost: the number of images that the network scored.
+    """
+
+    baseline: str | None = None
+    scored_images: int | None = None
 
 
 class Manifest(ResponseModel):

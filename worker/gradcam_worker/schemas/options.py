@@ -1,9 +1,17 @@
 """The wire format of a job's options: classes, method, artifacts and metrics."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, StrictInt, StringConstraints, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    StrictInt,
+    StringConstraints,
+    model_serializer,
+    model_validator,
+)
 
 from gradcam_worker.schemas.model import RequestModel
 
@@ -11,8 +19,13 @@ Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 RequestedClass = StrictInt | Annotated[str, StringConstraints(min_length=1, max_length=128)]
 Alpha = Annotated[float, Field(ge=0, le=1)]  # the weight of the colours; the rest is the weight of the image
 Edge = Annotated[int, Field(ge=16, le=32_767, strict=True)]  # the maximum of the longer side, in pixels
+Length = Annotated[int, Field(ge=1, le=8192, strict=True)]  # in pixels of the network's input
 Colormap = Literal["jet", "turbo", "viridis", "inferno", "magma", "plasma", "cividis", "grey"]
 Metric = Literal["deletion", "insertion"]
+MASKING_PARAMETERS = {  # of the methods that cover parts of the image
+    "rise": ("masks", "cells", "seed"),
+    "occlusion": ("window", "stride"),
+}
 
 
 def _refuse_single_class(value: object) -> object:
@@ -47,9 +60,12 @@ class Target(RequestModel):
 
 
 class MethodSpec(RequestModel):
-    """How to compute the heatmaps.
+    """How to compute the heatmaps. Without a name, as the network is explained by default.
 
-    With `notebook` the network gets an image that was not preprocessed, so the predictions differ too.
+    That is `gradcam`, or `rise` for a network that only gives scores. `rise` and `occlusion` need nothing but
+    scores: they score the image with parts of it covered by grey, `masks` + 1 times (1025 by default), or
+    once for each position of the window and once more (170 times by default). With `notebook` the network
+    gets an image that was not preprocessed, so the predictions differ too.
     """
 
     name: Literal[
@@ -61,11 +77,44 @@ class MethodSpec(RequestModel):
         "layercam",
         "eigencam",
         "notebook",
+        "rise",
+        "occlusion",
     ] = "gradcam"
     layer: Name | None = None  # None: the network's default target layer; "auto": found in its graph
     score: Literal["logit", "probability"] = "logit"
     normalize: Literal["per_class", "joint", "none"] = "per_class"
     flip: bool = False  # average the heatmaps of the image and of its mirror image
+    masks: Annotated[int, Field(ge=2, le=100_000, strict=True)] | None = None  # of rise; None: 1024
+    cells: Annotated[int, Field(ge=2, le=64, strict=True)] | None = None  # of a mask's side, of rise; None: 7
+    seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] | None = None  # of rise; None: 0
+    window: Length | None = None  # side of the square of occlusion; None: a seventh of the shorter side
+    stride: Length | None = None  # of the square of occlusion; None: half of the window
+
+    @model_validator(mode="after")
+    def _check_parameters(self) -> Self:
+        for owner, names in MASKING_PARAMETERS.items():
+            for name in names:
+                if owner != self.name and getattr(self, name) is not None:
+                    message = f"{name} is a parameter of {owner}, not of {self.name}"
+                    raise ValueError(message)
+        if self.name in MASKING_PARAMETERS and (self.flip or self.layer is not None):
+            given = "flip" if self.flip else "layer"
+            message = f"{given} is not for {self.name}, which covers parts of the image"
+            raise ValueError(message)
+        return self
+
+    @property
+    def is_named(self) -> bool:
+        """Whether the method was chosen by its name."""
+        return "name" in self.model_fields_set
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_open(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out parameters that are None, which earlier versions refuse, and a name that is open."""
+        fields: dict[str, Any] = serialize(self)
+        if not self.is_named:
+            fields.pop("name", None)
+        return {name: value for name, value in fields.items() if value is not None or name == "layer"}
 
 
 class OverlaySpec(RequestModel):

@@ -143,6 +143,13 @@ class RowState(ResponseModel):
     search: RowSearch | None = None  # after a worker has died while it ran the shard
 
 
+class PassState(ResponseModel):
+    """The passes of a job whose method only needs scores: each scores the image under some of the masks."""
+
+    done: int
+    total: int
+
+
 class StatusDocument(ResponseModel):
     """`gradcam.status/v1`: the complete state of a job, the same in ledger, webhooks and SQL database."""
 
@@ -170,13 +177,15 @@ class StatusDocument(ResponseModel):
     metadata: dict[str, str] = Field(default_factory=dict)
     traceparent: str | None = None  # W3C Trace Context: the trace of the job, if any
     rows: RowState | None = None  # of a shard; not in the JSON if None
+    passes: PassState | None = None  # of a job by rise or occlusion; not in the JSON if None
 
     @model_serializer(mode="wrap")
-    def _without_empty_rows(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave `rows` out if None: the ledger compares texts, which an earlier version may have written."""
+    def _without_empty_fields(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave `rows` and `passes` out if None: the ledger compares texts of earlier versions."""
         fields: dict[str, Any] = serialize(self)
-        if self.rows is None:
-            fields.pop("rows", None)
+        for name in ("rows", "passes"):
+            if getattr(self, name) is None:
+                fields.pop(name, None)
         return fields
 
     @property

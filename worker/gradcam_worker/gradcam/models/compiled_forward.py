@@ -13,10 +13,11 @@ from gradcam_worker.gradcam import backend
 from gradcam_worker.gradcam.backend import keras
 from gradcam_worker.gradcam.catalog import NetworkRow
 from gradcam_worker.gradcam.methods import gradients
-from gradcam_worker.gradcam.models import load_checks, openvino_forward
+from gradcam_worker.gradcam.models import openvino_forward
 from gradcam_worker.gradcam.models.file_cache import FileCache
 from gradcam_worker.gradcam.models.keras_network import KerasNetwork
 from gradcam_worker.gradcam.models.openvino_forward import OpenVinoForward
+from gradcam_worker.gradcam.models.sample_images import varied_images
 from gradcam_worker.text.log_events import EventLogger
 
 FORWARDS = ("auto", "openvino", "tensorflow")
@@ -120,7 +121,7 @@ class Samples:
 
     def __init__(self, parts: gradients.Parts) -> None:
         """Compute them; nothing is compiled for it."""
-        noise, _, _, *others = load_checks.varied_images(parts.pixels)
+        noise, _, _, *others = varied_images(parts.pixels)
         self._tail = parts.tail
         self._batches = [np.stack([noise]), np.stack(others[:3])]
         self._expected = [self._with_scores(*self._trunk(parts, batch)) for batch in self._batches]

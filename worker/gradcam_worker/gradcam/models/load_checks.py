@@ -14,13 +14,12 @@ from numpy.typing import NDArray
 from gradcam_worker.errors import NetworkIncompatible
 from gradcam_worker.gradcam.backend import keras
 from gradcam_worker.gradcam.catalog import NetworkRow
-from gradcam_worker.gradcam.classes import DATA
-from gradcam_worker.gradcam.decoding.decode import decode
 from gradcam_worker.gradcam.graph.alignment import Alignment
 from gradcam_worker.gradcam.graph.graph import Graph, Values, run
 from gradcam_worker.gradcam.graph.head import Scores
 from gradcam_worker.gradcam.graph.target_layer import LayerIndex, TargetLayer, cropping_layer
-from gradcam_worker.gradcam.imaging.resize import fit
+from gradcam_worker.gradcam.models.sample_images import varied_images
+from gradcam_worker.gradcam.models.score_network import WAY_OUT
 from gradcam_worker.text.visible import abridged
 
 SAME = {
@@ -30,7 +29,6 @@ SAME = {
 }  # tolerance between the steps' outputs and the model's, as a share of the largest output
 BATCH_DEPENDENT = 10  # times the tolerance: rounding alone differs by less between batch sizes
 GREY, CONTRAST = 128, 20  # mean and standard deviation of the first sample images
-PHOTOS = ("astronaut", "chelsea", "coffee")
 ops = keras.ops
 
 
@@ -127,7 +125,7 @@ def _run_like_the_model(
     message = (
         f"{name}, run one layer after the other, computes something else than as a whole (by "
         f"{difference:.2g} of its largest output): it has a random layer, or one that reads more than its "
-        "inputs."
+        f"inputs. {WAY_OUT}."
     )
     raise NetworkIncompatible(message)
 
@@ -135,7 +133,7 @@ def _run_like_the_model(
 def cannot_run(name: str, error: Exception) -> NetworkIncompatible:
     """The error for a network of which a step fails."""
     reason = abridged(str(error))
-    return NetworkIncompatible(f"{name} cannot be run, one layer after the other: {reason}")
+    return NetworkIncompatible(f"{name} cannot be run, one layer after the other: {reason}. {WAY_OUT}.")
 
 
 def _dtype(values: Any) -> str:
@@ -166,17 +164,6 @@ def _grey(size: tuple[int, int, int]) -> NDArray[np.uint8]:
     return np.clip(noise, 0, 255).astype(np.uint8)
 
 
-def varied_images(size: tuple[int, int, int]) -> NDArray[np.uint8]:
-    """Noise, black, white, a gradient from black to white, and photos."""
-    gradient = np.broadcast_to(np.linspace(0, 255, size[1])[:, None], size)
-    noise = np.random.default_rng(0).integers(0, 256, size)
-    images = [noise, np.zeros(size), np.full(size, 255), gradient]
-    for photo in PHOTOS:
-        pixels = fit(decode((DATA / "photos" / f"{photo}.jpg").read_bytes()).pixels, size[:2])
-        images.append(pixels[..., np.arange(size[2]) % pixels.shape[2]])
-    return np.stack(images).astype(np.uint8)
-
-
 def check_input(row: NetworkRow, graph: Graph) -> None:
     """Check that the network's input suits its preprocessing, and that no layer crops it.
 
@@ -193,7 +180,7 @@ def check_input(row: NetworkRow, graph: Graph) -> None:
     if path := cropping_layer(graph):
         message = (
             f"{row.name} crops its input, or pads it ({path}): its heatmaps would be misplaced. Set "
-            "input_size to what is left, or to its proportions; crop the images before."
+            f"input_size to what is left, or to its proportions; crop the images before. {WAY_OUT}."
         )
         raise NetworkIncompatible(message)
 
@@ -209,6 +196,6 @@ def check_alignment(name: str, layers: LayerIndex, target: TargetLayer, observed
             message = (
                 f"{name} crops, pads, shifts or turns its input: as seen by the layer {layer.path}, {reason}."
                 " Its heatmaps would be misplaced. Do that to the images before, and let the network begin "
-                "after it; set input_size to what is left."
+                f"after it; set input_size to what is left. {WAY_OUT}."
             )
             raise NetworkIncompatible(message)

@@ -82,7 +82,7 @@ def load_network(
             if file is None:
                 message = f"The file of {row.name} ({row.file.uri}) has not been fetched."
                 raise WeightsUnavailable(message)
-            model, sha256 = _load_operator_model(row, file), file.sha256
+            model, sha256 = load_operator_model(row, file), file.sha256
         elif random_seed is not None:
             keras.utils.set_random_seed(random_seed)
             pretrained = row.file is None or bool(row.pretrained)
@@ -200,8 +200,20 @@ def _add_imagenet_rescaling(model: Any, row: NetworkRow) -> Any:
     return keras.models.clone_model(model, clone_function=copy_layer, call_function=call_layer)
 
 
-def _load_operator_model(row: NetworkRow, file: WeightsFile) -> Any:
-    """Load an operator's model from its verified file, without running code in it: no lambdas, no pickles."""
+def load_operator_model(row: NetworkRow, file: WeightsFile) -> Any:
+    """Load an operator's model from its verified file, without running code in it: no lambdas, no pickles.
+
+    Args:
+        row: What the registry says about the network.
+        file: The file.
+
+    Returns:
+        The Keras model.
+
+    Raises:
+        NetworkIncompatible: It cannot be loaded.
+        WeightsUnavailable: It is gone.
+    """
     uri = row.file.uri if row.file else str(file.path)
     name = PurePath(uri).name
     try:

@@ -48,6 +48,7 @@ WEIGHTS_ONLY = (
 HDF5 = "is a whole model in HDF5, which can run code when it is loaded: convert it where you trust it, with "
 PICKLE = f"is a pickle, which runs whatever code it holds: load it where you trust it, and {SAVE}"
 TORCH = f"is of PyTorch, which has no layers of Keras: {REBUILD}"
+BY_SCORES = "name it as model = '{0}', and RISE and occlusion explain it"
 BY_ENDING = {  # why such a file is refused, and how to convert it; {0!r}: its name
     ".weights.h5": WEIGHTS_ONLY,
     ".h5": HDF5 + FROM_HDF5,
@@ -56,10 +57,10 @@ BY_ENDING = {  # why such a file is refused, and how to convert it; {0!r}: its n
     ".pickle": PICKLE,
     ".joblib": PICKLE,
     ".pb": "belongs to a SavedModel, " + SAVED_MODEL.format("FOLDER"),
-    ".tflite": "is compiled for TensorFlow Lite and has no gradients: take the model it was made of, and "
-    + SAVE,
-    ".onnx": "is of ONNX, which has no layers of Keras: take the model it was exported from, and "
-    f"{SAVE}; where that is of PyTorch, {REBUILD}",
+    ".tflite": f"is compiled for TensorFlow Lite and has no gradients: {BY_SCORES.format('x.tflite')}; or "
+    f"take the model it was made of, and {SAVE}",
+    ".onnx": f"is of ONNX, which has no layers of Keras: {BY_SCORES.format('x.onnx')}; or take the model it "
+    f"was exported from, and {SAVE}; where that is of PyTorch, {REBUILD}",
     ".pt": TORCH,
     ".pth": TORCH,
     ".ckpt": f"is a checkpoint, weights without their network: build it, load them, and {SAVE}",

@@ -183,6 +183,8 @@ def _row(name: str, table: OperatorNetwork, folder: Path, files: _Files) -> Netw
         labels=labels,
         head=table.to_head(),
         target_layer=table.target_layer or row.target_layer,
+        scores_only=table.only_gives_scores,
+        layout=table.layout,
     )
 
 

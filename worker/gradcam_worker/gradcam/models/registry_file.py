@@ -25,6 +25,7 @@ from gradcam_worker.gradcam.catalog import (
     Channels,
     Head,
     HeadKind,
+    Layout,
     NetworkRow,
     Preprocessing,
 )
@@ -36,6 +37,7 @@ NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 ARCHITECTURES = {
     name: row for name, row in CATALOG.items() if (row.builder or "").startswith("keras.applications:")
 }
+SCORE_FILES = (".onnx", ".tflite")  # models that only give scores
 CHANNEL_ORDERS, MAX_CHANNELS = ("rgb", "bgr", "grey"), 4096
 NAME_TAG, VALUES_TAG = "<name>", "<values>"  # pydantic adds them to the path of an error
 
@@ -176,7 +178,7 @@ def _address(uri: str) -> str:
 
 
 def _model(uri: str) -> str:
-    if not uri.endswith(".keras"):
+    if not uri.endswith((".keras", *SCORE_FILES)):
         message = f"{uri!r} {model_file.refusal_by_ending(uri)}"
         raise ValueError(message)
     return _address(uri)
@@ -232,6 +234,8 @@ class OperatorNetwork(Table):
     input_size: tuple[Side, Side] | None = None
     target_layer: ShortText | None = None
     head: HeadTable = HeadTable()
+    scores_only: StrictBool | None = None  # a Keras model that is not taken apart
+    layout: Layout | None = None  # of an ONNX or TFLite file, where its input does not show it
 
     @model_validator(mode="after")
     def _check_combination(self) -> Self:
@@ -251,10 +255,31 @@ class OperatorNetwork(Table):
                 "pretrained belongs to architecture: a model is built as its file says",
             ),
             (built and not self.classes and not self.labels, "classes is needed where there are no labels"),
+            (
+                self._is_score_file and self.scores_only is False,
+                f"scores_only cannot be false: an {' or '.join(SCORE_FILES)} file has no gradients",
+            ),
+            (
+                self.only_gives_scores and self.target_layer is not None,
+                "target_layer belongs to a network with gradients: this one only gives scores",
+            ),
+            (
+                self.layout is not None and not self._is_score_file,
+                f"layout belongs to an {' or '.join(SCORE_FILES)} file",
+            ),
         ):
             if is_wrong:
                 raise ValueError(message)
         return self
+
+    @property
+    def _is_score_file(self) -> bool:
+        return bool(self.model and self.model.endswith(SCORE_FILES))
+
+    @property
+    def only_gives_scores(self) -> bool:
+        """Whether the network is not taken apart: RISE and occlusion alone explain it."""
+        return bool(self.scores_only) or self._is_score_file
 
     @property
     def architecture_row(self) -> NetworkRow | None:

@@ -34,7 +34,7 @@ UNREADABLE_ERRNOS = {
     errno.ENAMETOOLONG,
 }
 COPY_CHUNK_BYTES = 1024 * 1024  # 1 MiB
-MODEL_SUFFIXES = (".keras", ".weights.h5")  # Keras chooses the format by them
+MODEL_SUFFIXES = (".keras", ".weights.h5", ".onnx", ".tflite")  # the format is chosen by them
 
 
 @dataclass(frozen=True)
