@@ -1,11 +1,15 @@
 """EfficientNet-Lite0 with its shipped weights on the five shipped photos: known predictions and heatmaps."""
 
+import io
 from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image, ImageCms
 
+from gradcam_worker.gradcam.decoding.color import ColorSource
+from gradcam_worker.gradcam.decoding.decode import Limits
 from gradcam_worker.gradcam.explain import explain_image
 from gradcam_worker.gradcam.imaging.overlay import encode
 from gradcam_worker.gradcam.network import Method, Network
@@ -16,6 +20,7 @@ pytestmark = pytest.mark.tensorflow
 SHUTTLE, HELMET = (0.66, 0.0, 0.95, 0.56), (0.55, 0.66, 1.0, 1.0)
 LEGS, CAMERA = (0.42, 0.6, 0.82, 1.0), (0.42, 0.24, 0.62, 0.45)
 Box = tuple[float, float, float, float]
+AS_STORED = Limits(convert_colors=False)  # as the known probabilities were computed: rocket is in Adobe RGB
 
 
 def peak(heatmap: NDArray[np.float32]) -> tuple[float, float]:
@@ -42,7 +47,7 @@ def lies_in(point: tuple[float, float], box: Box) -> bool:
 def test_the_first_prediction_is_the_known_one(
     photo: str, class_id: int, name: str, probability: float, lite0: Network, photos: Path
 ) -> None:
-    first = explain_image(lite0, photos / f"{photo}.jpg", top_n=1).predictions[0]
+    first = explain_image(lite0, photos / f"{photo}.jpg", top_n=1, limits=AS_STORED).predictions[0]
     assert (first.rank, first.id, first.name) == (1, class_id, name)
     assert first.probability == pytest.approx(probability, abs=0.01)
 
@@ -59,8 +64,20 @@ def test_the_first_prediction_is_the_known_one(
 def test_other_classes_have_their_known_probabilities(
     photo: str, class_id: int, probability: float, within: float, lite0: Network, photos: Path
 ) -> None:
-    explanation = explain_image(lite0, photos / f"{photo}.jpg", classes=[class_id])
+    explanation = explain_image(lite0, photos / f"{photo}.jpg", classes=[class_id], limits=AS_STORED)
     assert explanation.explained[0].probability == pytest.approx(probability, abs=within)
+
+
+def test_a_photo_with_a_profile_is_explained_in_srgb(lite0: Network, photos: Path) -> None:
+    path = photos / "rocket.jpg"
+    with Image.open(path) as photo:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(photo.info["icc_profile"]))
+        converted = ImageCms.profileToProfile(photo, source, ImageCms.createProfile("sRGB"))
+    explanation = explain_image(lite0, path, top_n=1)
+    expected = explain_image(lite0, np.array(converted), top_n=1).explained[0]
+    assert explanation.converted_from == ColorSource("icc", "Adobe RGB (1998)")
+    assert explanation.explained[0].id == expected.id
+    assert explanation.explained[0].probability == pytest.approx(expected.probability, abs=0.005)
 
 
 @pytest.mark.parametrize(

@@ -404,6 +404,10 @@ class Settings(BaseSettings):
     """share of a damaged image that may be missing: an image with more is refused, one with less is explained
     with a warning; 0 refuses every damaged image, 1 only those that are missing entirely
     """
+    convert_colors: bool = True
+    """convert images to sRGB whose file says that their colours are others (an ICC profile; cICP, gAMA and
+    cHRM of a PNG); `false`: take every image as sRGB, as most training pipelines do
+    """
     max_data_uri_bytes: Count = 256 * 1024
     """size of a `data:` URI"""
     fetch_timeout_s: Seconds = 20

@@ -103,7 +103,9 @@ def make(
         StorageUnavailable: The dataset cannot be read.
     """
     s3 = S3(settings)
-    limits = Limits(settings.max_image_pixels, settings.max_image_side)
+    limits = Limits(
+        settings.max_image_pixels, settings.max_image_side, convert_colors=settings.convert_colors
+    )
     result = gallery(_open_store(dataset, s3), UriFetcher(settings, s3), limits, options, report_progress)
     FolderStore(output.parent).put(output.name, result.page, "text/html")
     return result

@@ -14,6 +14,7 @@ from gradcam_worker.errors import (
     UnsupportedMediaType,
 )
 from gradcam_worker.gradcam.classes import ClassIndex, caption
+from gradcam_worker.gradcam.decoding.color import ColorSource
 from gradcam_worker.gradcam.decoding.decode import Limits, decode
 from gradcam_worker.gradcam.decoding.structure import Damage
 from gradcam_worker.gradcam.imaging.overlay import encode, overlay
@@ -101,10 +102,12 @@ class Explained(Explanation):
     Attributes:
         picture: The image (height, width, 3), uint8, RGB.
         damage: What is missing of the image.
+        converted_from: The colours from which it was converted to sRGB; None: it was taken as it is.
     """
 
     picture: NDArray[np.uint8]
     damage: Damage | None = field(default=None, kw_only=True)
+    converted_from: ColorSource | None = field(default=None, kw_only=True)
 
     __repr__ = Explanation.__repr__  # a dataclass would make its own
 
@@ -176,7 +179,8 @@ def explain_image(
         classes: Explain these classes instead: ids, wnids or names.
         method: The name of a formula of `cam.METHODS` or `masking.METHODS`, or a `Method` with layer, score
             and normalization. None: `gradcam`, or `rise` where a network only gives scores.
-        limits: The largest size and damage of an image; None: the defaults.
+        limits: The largest size and damage of an image, and whether its colours are converted to sRGB;
+            None: the defaults.
 
     Returns:
         Predictions, heatmaps and the image.
@@ -199,7 +203,7 @@ def explain_image(
     selected = network.labels.select(top_n=top_n, classes=classes)
     method = choose_method(Method(method) if isinstance(method, str) else method, network.facts)
     channels = network.facts.channels
-    damage = None
+    damage = converted_from = None
     if isinstance(image, np.ndarray):
         pixels = image
         if pixels.dtype != np.uint8 or pixels.shape[2:] != (channels,) or not pixels.size:
@@ -209,11 +213,13 @@ def explain_image(
     else:
         data = image if isinstance(image, bytes) else Path(image).read_bytes()
         decoded = decode(data, limits)
-        pixels, damage = decoded.pixels, decoded.damage
+        pixels, damage, converted_from = decoded.pixels, decoded.damage, decoded.converted_from
     check_channels(network.facts, pixels)
     fitted = fit(pixels, network.facts.input_size)[np.newaxis]
     explanation = explain_pixels(network, fitted, [selected], method)[0]
-    return Explained(**vars(explanation), picture=_to_rgb(pixels), damage=damage)
+    return Explained(
+        **vars(explanation), picture=_to_rgb(pixels), damage=damage, converted_from=converted_from
+    )
 
 
 def check_channels(facts: NetworkFacts, pixels: NDArray[np.uint8]) -> None:

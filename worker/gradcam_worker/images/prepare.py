@@ -23,7 +23,7 @@ from gradcam_worker.images.fetch import FetchedBytes
 from gradcam_worker.resilience.budget import Budgets, Reservation
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.schemas.job import ImageRef
-from gradcam_worker.schemas.manifest import DamageRecord, InputRecord
+from gradcam_worker.schemas.manifest import ColorRecord, DamageRecord, InputRecord
 
 
 class ImageFetcher(Protocol):
@@ -154,7 +154,7 @@ def _fetch(
 
 def _input_record(uri: str, sha256: str, size: int, decoded: Decoded) -> InputRecord:
     height, width = decoded.size
-    damage = decoded.damage
+    damage, source = decoded.damage, decoded.converted_from
     return InputRecord(
         uri=uri,
         sha256=sha256,
@@ -163,4 +163,5 @@ def _input_record(uri: str, sha256: str, size: int, decoded: Decoded) -> InputRe
         width=width,
         height=height,
         damage=DamageRecord(missing=round(damage.share, 4), detail=damage.what) if damage else None,
+        converted_from=ColorRecord(kind=source.kind, name=source.name) if source else None,
     )

@@ -48,7 +48,12 @@ def build_services(
         model_cache=inference or build_model_cache(settings, observer=observer),
         stores=Stores(settings, s3, observer),
         webhooks=Webhooks(settings),
-        limits=Limits(settings.max_image_pixels, settings.max_image_side, settings.max_image_damage),
+        limits=Limits(
+            settings.max_image_pixels,
+            settings.max_image_side,
+            settings.max_image_damage,
+            settings.convert_colors,
+        ),
         max_classes=settings.max_classes,
         budgets=Budgets(
             ResourceBudget(settings.max_bytes_in_flight, "bytes"),

@@ -63,6 +63,13 @@ class DamageRecord(ResponseModel):
     detail: str
 
 
+class ColorRecord(ResponseModel):
+    """The colours that an image had before they were converted to sRGB."""
+
+    kind: str  # icc: an embedded profile; cicp: code points of a PNG; gamma: gAMA and cHRM of a PNG
+    name: str  # the description in the profile, the four code points, or the gamma
+
+
 class InputRecord(ResponseModel):
     """The image that was explained."""
 
@@ -73,6 +80,7 @@ class InputRecord(ResponseModel):
     width: int
     height: int
     damage: DamageRecord | None = None  # None: it is undamaged
+    converted_from: ColorRecord | None = None  # None: its pixels were taken as they are
 
 
 class NetworkRecord(ResponseModel):

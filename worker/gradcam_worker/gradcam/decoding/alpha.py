@@ -4,17 +4,19 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from gradcam_worker.gradcam.decoding.color import Conversion
 from gradcam_worker.gradcam.decoding.structure import Pixels
 
 STRIP_ROWS = 256  # flattened at a time: few, so that four channels of the whole image are never in memory
 
 
-def flatten_on_white(translucent: Image.Image | Pixels) -> Pixels:
-    """Flatten a translucent image on white.
+def flatten_on_white(translucent: Image.Image | Pixels, conversion: Conversion | None = None) -> Pixels:
+    """Flatten a translucent image on white, after its colours are converted, as browsers do.
 
     Args:
         translucent: A Pillow image of any mode, which may not be decoded yet, or pixels (height, width, 4),
             uint8, BGRA.
+        conversion: To sRGB; None: the colours are taken as they are.
 
     Returns:
         Pixels (height, width, 3), uint8, RGB.
@@ -33,7 +35,7 @@ def flatten_on_white(translucent: Image.Image | Pixels) -> Pixels:
             rows = Image.fromarray(cv2.cvtColor(translucent[top:bottom], cv2.COLOR_BGRA2RGBA))
         rows = rows if rows.mode == "RGBA" else rows.convert("RGBA")
         white = Image.new("RGB", rows.size, "white")
-        white.paste(rows, mask=rows)
+        white.paste(conversion.convert_rows(rows.convert("RGB")) if conversion else rows, mask=rows)
         flattened[top:bottom] = np.asarray(white)
     return flattened
 

@@ -5,7 +5,8 @@ from dataclasses import replace
 import numpy as np
 
 from gradcam_worker.errors import ImageDecodeFailed, UnsupportedMediaType
-from gradcam_worker.gradcam.decoding.structure import BMP, Damage, Pixels, StoredImage
+from gradcam_worker.gradcam.decoding import icc_profile
+from gradcam_worker.gradcam.decoding.structure import BMP, ICC, ColorTag, Damage, Pixels, StoredImage
 
 SIGNATURE = b"BM"
 FILE_HEADER_BYTES, CORE_HEADER_BYTES, INFO_HEADER_BYTES, ALPHA_HEADER_BYTES = 14, 12, 40, 56
@@ -13,6 +14,8 @@ UNCOMPRESSED, MASK_COMPRESSIONS = 0, {3, 6}  # compression codes
 RUN_LENGTH_BITS = {1: 8, 2: 4}  # run-length compression -> bits of a pixel
 PIXEL_BITS = {1, 4, 8, 16, 24, 32}  # that are supported
 STRIP_ROWS = 256  # decoded at a time
+PROFILE_HEADER_BYTES, COLORS_OFFSET, EMBEDDED = 124, 70, b"DEBM"  # the kind of the colours: MBED, reversed
+PROFILE_OFFSET, PROFILE_SIZE = 126, 130  # where the position of the profile, and its size, stand
 MASKS_OFFSET, ALPHA_CHANNEL = 54, 3  # offset of the masks in the file; index of the mask of alpha
 
 
@@ -50,7 +53,9 @@ def read(data: bytes) -> StoredImage:
         )
         raise UnsupportedMediaType(message)
     translucent = compression in MASK_COMPRESSIONS and bool(_mask(data, ALPHA_CHANNEL))
-    stored = StoredImage(BMP, (abs(width), abs(height)), data, translucent=translucent)
+    stored = StoredImage(
+        BMP, (abs(width), abs(height)), data, translucent=translucent, color=_read_profile(data)
+    )
     if compression in RUN_LENGTH_BITS:
         return stored
     needed = _row_bytes(bits, abs(width)) * abs(height)
@@ -58,6 +63,14 @@ def read(data: bytes) -> StoredImage:
     if available >= needed:
         return stored
     return replace(stored, damage=Damage(1 - available / needed, "it ends too early"))
+
+
+def _read_profile(data: bytes) -> ColorTag | None:
+    """The profile that the longest header can point to."""
+    if _number(data, 14) < PROFILE_HEADER_BYTES or data[COLORS_OFFSET : COLORS_OFFSET + 4] != EMBEDDED:
+        return None
+    start, size = FILE_HEADER_BYTES + _number(data, PROFILE_OFFSET), _number(data, PROFILE_SIZE)
+    return ColorTag(ICC, data[start : start + size]) if size <= icc_profile.MAX_BYTES else None
 
 
 def fill_with_zeros(stored: StoredImage) -> StoredImage:

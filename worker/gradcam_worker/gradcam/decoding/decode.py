@@ -24,6 +24,7 @@ from gradcam_worker.errors import (
     UnsupportedMediaType,
 )
 from gradcam_worker.gradcam.decoding import alpha, bmp_file, gif_file, jpeg_file, png_file, webp_file
+from gradcam_worker.gradcam.decoding.color import ColorSource, Conversion, find_conversion
 from gradcam_worker.gradcam.decoding.exif import make_upright
 from gradcam_worker.gradcam.decoding.structure import BMP, GIF, JPEG, PNG, WEBP, Damage, Pixels, StoredImage
 from gradcam_worker.text.short_repr import short_repr
@@ -55,17 +56,20 @@ _OTHER_FORMATS = (
 
 @dataclass(frozen=True)
 class Limits:
-    """The limits on images.
+    """The limits on images, and what is made of those within.
 
     Attributes:
         max_pixels: Largest width x height; the default takes 192 MB as RGB.
         max_side: Longest side in pixels; OpenCV and most formats are limited to 2^15 or 2^16.
         max_damage: The missing share of an image from which on it is refused.
+        convert_colors: Convert colours to sRGB where a file says that they are others: by an ICC profile, or
+            by cICP, gAMA and cHRM of a PNG. False: take every image as sRGB.
     """
 
     max_pixels: int = 64_000_000
     max_side: int = 32_767
     max_damage: float = 0.05
+    convert_colors: bool = True
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ class Decoded:
     pixels: NDArray[np.uint8]  # (height, width, 3) RGB
     media_type: str
     damage: Damage | None = None  # less than the limits forbid
+    converted_from: ColorSource | None = None  # None: the pixels are as stored, in sRGB for all that is known
 
     __repr__ = short_repr
 
@@ -86,17 +91,17 @@ class Decoded:
 
 
 def decode(data: bytes | StoredImage, limits: Limits | None = None) -> Decoded:
-    """Decode an image: upright by EXIF, alpha flattened on white, the first frame of an animation.
+    """Decode an image: upright by EXIF, in sRGB, alpha flattened on white, the first frame of an animation.
 
     16-bit, grey, palette and CMYK images become 8-bit RGB. The same bytes always give the same pixels: a JPEG
     is never decoded at a reduced size.
 
     Args:
         data: A JPEG, PNG, WebP, GIF or BMP file; or what `read_structure` returned for it.
-        limits: Largest size and damage; None: the defaults.
+        limits: Largest size and damage, and whether colours are converted; None: the defaults.
 
     Returns:
-        The pixels (height, width, 3), uint8, RGB, and what is missing of them.
+        The pixels (height, width, 3), uint8, RGB, what is missing of them, and which colours they had.
 
     Raises:
         UnsupportedMediaType: The format is not supported.
@@ -107,10 +112,14 @@ def decode(data: bytes | StoredImage, limits: Limits | None = None) -> Decoded:
     limits = limits or Limits()
     with _memory_errors(data, limits):
         stored = data if isinstance(data, StoredImage) else _read_structure(data, limits)
-        pixels, damage = _decode_stored(stored, limits)
+        conversion = find_conversion(stored.color, stored.components) if limits.convert_colors else None
+        pixels, damage, conversion = _decode_stored(stored, limits, conversion)
         _check_damage(stored, damage, limits)
         return Decoded(
-            make_upright(_place_on_canvas(pixels, stored), stored.orientation), stored.media_type, damage
+            make_upright(_place_on_canvas(pixels, stored), stored.orientation),
+            stored.media_type,
+            damage,
+            conversion.source if conversion else None,
         )
 
 
@@ -214,24 +223,32 @@ def _check_damage(stored: StoredImage, damage: Damage | None, limits: Limits) ->
         raise ImageDecodeFailed(message)
 
 
-def _decode_stored(stored: StoredImage, limits: Limits) -> tuple[Pixels, Damage | None]:
-    """The first frame (height, width, 3), flattened but not yet upright, and its damage."""
-    kind = stored.media_type
+def _decode_stored(
+    stored: StoredImage, limits: Limits, conversion: Conversion | None
+) -> tuple[Pixels, Damage | None, Conversion | None]:
+    """The first frame (height, width, 3), not yet upright; its damage; which conversion was applied to it."""
+    kind, damage = stored.media_type, stored.damage
     if kind == JPEG:
-        return _decode_jpeg(stored)
+        return _decode_jpeg(stored, conversion)
     if kind == WEBP:
         flags = cv2.IMREAD_UNCHANGED if stored.translucent else cv2.IMREAD_COLOR_RGB
         pixels = _decode_by_opencv(stored, flags)
-        return alpha.flatten_on_white(pixels) if stored.translucent else pixels, stored.damage
-    if kind == PNG:
-        return _decode_png(stored)
-    if kind == BMP:
-        return _decode_bmp(stored, limits), stored.damage
-    return _decode_by_pillow(stored), stored.damage
+        pixels = alpha.flatten_on_white(pixels, conversion) if stored.translucent else pixels
+    elif kind == PNG:
+        pixels, damage = _decode_png(stored, conversion)
+    elif kind == BMP:
+        pixels = _decode_bmp(stored, limits, conversion)
+    else:
+        pixels = _decode_by_pillow(stored)
+    if conversion and not stored.translucent:
+        conversion.convert_rgb(pixels)
+    return pixels, damage, conversion
 
 
-def _decode_jpeg(stored: StoredImage) -> tuple[Pixels, Damage | None]:
-    """Decode a JPEG and measure its damage, if libjpeg complains about it."""
+def _decode_jpeg(
+    stored: StoredImage, conversion: Conversion | None
+) -> tuple[Pixels, Damage | None, Conversion | None]:
+    """Decode and convert a JPEG, and measure its damage if libjpeg complains about it."""
     damage = stored.damage
     try:
         try:
@@ -247,11 +264,17 @@ def _decode_jpeg(stored: StoredImage) -> tuple[Pixels, Damage | None]:
                     lambda: _decode_by_libjpeg(stored, insert_junk(stored.data), lenient=True),
                 )
     except ValueError as error:
-        if "subsampling" in str(error):  # simplejpeg supports only the usual ones
-            return _decode_by_opencv(stored), damage
-        message = f"The image/jpeg data are damaged: {error}"
-        raise ImageDecodeFailed(message) from error
-    return _from_cmyk(pixels) if stored.components == CMYK_COMPONENTS else pixels, damage
+        if "subsampling" not in str(error):
+            message = f"The image/jpeg data are damaged: {error}"
+            raise ImageDecodeFailed(message) from error
+        pixels = _decode_by_opencv(stored)  # simplejpeg supports only the usual ones
+        if stored.components == CMYK_COMPONENTS:
+            conversion = None  # OpenCV converted it in its own way
+    if pixels.shape[2] == CMYK_COMPONENTS:
+        pixels = conversion.convert_cmyk(pixels) if conversion else _from_cmyk(pixels)
+    elif conversion:
+        conversion.convert_rgb(pixels)
+    return pixels, damage, conversion
 
 
 def _decode_without_padding(stored: StoredImage, complaint: str) -> tuple[StoredImage, Pixels, str]:
@@ -292,10 +315,12 @@ def _from_cmyk(cmyk: Pixels) -> Pixels:
     return pixels
 
 
-def _decode_png(stored: StoredImage) -> tuple[Pixels, Damage | None]:
-    decoder = _decode_by_pillow if stored.translucent else _decode_by_opencv
-    if png_file.has_deep_transparent_color(stored):
-        decoder = _decode_deep_transparent_color
+def _decode_png(stored: StoredImage, conversion: Conversion | None) -> tuple[Pixels, Damage | None]:
+    def decoder(stored: StoredImage) -> Pixels:
+        if png_file.has_deep_transparent_color(stored):
+            return _decode_deep_transparent_color(stored, conversion)
+        return _decode_by_pillow(stored, conversion) if stored.translucent else _decode_by_opencv(stored)
+
     if stored.damage is None and png_file.has_valid_checksums(stored):
         try:
             return decoder(stored), stored.damage
@@ -305,19 +330,19 @@ def _decode_png(stored: StoredImage) -> tuple[Pixels, Damage | None]:
     return decoder(stored), stored.damage
 
 
-def _decode_deep_transparent_color(stored: StoredImage) -> Pixels:
+def _decode_deep_transparent_color(stored: StoredImage, conversion: Conversion | None) -> Pixels:
     """Decode by OpenCV, which compares 16 bits of each channel with the transparent colour; Pillow 8."""
-    return alpha.flatten_on_white(_decode_by_opencv(stored, cv2.IMREAD_UNCHANGED))
+    return alpha.flatten_on_white(_decode_by_opencv(stored, cv2.IMREAD_UNCHANGED), conversion)
 
 
-def _decode_bmp(stored: StoredImage, limits: Limits) -> Pixels:
+def _decode_bmp(stored: StoredImage, limits: Limits, conversion: Conversion | None) -> Pixels:
     if stored.damage:
         _check_damage(stored, stored.damage, limits)  # before memory is allocated for missing pixels
         stored = bmp_file.fill_with_zeros(stored)
     if not bmp_file.has_masks(stored):
         return _decode_by_opencv(stored)
     pixels = bmp_file.decode_masked(stored)
-    return alpha.flatten_on_white(pixels) if stored.translucent else pixels
+    return alpha.flatten_on_white(pixels, conversion) if stored.translucent else pixels
 
 
 def _decode_by_opencv(stored: StoredImage, flags: int = cv2.IMREAD_COLOR_RGB) -> Pixels:
@@ -337,7 +362,7 @@ def _decode_by_opencv(stored: StoredImage, flags: int = cv2.IMREAD_COLOR_RGB) ->
     return np.asarray(pixels, np.uint8)
 
 
-def _decode_by_pillow(stored: StoredImage) -> Pixels:
+def _decode_by_pillow(stored: StoredImage, conversion: Conversion | None = None) -> Pixels:
     """Decode by Pillow, flattened on white: OpenCV would drop alpha.
 
     OpenCV also rejects a GIF with large areas of one colour as damaged.
@@ -346,7 +371,7 @@ def _decode_by_pillow(stored: StoredImage) -> Pixels:
     try:
         image = Image.open(io.BytesIO(stored.data), formats=[_PILLOW_FORMATS[kind]])
         image.load()
-        return alpha.flatten_on_white(image)
+        return alpha.flatten_on_white(image, conversion)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         message = f"The image's header claims too many pixels ({error})"
         raise ImagePixelsExceeded(message) from error

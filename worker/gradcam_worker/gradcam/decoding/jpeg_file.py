@@ -12,10 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradcam_worker.errors import ImageDecodeFailed, UnsupportedMediaType
-from gradcam_worker.gradcam.decoding import exif
+from gradcam_worker.gradcam.decoding import exif, icc_profile
 from gradcam_worker.gradcam.decoding.structure import (
+    ICC,
     JPEG,
     MAX_PARTS,
+    ColorTag,
     Damage,
     Pixels,
     StoredImage,
@@ -24,7 +26,7 @@ from gradcam_worker.gradcam.decoding.structure import (
 
 SIGNATURE = b"\xff\xd8\xff"
 MARKER, FILL = 0xFF, 0xFF
-END, START_OF_SCAN, JFIF, EXIF, ADOBE = 0xD9, 0xDA, 0xE0, 0xE1, 0xEE
+END, START_OF_SCAN, JFIF, EXIF, PROFILE, ADOBE = 0xD9, 0xDA, 0xE0, 0xE1, 0xE2, 0xEE
 RESTARTS = range(0xD0, 0xD8)
 STANDALONE_MARKERS = {0x01, *RESTARTS, 0xD8, END}  # that no length follows
 FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # "start of frame": depth, size, components
@@ -37,6 +39,8 @@ HARMLESS = "Unknown Adobe color transform"  # a complaint of libjpeg about intac
 MAX_SCANS = 64  # progressive images have about ten; one with 302 scans takes 15 s to decode
 PLAIN_JFIF = b"\xff\xe0\0\x10JFIF\0\1\1\0\0\1\0\1\0\0"
 ADOBE_BYTES = 12  # without its length field
+PROFILE_START = b"ICC_PROFILE\0"
+MAX_PROFILE_PARTS = 255  # their number is one byte
 COEFFICIENTS = 64
 BLOCK = 8  # side in pixels
 DECISIVE_SHARE = 0.5  # missing share above which no more precise figure is needed
@@ -66,6 +70,7 @@ def read(data: bytes) -> StoredImage:
     """
     parts, frame, orientation, scans, reason = [b"\xff\xd8"], b"", 0, 0, ""
     ended = False
+    profile_parts: list[bytes] = []
     for code, body, compressed in _segments(data):
         if code == END:
             ended = True
@@ -79,6 +84,7 @@ def read(data: bytes) -> StoredImage:
         elif code == EXIF and body.startswith(b"Exif\0\0") and not orientation:
             orientation = exif.orientation(body)
         parts += _sanitized(code, body), compressed
+        profile_parts += _profile_part(code, body)
     if len(frame) < 6 or not scans:  # noqa: PLR2004  # bytes: depth, height, width, components
         message = f"The JPEG's header is damaged or cut off ({len(data):,} bytes received)."
         raise ImageDecodeFailed(message)
@@ -92,8 +98,29 @@ def read(data: bytes) -> StoredImage:
     complete = b"".join(parts)
     damage = Damage(_missing_coefficients(complete), reason) if reason else None
     return StoredImage(
-        JPEG, (width, height), complete, orientation or exif.UPRIGHT, components=frame[5], damage=damage
+        JPEG,
+        (width, height),
+        complete,
+        orientation or exif.UPRIGHT,
+        components=frame[5],
+        damage=damage,
+        color=_join_profile(profile_parts),
     )
+
+
+def _profile_part(code: int, body: bytes) -> list[bytes]:
+    """The part of an ICC profile in a segment, if there is one: its number, their count, its data."""
+    return [body.removeprefix(PROFILE_START)] if code == PROFILE and body.startswith(PROFILE_START) else []
+
+
+def _join_profile(parts: list[bytes]) -> ColorTag | None:
+    """Join the parts of a profile; None if there is none, one is missing, or it is too large."""
+    count, parts = len(parts), sorted(parts)
+    if not 0 < count <= MAX_PROFILE_PARTS or sum(map(len, parts)) > icc_profile.MAX_BYTES:
+        return None
+    if [part[:2] for part in parts] != [bytes([number, count]) for number in range(1, count + 1)]:
+        return None
+    return ColorTag(ICC, b"".join(part[2:] for part in parts))
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, bytes, bytes]]:

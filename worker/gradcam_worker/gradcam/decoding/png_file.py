@@ -1,7 +1,8 @@
 """PNG files: their chunks, and the repair of damaged pixel data.
 
 PNG, third edition. The IDAT chunks together hold the pixels as one deflate stream; IHDR, PLTE and tRNS define
-their meaning. The contents of all other chunks are ignored, even if they are malformed.
+their meaning; cICP, iCCP, sRGB, or gAMA with cHRM, their colours. The contents of all other chunks are
+ignored, even if they are malformed.
 """
 
 import zlib
@@ -10,8 +11,17 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 
 from gradcam_worker.errors import ImageDecodeFailed
-from gradcam_worker.gradcam.decoding import exif
-from gradcam_worker.gradcam.decoding.structure import MAX_PARTS, PNG, Damage, StoredImage
+from gradcam_worker.gradcam.decoding import coding_points, exif, icc_profile
+from gradcam_worker.gradcam.decoding.structure import (
+    CICP,
+    GAMMA,
+    ICC,
+    MAX_PARTS,
+    PNG,
+    ColorTag,
+    Damage,
+    StoredImage,
+)
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 HEADER_BYTES, DEPTH_OFFSET, COLOR_OFFSET = 13, 8, 9  # of IHDR, of its bit depth and its colour type
@@ -19,6 +29,8 @@ CHUNK_OVERHEAD_BYTES = 12  # length, name, checksum
 DEEP_BITS = 16  # of a channel
 RGB_COLOR_TYPE, PALETTE_COLOR_TYPE, ALPHA_COLOR_TYPES = 2, 3, {4, 6}
 CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
+GREY_COLOR_TYPES = {0, 4}
+COLOR_CHUNKS = {b"cICP": 4, b"iCCP": 0, b"sRGB": 1, b"gAMA": 4, b"cHRM": 32}  # bytes; 0: any number
 TRANSPARENT_COLOR_BYTES = {0: 2, 2: 6}  # of tRNS, by colour type
 PASSES = (  # of an interlaced image: first column, first row, column step, row step
     (0, 0, 8, 8),
@@ -64,6 +76,7 @@ def read(data: bytes) -> StoredImage:
     chunks = _chunks(data)
     header = next(chunks, None)
     kept: dict[bytes, list[_Chunk]] = {}
+    colors: dict[bytes, bytes] = {}
     reason, orientation = "it ends too early", 0
     color = header.body[COLOR_OFFSET] if header and _is_header(header) else None
     for chunk in chunks if color is not None else ():
@@ -74,6 +87,8 @@ def read(data: bytes) -> StoredImage:
             kept.setdefault(chunk.name, []).append(chunk)
         elif chunk.name == b"eXIf" and not orientation and chunk.is_valid:
             orientation = exif.orientation(bytes(chunk.body))
+        elif chunk.name not in colors and not kept and _tells_colors(chunk):
+            colors[chunk.name] = bytes(chunk.body)
     if header is None or b"IDAT" not in kept:
         message = f"The PNG's header is damaged or cut off ({len(data):,} bytes received)."
         raise ImageDecodeFailed(message)
@@ -85,7 +100,44 @@ def read(data: bytes) -> StoredImage:
     damage = Damage(0, reason) if reason else None
     kept_chunks = [chunk for name in (b"PLTE", b"tRNS", b"IDAT") for chunk in kept.get(name, ())]
     file = _build_file(header, *kept_chunks)
-    return StoredImage(PNG, size, file, orientation or exif.UPRIGHT, translucent, damage=damage)
+    return StoredImage(
+        PNG,
+        size,
+        file,
+        orientation or exif.UPRIGHT,
+        translucent,
+        components=1 if color in GREY_COLOR_TYPES else 3,
+        damage=damage,
+        color=_color_tag(colors),
+    )
+
+
+def _tells_colors(chunk: _Chunk) -> bool:
+    """Whether a chunk says what the colours are, and is valid."""
+    size = COLOR_CHUNKS.get(chunk.name, len(chunk.body) + 1) or len(chunk.body)
+    return len(chunk.body) == size and chunk.is_valid
+
+
+def _color_tag(chunks: Mapping[bytes, bytes]) -> ColorTag | None:
+    """What these chunks say of the colours: of several the first that the standard ranks above the others."""
+    if b"cICP" in chunks and coding_points.is_supported(chunks[b"cICP"]):
+        return ColorTag(CICP, chunks[b"cICP"])
+    if b"iCCP" in chunks and (profile := _unpack_profile(chunks[b"iCCP"])):
+        return ColorTag(ICC, profile)
+    if b"sRGB" in chunks or b"gAMA" not in chunks:
+        return None
+    return ColorTag(GAMMA, chunks[b"gAMA"] + chunks.get(b"cHRM", b""))
+
+
+def _unpack_profile(body: bytes) -> bytes:
+    """The profile in a chunk, after its name and a zero for its compression; empty if there is none."""
+    _, _, packed = body.partition(b"\0\0")
+    unpacking = zlib.decompressobj()
+    try:
+        profile = unpacking.decompress(packed, icc_profile.MAX_BYTES)
+    except zlib.error:
+        return b""
+    return profile if unpacking.eof else b""
 
 
 def _is_header(chunk: _Chunk) -> bool:

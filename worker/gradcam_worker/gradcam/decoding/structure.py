@@ -6,7 +6,9 @@ no text, no EXIF. So decoders never receive untrusted metadata: they cannot refu
 rotate the image in their own way, unpack the metadata, or print it on standard error.
 """
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +28,27 @@ class Damage:
     what: str  # the reason, in words
 
 
+ICC, CICP, GAMMA = "icc", "cicp", "gamma"  # kinds of a `ColorTag`
+
+
+@dataclass(frozen=True)
+class ColorTag:
+    """What a file says about its colours.
+
+    Attributes:
+        kind: `icc`: an ICC profile; `cicp`: the code points of a PNG; `gamma`: its gAMA, then its cHRM.
+        data: The profile, or the contents of the chunks.
+    """
+
+    kind: str
+    data: bytes = field(repr=False)
+
+    @cached_property
+    def digest(self) -> bytes:
+        """A digest of both."""
+        return hashlib.sha256(self.kind.encode() + self.data).digest()
+
+
 @dataclass(frozen=True)
 class StoredImage:
     """An image as its file stores it, not yet upright."""
@@ -35,10 +58,11 @@ class StoredImage:
     data: bytes  # the file for a decoder: without metadata
     orientation: int = 1  # EXIF orientation, 1 to 8: see `gradcam_worker.gradcam.decoding.exif`
     translucent: bool = False
-    components: int = 3  # of a JPEG
+    components: int = 3  # 1: grey, 3: RGB, 4: CMYK
     damage: Damage | None = None  # what the structure of the file shows
     offset: tuple[int, int] = (0, 0)  # (left, top) of the first frame in the whole image
     frame_size: tuple[int, int] | None = None  # (width, height) of the first frame; None: `size`
+    color: ColorTag | None = None  # None: nothing, so sRGB
 
     @property
     def declared_pixels(self) -> int:

@@ -4,8 +4,16 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from gradcam_worker.errors import ImageDecodeFailed
-from gradcam_worker.gradcam.decoding import exif
-from gradcam_worker.gradcam.decoding.structure import MAX_PARTS, WEBP, Damage, StoredImage, sent_as_text
+from gradcam_worker.gradcam.decoding import exif, icc_profile
+from gradcam_worker.gradcam.decoding.structure import (
+    ICC,
+    MAX_PARTS,
+    WEBP,
+    ColorTag,
+    Damage,
+    StoredImage,
+    sent_as_text,
+)
 
 HEADER_BYTES = 12  # RIFF, a size, WEBP
 FRAME_HEADER_BYTES = 16  # of ANMF, before its chunks
@@ -33,7 +41,9 @@ def read(data: bytes) -> StoredImage:
     canvas, orientation = (0, 0), 0
     frame: StoredImage | None = None
     offset: tuple[int, int] | None = None
+    color: ColorTag | None = None
     for name, body, _ in _chunks(data, HEADER_BYTES):
+        color = color or _profile(name, body)
         if name == b"VP8X" and len(body) >= 10:  # noqa: PLR2004  # flags, and two sides of 3 bytes
             canvas = _number(body, 4, 3) + 1, _number(body, 7, 3) + 1
         elif name == b"EXIF" and not orientation:
@@ -48,7 +58,7 @@ def read(data: bytes) -> StoredImage:
     if frame is None:
         message = f"The WebP's header is damaged or cut off ({len(data):,} bytes received)."
         raise ImageDecodeFailed(message)
-    frame = replace(frame, orientation=orientation or exif.UPRIGHT)
+    frame = replace(frame, orientation=orientation or exif.UPRIGHT, color=color)
     if offset is not None:
         return replace(frame, size=canvas, offset=offset, frame_size=frame.size)
     if canvas not in {(0, 0), frame.size}:
@@ -57,6 +67,10 @@ def read(data: bytes) -> StoredImage:
         )
         raise ImageDecodeFailed(message)
     return frame
+
+
+def _profile(name: bytes, body: bytes) -> ColorTag | None:
+    return ColorTag(ICC, body) if name == b"ICCP" and len(body) <= icc_profile.MAX_BYTES else None
 
 
 def _number(data: bytes, position: int, size: int) -> int:
