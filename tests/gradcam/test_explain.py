@@ -53,7 +53,10 @@ def test_an_explanation_is_shown_in_one_short_line(tiny: TinyNetwork, pixels: ND
     explanation = explain_pixels(tiny, fit(pixels, (16, 16))[np.newaxis], [(-1,)])[0]
     assert repr(explanation).startswith("Explanation(")
     decoded = decode(encode(pixels))
-    assert repr(decoded) == "Decoded(pixels=uint8(16, 16, 3), media_type='image/jpeg', damage=None)"
+    assert (
+        repr(decoded)
+        == "Decoded(pixels=uint8(16, 16, 3), media_type='image/jpeg', damage=None, converted_from=None)"
+    )
 
 
 @pytest.mark.parametrize("classes", ["red", b"red"])
