@@ -117,6 +117,19 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
                 self.workqueue.move_to_end(path, last=False)  # where the next one is taken from
                 super()._assign_work_unit(node)
 
+        def remove_node(self, node: Any) -> str | None:
+            """As xdist does it, but the test at which a process died is not run by the next one too."""
+            files = self.assigned_work.pop(node)
+            crashed = next((test for tests in files.values() for test, done in tests.items() if not done), None)
+            if crashed:
+                files[self._split_scope(crashed)][crashed] = True
+                self.workqueue.update(
+                    {path: tests for path, tests in files.items() if not all(tests.values())}
+                )
+                for other in self.nodes:
+                    self._reschedule(other)
+            return crashed
+
         def _files_for(self, node: Any) -> list[str]:
             """What is left that a process may run."""
             may_wait = self.nodes.index(node) < MAX_WAITING
