@@ -13,7 +13,7 @@ from gradcam_worker.gradcam.catalog import Head
 from gradcam_worker.gradcam.explain import explain_pixels
 from gradcam_worker.gradcam.network import Method
 
-pytestmark = pytest.mark.tensorflow
+pytestmark = [pytest.mark.tensorflow, pytest.mark.usefixtures("eagerly")]
 
 ROWS, COLUMNS, CHANNELS = 7, 9, 4
 Wrap = Callable[..., Any]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from gradcam_worker.gradcam.network import Method
 from tests.gradcam.small_networks import ALL_CLASSES, CLASSES, COLUMNS, ROWS, Wrap, backbone
 
-pytestmark = pytest.mark.tensorflow
+pytestmark = [pytest.mark.tensorflow, pytest.mark.usefixtures("eagerly")]
 
 Tail = Callable[[Any, Any], Any]  # keras, activations (5, 7, 6) -> scores
 Noise = Callable[..., NDArray[np.uint8]]

@@ -9,7 +9,7 @@ from numpy.testing import assert_allclose
 
 from gradcam_worker.errors import NetworkIncompatible
 
-pytestmark = pytest.mark.tensorflow
+pytestmark = [pytest.mark.tensorflow, pytest.mark.usefixtures("eagerly")]
 
 ROWS, COLUMNS, SIDE, WIDTH = 16, 24, 4, 8  # of the image; of a patch; of a token
 GRID = (ROWS // SIDE, COLUMNS // SIDE)

@@ -11,7 +11,7 @@ from gradcam_worker.errors import UnknownLayer
 from gradcam_worker.gradcam.network import Method
 from tests.gradcam.small_networks import ALL_CLASSES, COLUMNS, ROWS, Wrap, add_classifier, backbone
 
-pytestmark = pytest.mark.tensorflow
+pytestmark = [pytest.mark.tensorflow, pytest.mark.usefixtures("eagerly")]
 
 FIRST = np.array([[0]], np.int32)
 
