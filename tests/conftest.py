@@ -120,7 +120,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         def remove_node(self, node: Any) -> str | None:
             """As xdist does it, but the test at which a process died is not run by the next one too."""
             files = self.assigned_work.pop(node)
-            crashed = next((test for tests in files.values() for test, done in tests.items() if not done), None)
+            crashed = next(
+                (test for tests in files.values() for test, done in tests.items() if not done), None
+            )
             if crashed:
                 files[self._split_scope(crashed)][crashed] = True
                 self.workqueue.update(
