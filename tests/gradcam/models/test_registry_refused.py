@@ -93,12 +93,12 @@ def test_errors_are_reported_with_their_key(body: str, why: str, tmp_path: Path)
     [
         (
             "t.h5",
-            "is a whole model in HDF5, which can run code when it is loaded: convert it where you trust it",
+            "is a whole model in HDF5: convert it with `gradcam convert t.h5 NAME.keras`",
         ),
         ("s3://m/t.hdf5", "is a whole model in HDF5"),
         ("t.weights.h5", "name it with weights, beside architecture"),
         ("t.pkl", "is a pickle, which runs whatever code it holds"),
-        ("saved/", "looks like a folder, a SavedModel perhaps"),
+        ("saved/", "looks like a folder, a SavedModel: convert it"),
         ("saved_model.pb", "belongs to a SavedModel"),
         ("s3://m/saved", "looks like a folder"),
         ("t.pt", "is of PyTorch, which has no layers of Keras"),

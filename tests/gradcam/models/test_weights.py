@@ -211,7 +211,8 @@ class TestFetchCached:
         (tmp_path / "own.keras").mkdir()
         (tmp_path / "own.keras" / "saved_model.pb").touch()
         with pytest.raises(
-            WeightsUnavailable, match=r"own\.keras is a folder, a SavedModel, .*tf_keras\.models\.load"
+            WeightsUnavailable,
+            match=r"own\.keras is a folder, a SavedModel: .*`gradcam convert own\.keras NAME",
         ):
             fetch_cached(
                 ModelFile(str(tmp_path / "own.keras"), CHECKSUM), tmp_path / "cache", FakeSource(b"")

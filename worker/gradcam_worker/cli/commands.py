@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from gradcam_worker import __version__, extras
-from gradcam_worker.cli import backfill, gallery, jobs, operate, replay
+from gradcam_worker.cli import backfill, convert, gallery, jobs, operate, replay
 from gradcam_worker.cli.options import json_option
 from gradcam_worker.errors import GradcamError, InvalidSettings
 from gradcam_worker.observability.logs import configure_logging
@@ -187,6 +187,7 @@ def doctor(*, as_json: bool, expect_workers: int) -> int:
 
 
 for _command in (
+    convert.convert,
     gallery.gallery,
     jobs.explain,
     jobs.submit,

@@ -1,6 +1,7 @@
 """Loading networks: a row of the catalog or registry with its weights, or any Keras model."""
 
 import re
+import shlex
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ SAVED_MODEL_LAYER = (
 )
 REFUSED_LAYERS = {
     "Lambda": "a Lambda layer ({0}), which calls whatever its file names, and is not loaded. Replace it by "
-    "layers or keras.ops, and save the model again.",
+    "layers or keras.ops, and save the model again; or let `gradcam convert FILE NAME.keras` do that.",
     "KerasLayer": f"a layer of TensorFlow Hub {SAVED_MODEL_LAYER}",
     "TFSMLayer": f"a TFSMLayer {SAVED_MODEL_LAYER}",
 }
@@ -237,7 +238,8 @@ def _reason(error: Exception, path: Path, name: str) -> str:
         return f"it {error}"
     version = model_file.keras_version(path)
     if re.match("[012][.]", version):
-        return f"Keras {version} saved it. Convert it with {model_file.FROM_KERAS_2.format(name)}"
+        line = model_file.CONVERT.format(shlex.quote(name))
+        return f"Keras {version} saved it. Convert it with `{line}`"
     return abridged(str(error)) or type(error).__name__
 
 

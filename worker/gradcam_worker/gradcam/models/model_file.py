@@ -8,6 +8,7 @@ import io
 import json
 import math
 import re
+import shlex
 import struct
 import zipfile
 import zlib
@@ -26,52 +27,49 @@ MAX_EXPANSION = 20  # unpacked size, as a multiple of the file size: Keras does 
 MAX_CHECKED_WEIGHTS_BYTES = 256 * 1024**2  # of a weights file in an archive; larger ones are not inspected
 
 SAVE = "save it with model.save('NAME.keras')"
-FROM_KERAS_2 = (
-    'pip install tf_keras; python -c "import keras, tf_keras; '
-    "tf_keras.models.load_model({0!r}, compile=False).save('NAME.h5'); "
-    "keras.saving.load_model('NAME.h5', compile=False).save('NAME.keras')\""
-)
-FROM_HDF5 = (
-    "python -c \"import keras; keras.saving.load_model({0!r}, compile=False).save('NAME.keras')\", "
-    "or, where Keras 2 saved it and that fails, " + FROM_KERAS_2
-)
+CONVERT = "gradcam convert {0} NAME.keras"
+BY_CONVERSION = f"convert it with `{CONVERT}`"
 REBUILD = "build the same layers in Keras, hand their arrays to layer.set_weights(...), and " + SAVE
-SAVED_MODEL = (
-    "which Keras 3 cannot take apart: where Keras 2 saved it, convert it with "
-    + FROM_KERAS_2
-    + f"; else, in the program that built it, {SAVE}"
-)
+SAVED_MODEL = f"a SavedModel: {BY_CONVERSION}"
+FOLDER = BY_CONVERSION.format("FOLDER")
 WEIGHTS_ONLY = (
     "holds weights without their network: name it with weights, beside architecture; or build the network, "
-    "model.load_weights({0!r}), and " + SAVE
+    "model.load_weights({2!r}), and " + SAVE
 )
-HDF5 = "is a whole model in HDF5, which can run code when it is loaded: convert it where you trust it, with "
+HDF5 = f"is a whole model in HDF5: {BY_CONVERSION}"
 PICKLE = f"is a pickle, which runs whatever code it holds: load it where you trust it, and {SAVE}"
-TORCH = f"is of PyTorch, which has no layers of Keras: {REBUILD}"
-BY_SCORES = "name it as model = '{0}', and RISE and occlusion explain it"
-BY_ENDING = {  # why such a file is refused, and how to convert it; {0!r}: its name
+BY_SCORES = "or name it as model = '{0}', and RISE and occlusion explain it"
+FROM_ONNX = "`onnx2tf -i {0} -o made`, then `gradcam convert {1} NAME.keras`"
+TORCH = (
+    "is of PyTorch, which has no layers of Keras: in the program that made it, "
+    "torch.onnx.export(model, image, 'NAME.onnx', dynamo=False), then convert that with "
+    + FROM_ONNX.format("NAME.onnx", "made/NAME_float32.tflite")
+)
+# Why such a file is refused, and how to convert it; {0}: its name, quoted for a shell; {1}: what onnx2tf
+# makes of it; {2}: its name.
+BY_ENDING = {
     ".weights.h5": WEIGHTS_ONLY,
-    ".h5": HDF5 + FROM_HDF5,
-    ".hdf5": HDF5 + FROM_HDF5,
+    ".h5": HDF5,
+    ".hdf5": HDF5,
     ".pkl": PICKLE,
     ".pickle": PICKLE,
     ".joblib": PICKLE,
-    ".pb": "belongs to a SavedModel, " + SAVED_MODEL.format("FOLDER"),
-    ".tflite": f"is compiled for TensorFlow Lite and has no gradients: {BY_SCORES.format('x.tflite')}; or "
-    f"take the model it was made of, and {SAVE}",
-    ".onnx": f"is of ONNX, which has no layers of Keras: {BY_SCORES.format('x.onnx')}; or take the model it "
-    f"was exported from, and {SAVE}; where that is of PyTorch, {REBUILD}",
+    "saved_model.pb": f"belongs to a SavedModel, a folder: {FOLDER}",
+    ".pb": f"is a graph of TensorFlow: {BY_CONVERSION}",
+    ".tflite": f"is of TensorFlow Lite: {BY_CONVERSION}, {BY_SCORES.format('x.tflite')}",
+    ".onnx": f"is of ONNX, which has no layers of Keras: convert it with {FROM_ONNX}; "
+    + BY_SCORES.format("x.onnx"),
     ".pt": TORCH,
     ".pth": TORCH,
     ".ckpt": f"is a checkpoint, weights without their network: build it, load them, and {SAVE}",
     ".safetensors": f"holds arrays without their network: {REBUILD}",
     ".npz": f"holds arrays without their network: {REBUILD}",
     ".json": "holds an architecture without weights: "
-    f"model = keras.models.model_from_json(open({{0!r}}).read()), model.load_weights(...), and {SAVE}",
+    f"model = keras.models.model_from_json(open({{2!r}}).read()), model.load_weights(...), and {SAVE}",
     ".zip": "is an archive: unpack it, and name the .keras file that is in it",
     ".tar": "is an archive: unpack it, and name the .keras file that is in it",
     ".gz": "is compressed: unpack it, and name the .keras file that is in it",
-    "": "looks like a folder, a SavedModel perhaps, " + SAVED_MODEL,
+    "": f"looks like a folder, {SAVED_MODEL}",
 }
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 PAGE_STARTS = (b"<!doctype", b"<html", b"<?xml", b"<head", b"<error")
@@ -99,10 +97,25 @@ def refusal_by_ending(address: str) -> str:
     Returns:
         The reason, and how to convert the file.
     """
-    name = PurePosixPath(address).name if not address.endswith("/") else ""
-    listed = (suffix for suffix in BY_ENDING if suffix and name.lower().endswith(suffix))
-    ending = next(listed, PurePosixPath(name).suffix)
-    return BY_ENDING.get(ending, f"is no Keras model: {SAVE}").format(name or address)
+    name = PurePosixPath(address).name
+    is_folder = address.endswith("/")
+    listed = (suffix for suffix in BY_ENDING if suffix and name.lower().endswith(suffix) and not is_folder)
+    ending = next(listed, "" if is_folder else PurePosixPath(name).suffix)
+    return refusal(ending, name) if ending in BY_ENDING else f"is no Keras model: {SAVE}"
+
+
+def refusal(ending: str, name: str) -> str:
+    """Why a file with a known ending is not loaded.
+
+    Args:
+        ending: One of those in `BY_ENDING`.
+        name: Of the file.
+
+    Returns:
+        The reason, and how to convert the file.
+    """
+    made = f"made/{PurePosixPath(name).stem}_float32.tflite"  # by onnx2tf
+    return BY_ENDING[ending].format(shlex.quote(name), shlex.quote(made), name)
 
 
 def refusal_by_content(path: Path, name: str) -> str | None:
@@ -137,7 +150,7 @@ def refusal_by_content(path: Path, name: str) -> str | None:
         (".onnx", head[:1] == b"\x08" and head[2:3] == b"\x12"),
     ):
         if starts:
-            return BY_ENDING[ending].format(name)
+            return refusal(ending, name)
     return None
 
 
@@ -151,7 +164,7 @@ def refusal_of_folder(path: Path) -> str | None:
         The reason; None if it is no model of any kind.
     """
     if (path / "saved_model.pb").is_file():
-        return "is a folder, a SavedModel, " + SAVED_MODEL.format(path.name)
+        return f"is a folder, {SAVED_MODEL.format(shlex.quote(path.name))}"
     if (path / "config.json").is_file() and (path / "model.weights.h5").is_file():
         return (
             "is a folder, a .keras file unpacked: pack what is in it, as in "
@@ -179,9 +192,10 @@ def read_config(path: Path, name: str) -> dict[str, Any]:
     with path.open("rb") as file:
         starts = file.read(len(HDF5_SIGNATURE))
     if starts == HDF5_SIGNATURE:
-        ending = ".h5" if layout(path) == "model" else ".weights.h5"
-        right = name.removesuffix(".keras") + ending  # Keras chooses the format by it
-        message = f"{BY_ENDING[ending].format(right)}; rename it to {right!r} for that"
+        if layout(path) == "model":
+            raise Refused(refusal(".h5", name))
+        right = name.removesuffix(".keras") + ".weights.h5"  # Keras chooses the format by it
+        message = f"{refusal('.weights.h5', right)}; rename it to {right!r} for that"
         raise Refused(message)
     if not starts.startswith(b"PK"):
         message = f"is no Keras model, it begins with {starts!r}: {SAVE}"
@@ -285,7 +299,7 @@ def _refusal_of_archive(names: list[str], name: str) -> str:
     """Why an archive without `config.json` is refused."""
     by_file_name = {PurePosixPath(member).name: member for member in names}
     if "saved_model.pb" in by_file_name:
-        return "is an archive of a SavedModel, " + SAVED_MODEL.format("FOLDER")
+        return f"is an archive of a SavedModel: unpack it, and {FOLDER}"
     if "config.json" in by_file_name:
         folder = by_file_name["config.json"].rpartition("/")[0]
         return f"is an archive of the folder {folder[:100]!r}: pack what is in it, not the folder"
@@ -294,7 +308,7 @@ def _refusal_of_archive(names: list[str], name: str) -> str:
     if inner_model := next((member for member in names if member.endswith(".keras")), None):
         return f"is an archive: unpack it, and name {inner_model[:100]!r}, which is in it"
     if names and all(member.endswith(".npy") for member in names):
-        return BY_ENDING[".npz"].format(name)
+        return refusal(".npz", name)
     return f"is an archive without the config.json of a Keras model: {SAVE}"
 
 

@@ -1,0 +1,1 @@
+"""Conversion of a classifier from another format into the `.keras` file that workers load."""

@@ -1,0 +1,171 @@
+"""Converts one file: opens the old model, makes a new one, compares them, and writes the new one."""
+
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from gradcam_worker.errors import GradcamError, MissingExtra
+from gradcam_worker.gradcam.backend import keras
+from gradcam_worker.gradcam.catalog import PREPROCESSING, ModelFile, NetworkRow, Preprocessing
+from gradcam_worker.gradcam.conversion import check, formats, sources
+from gradcam_worker.gradcam.conversion.check import Checked
+from gradcam_worker.gradcam.conversion.sources import Rebuild, Source
+from gradcam_worker.gradcam.models.loading import load_network
+from gradcam_worker.gradcam.models.model_file import Refused
+from gradcam_worker.gradcam.models.weights import WeightsFile, file_sha256
+from gradcam_worker.text.visible import abridged
+
+TOLERANCE = 1e-4  # largest difference of an output, as a share of the range of the outputs
+IMAGE_RANK = 3  # (rows, columns, channels)
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A new file, and what is known about it. The names are keys of the JSON of `gradcam convert --json`.
+
+    Attributes:
+        source: The format of the old file.
+        rebuilt: How the new model was made.
+        sha256: Of the new file.
+        difference: The largest difference of an output, as a share of the range of the outputs.
+        images: How many inputs were compared.
+        same_class: The share of them with the same largest output.
+        left_out: Ranges of pixels in which rounding alone changes what the old model computes.
+        input_size: (height, width); None: its input is no image.
+        channels: Of the image.
+        rescales: Whether its first layers rescale their input.
+        layer: The layer that is explained by default; empty if the model cannot be explained.
+        map_size: (rows, columns) of that layer.
+        classes: Their number.
+        problem: Why it cannot be explained; empty if it can be.
+    """
+
+    source: str
+    rebuilt: str
+    sha256: str
+    difference: float
+    images: int
+    same_class: float
+    left_out: tuple[str, ...]
+    input_size: tuple[int, int] | None
+    channels: int
+    rescales: bool = False
+    layer: str = ""
+    map_size: tuple[int, int] = (0, 0)
+    classes: int = 0
+    problem: str = ""
+
+
+def convert(
+    path: Path,
+    output: Path,
+    *,
+    input_size: tuple[int, int] | None = None,
+    tolerance: float = TOLERANCE,
+    allow_code: bool = False,
+) -> Converted:
+    """Convert a file. Call it in a process of its own: whatever is in the file is loaded by other libraries.
+
+    Args:
+        path: The old file or folder.
+        output: Where to write the new one; must end in `.keras`.
+        input_size: (height, width) of a model that takes images of any size.
+        tolerance: The largest difference that the check accepts, as a share of the range of the outputs.
+        allow_code: Whether code in the file may run.
+
+    Returns:
+        What was written.
+
+    Raises:
+        Refused: It cannot be converted, or the new model computes something else.
+        MissingExtra: It needs the extra `convert`.
+        OSError: A file cannot be read or written.
+    """
+    form = formats.recognise(path)
+    if not allow_code and (reason := formats.code_in(path, form)):
+        raise Refused(reason)
+    with tempfile.TemporaryDirectory(prefix="gradcam-convert-") as temporary:
+        folder = Path(temporary)
+        try:
+            source = sources.open_source(path, form, folder, input_size, allow_code=allow_code)
+        except (Refused, MissingExtra):
+            raise
+        except Exception as error:  # whatever the libraries raise for such a file
+            message = f"cannot be loaded: {_told(error)}"
+            raise Refused(message) from error
+        failures = []
+        for rebuild in source.rebuilds:
+            try:
+                checked = _make(source, rebuild, output, tolerance)
+            except Exception as error:  # noqa: BLE001  # there may be another way
+                output.unlink(missing_ok=True)
+                failures.append((rebuild, error))
+            else:
+                return _describe(source, rebuild, output, checked)
+    raise _refusal(failures)
+
+
+def _make(source: Source, rebuild: Rebuild, output: Path, tolerance: float) -> Checked:
+    """Write a new model, load it as workers do, and compare it with the old one."""
+    rebuild.build().save(output)
+    model = keras.saving.load_model(output, compile=False, safe_mode=True)
+    return check.compare(source, model, tolerance)
+
+
+def _refusal(failures: list[tuple[Rebuild, Exception]]) -> Refused:
+    """Why no way led to a new model: the reason of the only one, or of each."""
+    if len(failures) == 1:
+        ((_, error),) = failures
+        return Refused(_told(error) if isinstance(error, Refused) else f"cannot be rebuilt: {_told(error)}")
+    reasons = "; ".join(f"{rebuild.description}, {_told(error)}" for rebuild, error in failures)
+    return Refused(f"cannot be rebuilt: {reasons}")
+
+
+def _told(error: Exception) -> str:
+    return abridged(str(error)) or type(error).__name__
+
+
+def _describe(source: Source, rebuild: Rebuild, output: Path, checked: Checked) -> Converted:
+    """Load the new file as a worker does, to tell what is explained."""
+    images = [spec.shape for spec in source.inputs if len(spec.shape) == IMAGE_RANK]
+    height, width, channels = images[0] if images else (0, 0, 0)
+    sha256 = file_sha256(output)
+    converted = Converted(
+        source=source.description,
+        rebuilt=rebuild.description,
+        sha256=sha256,
+        difference=checked.difference,
+        images=checked.images,
+        same_class=checked.same_class,
+        left_out=checked.left_out,
+        input_size=(height, width) if images else None,
+        channels=channels,
+    )
+    if not images:
+        return replace(converted, problem="its input is no image")
+    row = NetworkRow(
+        name=output.stem,
+        input_size=(height, width),
+        preprocessing=_any_preprocessing(channels),
+        labels=(),
+        file=ModelFile(str(output), sha256),
+    )
+    try:
+        network: Any = load_network(row, file=WeightsFile(output, sha256), forward="tensorflow")
+    except GradcamError as error:
+        return replace(converted, problem=abridged(str(error)))
+    facts = network.facts
+    return replace(
+        converted,
+        rescales=facts.rescales,
+        layer=facts.default_layer,
+        map_size=facts.map_size,
+        classes=len(network.labels),
+    )
+
+
+def _any_preprocessing(channels: int) -> Preprocessing:
+    if channels == PREPROCESSING["none"].input_channels:
+        return PREPROCESSING["none"]
+    return Preprocessing("none", channels="grey" if channels == 1 else channels)

@@ -1,0 +1,163 @@
+"""What a file is that is to be converted, and what in it could run code. The file is read, but not loaded."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from gradcam_worker.gradcam.models import model_file
+from gradcam_worker.gradcam.models.model_file import Refused
+
+Format = Literal["hdf5", "keras", "saved_model", "frozen_graph", "tflite"]
+SAVED_MODEL_FILE = "saved_model.pb"
+# What a configuration may name without being able to run anything but layers of Keras.
+KERAS_MODULE = re.compile(
+    r"(tf_)?keras(\.src)?(\.(activations|constraints|dtype_policies|engine|initializers|layers|losses|metrics"
+    r"|mixed_precision|models|ops|optimizers|regularizers)(\.\w+)*)?"
+)
+CALLS_ANYTHING = {"FlaxLayer", "JaxLayer", "KerasLayer", "Lambda", "TFSMLayer", "TorchModuleWrapper"}
+CALLS_A_FUNCTION = {"SlicingOpLambda", "TFOpLambda"}  # of TensorFlow, by its name
+ARITHMETIC = re.compile(
+    r"__operators__\.\w+|(compat\.v1\.)?(math|nn|linalg|image)\.\w+|(compat\.v1\.)?(cast|clip_by_value|concat|"
+    r"convert_to_tensor|expand_dims|identity|pad|reshape|shape|split|squeeze|stack|tile|transpose)"
+)
+
+
+def recognise(path: Path) -> Format:
+    """Recognise a format by the content of a file or folder.
+
+    Args:
+        path: The file or folder.
+
+    Returns:
+        The format.
+
+    Raises:
+        Refused: It is none that can be converted.
+        OSError: It cannot be read.
+    """
+    if path.is_dir():
+        if (path / SAVED_MODEL_FILE).is_file():
+            return "saved_model"
+        raise Refused(
+            model_file.refusal_of_folder(path) or "is a folder, and no SavedModel: name the file in it"
+        )
+    if path.name == SAVED_MODEL_FILE:
+        message = f"belongs to a SavedModel: name its folder, {str(path.parent)!r}"
+        raise Refused(message)
+    with path.open("rb") as file:
+        head = file.read(16)
+    if head[4:8] == b"TFL3":
+        return "tflite"
+    if head.startswith(model_file.HDF5_SIGNATURE):
+        if model_file.layout(path) == "model":
+            return "hdf5"
+        raise Refused(model_file.refusal(".weights.h5", path.name))
+    if head.startswith(b"PK"):
+        return _recognise_archive(path)
+    if reason := model_file.refusal_by_content(path, path.name):
+        raise Refused(reason)
+    if path.suffix == ".pb":
+        return "frozen_graph"
+    raise Refused(model_file.refusal_by_ending(path.name))
+
+
+def _recognise_archive(path: Path) -> Format:
+    version = model_file.keras_version(path)
+    config = model_file.read_config(path, path.name)
+    if re.match("[012][.]", version) or any(node.get("class_name") == "Lambda" for node in _nodes(config)):
+        return "keras"
+    message = f"is a .keras file of Keras {version or 3} already: name it in the registry as it is"
+    raise Refused(message)
+
+
+def code_in(path: Path, form: Format) -> str | None:
+    """What in a file could run code when it is loaded.
+
+    Args:
+        path: The file or folder.
+        form: Its format.
+
+    Returns:
+        The rest of a sentence that begins with the file; None: nothing but layers of Keras is named in it.
+
+    Raises:
+        Refused: Its configuration cannot be read.
+        OSError: It cannot be read.
+    """
+    if form == "tflite":
+        return None  # operators of the interpreter, and nothing else
+    if form == "frozen_graph":
+        return "is a graph of TensorFlow, whose operations can read and write files"
+    if form == "saved_model":
+        return "is a SavedModel, whose operations and layers can read and write files and run code"
+    config = hdf5_config(path) if form == "hdf5" else model_file.read_config(path, path.name)
+    suspects = list(dict.fromkeys(suspect for node in _nodes(config) if (suspect := _suspect(node))))
+    if not suspects:
+        return None
+    more = f" and {len(suspects) - 3} more" if len(suspects) > 3 else ""  # noqa: PLR2004  # a short message
+    return f"holds {', '.join(suspects[:3])}{more}, which can run code"
+
+
+def hdf5_config(path: Path) -> dict[str, Any]:
+    """The configuration of a whole model in HDF5.
+
+    Raises:
+        Refused: It cannot be read.
+    """
+    text = hdf5_attribute(path, "model_config")
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        message = f"holds a model_config that is no JSON: {error}"
+        raise Refused(message) from error
+    if not isinstance(config, dict):
+        message = "holds a model_config that describes no model"
+        raise Refused(message)
+    return config
+
+
+def hdf5_attribute(path: Path, name: str) -> str:
+    """An attribute of an HDF5 file as text; empty if it is missing.
+
+    Raises:
+        Refused: The file is damaged.
+    """
+    import h5py
+
+    try:
+        with h5py.File(path, "r") as file:
+            value = file.attrs.get(name, "")
+            return value.decode() if isinstance(value, bytes) else str(value)
+    except (OSError, RuntimeError, KeyError, UnicodeDecodeError) as error:
+        message = f"is damaged ({error}): copy it again"
+        raise Refused(message) from error
+
+
+def _nodes(config: Any) -> Iterator[dict[str, Any]]:
+    """All tables of a configuration."""
+    pending: list[Any] = [config]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, dict):
+            yield node
+            pending += reversed(node.values())
+        elif isinstance(node, list):
+            pending += reversed(node)
+
+
+def _suspect(node: dict[str, Any]) -> str | None:
+    """What a table of a configuration names, if it is more than a class of Keras."""
+    kind, module, settings = node.get("class_name"), node.get("module"), node.get("config")
+    settings = settings if isinstance(settings, dict) else {}
+    name = f" ({settings['name']})" if isinstance(settings.get("name"), str) else ""
+    if kind in CALLS_ANYTHING:
+        return f"a layer {kind}{name}"
+    if kind in CALLS_A_FUNCTION and not ARITHMETIC.fullmatch(
+        str(settings.get("function", "__operators__.x"))
+    ):
+        return f"a layer that calls tf.{settings['function']}{name}"
+    if isinstance(module, str) and module != "builtins" and not KERAS_MODULE.fullmatch(module):
+        return f"{module}.{kind}{name}"
+    return None

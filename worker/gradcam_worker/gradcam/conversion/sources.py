@@ -1,0 +1,311 @@
+"""Opens the old model: what it computes, and the ways in which a Keras 3 model can be made of it."""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradcam_worker import extras
+from gradcam_worker.gradcam.backend import keras
+from gradcam_worker.gradcam.conversion import formats, tflite_file, tflite_layers
+from gradcam_worker.gradcam.conversion.formats import Format
+from gradcam_worker.gradcam.models import model_file
+from gradcam_worker.gradcam.models.model_file import Refused
+
+Arrays = Sequence[NDArray[Any]]
+FREE_SIDE = 224  # pixels, where a model takes images of any size and none is asked for
+SIGNATURE = "serving_default"
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """An input of a model."""
+
+    shape: tuple[int, ...]  # of one image
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Rebuild:
+    """A way to make a model of Keras 3."""
+
+    description: str  # as the rest of a sentence that begins with the file
+    build: Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Source:
+    """An old model."""
+
+    description: str  # of its format
+    inputs: tuple[InputSpec, ...]
+    predict: Callable[[Arrays], Arrays]  # the outputs for one image
+    rebuilds: tuple[Rebuild, ...]  # the best one first
+    rounds: bool = False  # whether its arithmetic rounds to 8 or 16 bits
+    limits: tuple[float, float] | None = None  # of the numbers that its input can hold, where it is quantised
+
+
+def open_source(
+    path: Path, form: Format, folder: Path, input_size: tuple[int, int] | None, *, allow_code: bool
+) -> Source:
+    """Load a model as its own format is loaded.
+
+    Args:
+        path: The file or folder.
+        form: Its format.
+        folder: For files in between.
+        input_size: (height, width) of a model that takes images of any size.
+        allow_code: Whether code in it may run.
+
+    Returns:
+        The model.
+
+    Raises:
+        Refused: It cannot be loaded.
+        MissingExtra: It was saved by Keras 2, and tf_keras is not installed.
+    """
+    if form == "tflite":
+        return _open_tflite(path)
+    if form == "saved_model":
+        return _open_saved_model(path, folder, input_size)
+    if form == "frozen_graph":
+        return _open_frozen_graph(path, input_size)
+    if form == "hdf5":
+        version, name = formats.hdf5_attribute(path, "keras_version"), "a.h5"
+    else:
+        version, name = model_file.keras_version(path), "a.keras"
+    link = folder / name  # the format is chosen by the ending
+    link.symlink_to(path.absolute())
+    kind = "HDF5" if form == "hdf5" else ".keras"
+    if version.startswith("3"):
+        model = keras.saving.load_model(link, compile=False, safe_mode=not allow_code)
+        layers = Rebuild("layer by layer", lambda: model)
+    else:
+        model = _load_with_keras_2(link)
+        layers = Rebuild("layer by layer", lambda: _to_keras_3(model, folder))
+    return _of_keras(f"Keras {version or 'before 2'}, {kind}", model, layers, input_size)
+
+
+def _load_with_keras_2(path: Path) -> Any:
+    with extras.required("Converting a model of Keras 2", "convert", extras.WORKER):
+        import tf_keras
+    return tf_keras.models.load_model(path, compile=False)
+
+
+def _of_keras(description: str, model: Any, layers: Rebuild, input_size: tuple[int, int] | None) -> Source:
+    """A model of Keras 2 or 3."""
+    tensors = keras.tree.flatten(model.inputs)
+    inputs = tuple(
+        InputSpec(_complete(tuple(tensor.shape)[1:], input_size), _dtype_name(tensor.dtype))
+        for tensor in tensors
+    )
+
+    def predict(arrays: Arrays) -> Arrays:
+        values = list(arrays) if len(arrays) > 1 else arrays[0]
+        return [np.asarray(output) for output in keras.tree.flatten(model(values, training=False))]
+
+    graph = Rebuild(
+        "from its graph, operator by operator",
+        lambda: _from_function(lambda image: model(image, training=False), inputs, model),
+    )
+    return Source(description, inputs, predict, (layers, graph))
+
+
+def _complete(shape: tuple[int | None, ...], input_size: tuple[int, int] | None) -> tuple[int, ...]:
+    """The shape of an image, with the size that was asked for where a model takes any."""
+    sizes = input_size or (FREE_SIDE, FREE_SIDE)
+    sides = [side or (sizes[axis] if axis < len(sizes) else 3) for axis, side in enumerate(shape)]
+    return tuple(int(side) for side in sides)
+
+
+def _dtype_name(dtype: Any) -> str:
+    return str(getattr(dtype, "name", dtype))
+
+
+def _to_keras_3(model: Any, folder: Path) -> Any:
+    """Make a Keras 3 model of a model of Keras 2, by HDF5, which both read."""
+    import h5py
+
+    path = folder / "layers.h5"
+    model.save(path, save_format="h5", include_optimizer=False)
+    with h5py.File(path, "a") as file:
+        config = json.loads(file.attrs["model_config"])
+        _modernise(config)
+        file.attrs["model_config"] = json.dumps(config).encode()
+    return keras.saving.load_model(path, compile=False, safe_mode=True)
+
+
+def _modernise(config: Any) -> None:
+    """Correct what Keras 3 does not take in a configuration of Keras 2."""
+    if isinstance(config, list):
+        for value in config:
+            _modernise(value)
+    elif isinstance(config, dict):
+        kind, settings = config.get("class_name"), config.get("config")
+        if isinstance(settings, dict):
+            if kind in {"DepthwiseConv2D", "SeparableConv2D"} and settings.get("groups") == 1:
+                del settings["groups"]
+            axis = settings.get("axis")
+            if kind == "BatchNormalization" and isinstance(axis, list) and len(axis) == 1:
+                settings["axis"] = axis[0]
+            if isinstance(settings.get("layers"), list):
+                _renumber_calls(settings)
+        for value in config.values():
+            _modernise(value)
+
+
+def _renumber_calls(settings: dict[str, Any]) -> None:
+    """Count the calls of nested models from 0: in Keras 2 a model of its own has the number 0 already."""
+    layers = [layer for layer in settings["layers"] if isinstance(layer, dict)]
+    nested = {
+        layer.get("name")
+        for layer in layers
+        if layer.get("class_name") in {"Functional", "Model", "Sequential"}
+    }
+    pending: list[Any] = [settings.get("output_layers"), *(layer.get("inbound_nodes") for layer in layers)]
+    calls = []
+    while pending:
+        node = pending.pop()
+        if isinstance(node, dict):
+            pending += node.values()
+        elif isinstance(node, list):
+            is_call = len(node) > 2 and isinstance(node[0], str) and isinstance(node[1], int)  # noqa: PLR2004
+            if is_call and node[0] in nested:
+                calls.append(node)
+            pending += node
+    for name in nested:
+        own = [call for call in calls if call[0] == name]
+        if own and min(call[1] for call in own) > 0:
+            for call in own:
+                call[1] -= 1
+
+
+def _open_saved_model(path: Path, folder: Path, input_size: tuple[int, int] | None) -> Source:
+    import tensorflow as tf
+
+    loaded = tf.saved_model.load(str(path))
+    signatures = loaded.signatures
+    name = SIGNATURE if SIGNATURE in signatures or not signatures else next(iter(signatures))
+    if not signatures:
+        message = (
+            f"is a SavedModel without a signature such as {SIGNATURE!r}, which says what goes in and out"
+        )
+        raise Refused(message)
+    signature = signatures[name]
+    tensors = signature.structured_input_signature[1]
+    keys = list(tensors)
+    inputs = tuple(
+        InputSpec(_complete(tuple(spec.shape)[1:], input_size), spec.dtype.name) for spec in tensors.values()
+    )
+
+    def call(*values: Any) -> list[Any]:
+        outputs = signature(**dict(zip(keys, values, strict=True)))
+        return [outputs[key] for key in sorted(outputs)]
+
+    rebuilds = [
+        Rebuild("from its graph, operator by operator", lambda: _from_function(call, inputs, loaded)),
+    ]
+    if (path / "keras_metadata.pb").is_file():
+        rebuilds.insert(0, Rebuild("layer by layer", lambda: _to_keras_3(_load_with_keras_2(path), folder)))
+    return Source(
+        "SavedModel" + (" of Keras 2" if len(rebuilds) > 1 else ""),
+        inputs,
+        lambda arrays: [output.numpy() for output in call(*map(tf.constant, arrays))],
+        tuple(rebuilds),
+    )
+
+
+def _open_frozen_graph(path: Path, input_size: tuple[int, int] | None) -> Source:
+    import tensorflow as tf
+
+    definition = tf.compat.v1.GraphDef()
+    try:
+        definition.ParseFromString(path.read_bytes())
+    except Exception as error:  # protobuf's own
+        message = f"is no frozen graph of TensorFlow: {error}"
+        raise Refused(message) from error
+    read = {re.sub(r"^\^|:\d+$", "", name) for node in definition.node for name in node.input}
+    placeholders = [node for node in definition.node if node.op == "Placeholder"]
+    ends = [
+        node.name for node in definition.node if node.name not in read and node.op not in {"NoOp", "Const"}
+    ]
+    if len(placeholders) != 1 or len(ends) != 1:
+        names = [node.name for node in placeholders]
+        message = f"has the inputs {names} and the outputs {ends}: one of each is needed"
+        raise Refused(message)
+    wrapped = tf.compat.v1.wrap_function(lambda: tf.graph_util.import_graph_def(definition, name=""), [])
+    function = wrapped.prune(f"{placeholders[0].name}:0", f"{ends[0]}:0")
+    tensor = function.inputs[0]
+    if tensor.shape.rank is None:
+        message = f"does not say the shape of its input {placeholders[0].name!r}"
+        raise Refused(message)
+    inputs = (InputSpec(_complete(tuple(tensor.shape)[1:], input_size), tensor.dtype.name),)
+    return Source(
+        "frozen graph",
+        inputs,
+        lambda arrays: [function(tf.constant(arrays[0])).numpy()],
+        (Rebuild("from its graph, operator by operator", lambda: _from_function(function, inputs, wrapped)),),
+    )
+
+
+def _from_function(call: Callable[..., Any], inputs: tuple[InputSpec, ...], owner: Any) -> Any:
+    """Make a model of the graph of a function, which TensorFlow Lite's converter simplifies first."""
+    import tensorflow as tf
+    from tensorflow.python.framework import convert_to_constants
+
+    if len(inputs) != 1:
+        message = f"has {len(inputs)} inputs: only a graph of one image can be rebuilt"
+        raise Refused(message)
+    (image,) = inputs
+    function = tf.function(call).get_concrete_function(tf.TensorSpec((1, *image.shape), image.dtype))
+    frozen = convert_to_constants.convert_variables_to_constants_v2(function)
+    converter = tf.lite.TFLiteConverter.from_concrete_functions([frozen], owner)
+    return tflite_layers.build(tflite_file.read(converter.convert()))
+
+
+def _open_tflite(path: Path) -> Source:
+    import tensorflow as tf
+
+    data = path.read_bytes()
+    graph = tflite_file.read(data)
+    try:
+        interpreter = tf.lite.Interpreter(model_content=data)
+        for detail in interpreter.get_input_details():
+            interpreter.resize_tensor_input(detail["index"], (1, *detail["shape"][1:]))
+        interpreter.allocate_tensors()
+    except (RuntimeError, ValueError) as error:
+        message = f"is not taken by the interpreter of TensorFlow Lite: {error}"
+        raise Refused(message) from error
+    inputs, outputs = interpreter.get_input_details(), interpreter.get_output_details()
+
+    def predict(arrays: Arrays) -> Arrays:
+        for detail, array in zip(inputs, arrays, strict=True):
+            interpreter.set_tensor(detail["index"], array)
+        interpreter.invoke()
+        return [_real(interpreter.get_tensor(detail["index"]), detail) for detail in outputs]
+
+    specs = tuple(
+        InputSpec(tuple(int(side) for side in detail["shape"][1:]), np.dtype(detail["dtype"]).name)
+        for detail in inputs
+    )
+    return Source(
+        "TensorFlow Lite" + (", quantised" if graph.rounds else ""),
+        specs,
+        predict,
+        (Rebuild("from its graph, operator by operator", lambda: tflite_layers.build(graph)),),
+        graph.rounds,
+        graph.input_limits,
+    )
+
+
+def _real(values: NDArray[Any], detail: Any) -> NDArray[Any]:
+    """The real numbers that an output of the interpreter stands for."""
+    scale, zero_point = detail["quantization"]
+    if not scale or values.dtype.kind not in "iu":
+        return values
+    return np.asarray((values.astype(np.float32) - zero_point) * scale)
