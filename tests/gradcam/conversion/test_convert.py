@@ -210,7 +210,7 @@ def test_a_quantised_file_needs_a_limit_that_its_rounding_meets(tmp_path: Path) 
     import tensorflow as tf
 
     from gradcam_worker.gradcam.conversion.convert import convert
-    from gradcam_worker.gradcam.models.load_checks import varied_images
+    from gradcam_worker.gradcam.models.sample_images import varied_images
 
     model = classifier(keras)
     converter = tf.lite.TFLiteConverter.from_keras_model(model)
