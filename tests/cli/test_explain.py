@@ -48,6 +48,20 @@ class TestExplain:
         assert manifest.explanations[0].metrics.keys() == {"deletion"}
         assert (manifest.method.name, manifest.method.flip) == ("eigencam", True)
 
+    def test_a_class_is_explained_against_others_and_all_results_say_so(
+        self, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        contrast = ["--classes", "Egyptian cat", "--against", "tabby,lynx", "--artifact", "report"]
+        image = str(photos / "chelsea.jpg")
+        assert main(["explain", image, *contrast, "--artifact", "grid", "-o", str(tmp_path)]) == 0
+        assert "Egyptian_cat, not 281 tabby or" in capsys.readouterr().out
+        folder = tmp_path / "chelsea"
+        manifest = Manifest.model_validate_json((folder / "manifest.json").read_bytes())
+        assert [label.name for label in manifest.against] == ["tabby", "lynx"]
+        assert "not 281 tabby or 287 lynx" in (folder / "report.html").read_text()
+        assert main(["explain", image, "--classes", "281", "--against", "tabby", "-o", str(tmp_path)]) == 1
+        assert "against itself" in capsys.readouterr().err
+
     def test_a_bad_image_changes_the_exit_code_and_no_other_result(
         self, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

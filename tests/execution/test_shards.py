@@ -20,6 +20,7 @@ import pytest
 from botocore.exceptions import ClientError
 from numpy.typing import NDArray
 
+from gradcam_worker.artifacts import dataset
 from gradcam_worker.errors import (
     AttemptFenced,
     DeviceOutOfMemory,
@@ -273,6 +274,15 @@ def check_against_manifests(harness: Harness) -> None:
 
 def test_the_results_of_a_shard_agree_with_the_manifests_of_jobs() -> None:
     check_against_manifests(Harness())
+
+
+def test_rows_are_explained_against_classes_and_the_file_says_so() -> None:
+    harness = Harness({uri(0): png((20, 220, 200))})
+    harness.run(shard_of(harness.images, target={"top_n": 1, "against": ["green"]}))
+    assert harness.table.column("class_name").to_pylist() == ["blue"]
+    assert harness.table.column("rank").to_pylist() == [2]
+    metadata = json.loads(harness.table.schema.metadata[dataset.METADATA_KEY])
+    assert metadata["against"] == ["green"]
 
 
 def test_boxes_and_peaks_are_in_pixels_of_the_full_size_of_an_image_decoded_at_a_smaller_scale() -> None:

@@ -119,6 +119,25 @@ def test_an_explanation_is_the_same_across_the_border(path: Path) -> None:
         assert remote.shard_batch_size(network) == 8
 
 
+def test_classes_against_cross_the_border_and_a_plain_method_needs_no_byte_more(path: Path) -> None:
+    here, method, pixels = ModelCache(lambda _: TinyNetwork()), Method(against=(1,)), RED // 2
+    with engine(path, ModelCache(lambda _: TinyNetwork())), client(path) as remote:
+        remote.connect(WAIT_S)
+        both: tuple[Any, ...] = remote, here
+        found = [
+            inference.infer_many(inference.load(ROW), pixels[None], (0, 2), method, Deadline(WAIT_S))[0]
+            for inference in both
+        ]
+        assert isinstance(found[0], Explanation)
+        assert isinstance(found[1], Explanation)
+        assert_equal(found[0], found[1])
+        assert [label.name for label in found[0].against] == ["green"]
+        with remote.reserve() as slot:
+            one = slot.infer(remote.load(ROW), pixels, (-1,), method, Deadline(WAIT_S)).explanation
+        assert one.explained[0].name == "red"
+    assert engine_client._fields(Method(flip=True)) == ("gradcam", None, "logit", "per_class", True)
+
+
 def test_only_this_user_can_open_the_socket(path: Path) -> None:
     with engine(path, ModelCache(lambda _: TinyNetwork())):
         assert path.stat().st_mode & 0o777 == 0o600
@@ -444,7 +463,7 @@ def test_a_job_process_that_stops_reading_delays_no_other(path: Path) -> None:
         messages.LENGTHS.pack(2**31, 0),
         messages.LENGTHS.pack(3, 0) + b"[9]",
         messages.LENGTHS.pack(5, 0) + b"[[[[[",
-        b"".join(messages.encode(messages.Infer(1, "key", 0, 0, (-1,), ("gradcam",), False, False))),  # type: ignore[arg-type]
+        b"".join(messages.encode(messages.Infer(1, "key", 0, 0, (-1,), ("gradcam",), False, False))),
         b"".join(messages.encode(messages.Hello(__version__, 1, 4096))),
     ],
     ids=["http", "huge", "no fields", "no json", "no hello", "no pool"],

@@ -1,3 +1,4 @@
+import json
 import os
 import uuid
 from pathlib import Path
@@ -31,6 +32,16 @@ def test_a_job_survives_the_wire() -> None:
     assert job.model_dump(mode="json")["schema"] == "gradcam.job/v1"
 
 
+def test_what_is_new_is_sent_only_where_it_is_asked_for_so_that_earlier_workers_take_the_job() -> None:
+    plain = Job.parse(LEAST)
+    assert set(json.loads(plain.to_json())["target"]) == {"top_n", "classes"}
+    contrast = Job.parse({**LEAST, "target": {"top_n": 5, "against": ["pier", 7]}})
+    assert Job.model_validate_json(contrast.to_json()) == contrast
+    assert contrast.target.against == ("pier", 7)
+    assert contrast.fingerprint() != plain.fingerprint()
+    assert "against" not in plain.fingerprint()
+
+
 def test_the_example_of_the_contract_is_a_job() -> None:
     example = {
         **LEAST,
@@ -55,6 +66,13 @@ def test_the_example_of_the_contract_is_a_job() -> None:
         ({"target": {"top_n": 5, "classes": [1]}}, "exactly one of top_n and classes is needed, both given"),
         ({"target": {}}, "neither given"),
         ({"target": {"classes": []}}, "at least 1 item"),
+        ({"target": {"top_n": 1, "against": []}}, "at least 1 item"),
+        ({"target": {"top_n": 1, "against": "dog"}}, "target.against: against is a list, as in ['dog']"),
+        ({"target": {"classes": ["cat", 3], "against": [3]}}, "3 is both in classes and in against"),
+        (
+            {"target": {"top_n": 1, "against": [3]}, "method": {"name": "eigencam"}},
+            "target.against has no meaning for the method eigencam",
+        ),
         ({"colour": "red"}, "colour: unknown field"),
         ({"target": {"top_n": True}}, "target.top_n"),
         ({"target": {"classes": [True]}}, "target.classes.0"),

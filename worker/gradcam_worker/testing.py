@@ -185,10 +185,14 @@ class TinyNetwork:
             message = f"Layer {method.layer!r} does not exist; there is 'blocks'."
             raise UnknownLayer(message)
         cells, blocks, scores = self.CELLS, self._blocks(pixels), self.scores(pixels)
-        order = np.argsort(-scores, axis=1, kind="stable")
+        ranked_scores = scores.copy()
+        ranked_scores[:, [*method.against]] = -np.inf
+        order = np.argsort(-ranked_scores, axis=1, kind="stable")
         ranked = np.take_along_axis(order, np.maximum(-wanted - 1, 0), axis=1)
         class_ids = np.where(wanted < 0, ranked, wanted).astype(np.int32)
         weights = self.KERNEL.T[class_ids.T] / cells**2  # (k, n, channels)
+        if method.against:
+            weights = weights - self.KERNEL.T[[*method.against]].mean(axis=0) / cells**2
         gradients = np.broadcast_to(weights[:, :, None, None], (*weights.shape[:2], cells, cells, 3))
         return Computed("blocks", scores, class_ids, cam.METHODS[method.name](np, blocks, gradients))
 

@@ -135,6 +135,7 @@ def build_manifest(
         method=method_record(job.method, explanation),
         predictions=class_scores(explanation.predictions),
         explanations=tuple(explanations),
+        against=tuple(ClassRef(**label._asdict()) for label in explanation.against),
         artifacts=tuple(
             record
             for artifact, record in recorded

@@ -154,6 +154,7 @@ def to_bytes(
         "network": network.model_dump(mode="json"),
         "method": shard.method.model_dump(mode="json"),
         "generator": f"gradcam-worker {__version__}",
+        **({"against": shard.target.against} if shard.target.against else {}),
     }
     file = io.BytesIO()
     table = table.replace_schema_metadata({METADATA_KEY: json.dumps(metadata, sort_keys=True).encode()})

@@ -9,7 +9,7 @@ import numpy as np
 
 from gradcam_worker import __version__
 from gradcam_worker.gradcam import report
-from gradcam_worker.gradcam.classes import caption
+from gradcam_worker.gradcam.classes import versus
 from gradcam_worker.gradcam.decoding.decode import Decoded
 from gradcam_worker.gradcam.explain import Explanation, file_name
 from gradcam_worker.gradcam.imaging import animation, overlay, region, sheet
@@ -172,8 +172,8 @@ def _titled_overlays(
 ) -> Iterator[sheet.Tile]:
     """Draw the overlay of each explained class, with its title."""
     base = overlay.OverlayBase(pixels, alpha=spec.alpha, colormap=spec.colormap)
-    for prediction, heatmap in zip(explanation.explained, explanation.shown, strict=True):
-        yield caption(prediction.id, prediction.name, prediction.probability), base.draw(heatmap)
+    for index, heatmap in enumerate(explanation.shown):
+        yield explanation.title(index), base.draw(heatmap)
 
 
 def _report(
@@ -191,7 +191,7 @@ def _report(
         "Network input": f"{network.input_size[1]} x {network.input_size[0]} pixels",
         "Preprocessing": network.preprocessing,
         "Layer": explanation.layer,
-        "Method": _method_text(method),
+        "Method": ", ".join(filter(None, (_method_text(method), versus(explanation.against)))),
         "Normalization": method.normalize,
         "Computed with": f"{network.backend}, {network.dtype}",
         "Made by": f"gradcam-worker {__version__}",

@@ -42,6 +42,7 @@ def explain(images: tuple[Path, ...], output: Path, *, spec: dict[str, Any], as_
       gradcam explain cat.jpg
       gradcam explain *.jpg --network vgg16 --top-n 5 -o out
       gradcam explain pier.jpg --classes pier,dock,460
+      gradcam explain cat.jpg --classes "Egyptian cat" --against tabby,lynx
       gradcam explain scan.png --network tumours --classes '"benign, no finding",malignant'
       gradcam explain cat.jpg --artifact report --artifact overlay:png --metric deletion
     """

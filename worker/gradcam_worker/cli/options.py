@@ -47,11 +47,9 @@ def parse_comma_lists(
         raise click.BadParameter(str(error), param=option) from error
 
 
-def classes_option(help_text: str) -> Callable[[Command], Command]:
-    """The option `--classes`, as the keyword argument `classes`; None: not given."""
-    return click.option(
-        "--classes", metavar="A,B,...", multiple=True, callback=parse_comma_lists, help=help_text
-    )
+def classes_option(help_text: str, name: str = "--classes") -> Callable[[Command], Command]:
+    """The option `--classes`, or another list of classes, as a keyword argument; None: not given."""
+    return click.option(name, metavar="A,B,...", multiple=True, callback=parse_comma_lists, help=help_text)
 
 
 def explanation_options(command: Command) -> Command:
@@ -81,9 +79,10 @@ def explanation_options(command: Command) -> Command:
     ) -> Any:
         how = {"layer": layer, "score": score, "normalize": normalize, "flip": flip}
         chosen = {name: others.pop(f"method_{name}") for name in MASKING_OPTIONS} | {"name": method}
+        against = others.pop("against")
         spec: dict[str, Any] = {
             "network": network,
-            "target": _target(top_n, classes),
+            "target": _target(top_n, classes) | ({"against": [*against]} if against else {}),
             "method": how | {name: value for name, value in chosen.items() if value is not None},
             "metrics": metrics,
         }
@@ -111,6 +110,11 @@ def explanation_options(command: Command) -> Command:
         classes_option(
             "Classes to explain, instead of --top-n: ids, wnids or names; may be repeated. "
             "Put a name with a comma in quotes: '\"crane, bird\"'."
+        ),
+        classes_option(
+            "Explain each class against these: why it is that class and not one of them. --top-n then counts "
+            "the other classes only.",
+            "--against",
         ),
         click.option(
             "--top-n", type=click.IntRange(1, 1000), help="Explain the n most probable classes. [3]"

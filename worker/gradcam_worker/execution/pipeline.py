@@ -1,6 +1,7 @@
 """Runs one job, from the URI of its image to its manifest."""
 
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 
 from gradcam_worker.artifacts import artifacts
@@ -67,7 +68,8 @@ def _explain(
         with context.enter_stage("load"):
             network = services.model_cache.load(services.networks.find(job.network))
             classes = network.labels.select(top_n=job.target.top_n, classes=job.target.classes)
-            method = method_of(job.method, network.facts)
+            against = network.labels.select_against(job.target.against, classes)
+            method = replace(method_of(job.method, network.facts), against=against)
         context.deadline.extend(context.metrics["load_s"])  # weights may have to be downloaded
         with context.enter_stage("explain"):
             pixels = image.fit(network.facts)

@@ -37,7 +37,7 @@ def method_of(spec: MethodSpec, facts: NetworkFacts) -> Method:
 
 def spec_of(method: Method) -> MethodSpec:
     """A method with nothing left open, as it stands in documents."""
-    return MethodSpec(**vars(method))
+    return MethodSpec(**{name: getattr(method, name) for name in MethodSpec.model_fields})
 
 
 def explain_in_passes(

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -165,7 +166,8 @@ class _ShardRun:
             )
             raise WeightsChecksumMismatch(message)
         self.classes = self.network.labels.select(top_n=shard.target.top_n, classes=shard.target.classes)
-        self.method = method_of(shard.method, self.network.facts)
+        against = self.network.labels.select_against(shard.target.against, self.classes)
+        self.method = replace(method_of(shard.method, self.network.facts), against=against)
         # By a method that needs many passes for each image, images are explained one by one.
         self.in_passes = masking.is_masking(self.method)
         if self.in_passes:  # what the shard leaves open is written into its file

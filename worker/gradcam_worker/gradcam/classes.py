@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from gradcam_worker.errors import AmbiguousClass, InvalidJob, UnknownClass
 from gradcam_worker.text.comma_lists import QUOTED
@@ -28,6 +28,7 @@ class Label(NamedTuple):
 
 
 WNID = re.compile(r"n[0-9]{4,}")  # WordNet ids
+MAX_LISTED_AGAINST = 3  # names in a caption
 MIN_SHOWN_PROBABILITY = 0.0005  # a smaller one would be rounded to 0.0 %
 
 
@@ -39,6 +40,27 @@ def percent(probability: float) -> str:
 def caption(class_id: int, name: str, probability: float) -> str:
     """Format a prediction, as in `718 pier 77.1 %`."""
     return f"{class_id} {name.replace('_', ' ')} {percent(probability)}"
+
+
+class Named(Protocol):
+    """A class with its id and name."""
+
+    @property
+    def id(self) -> int:
+        """Index of the class in the scores."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        ...
+
+
+def versus(against: Sequence[Named]) -> str:
+    """Format the classes that another one is explained against, as in `not 536 dock`; none: an empty text."""
+    names = [f"{label.id} {label.name.replace('_', ' ')}" for label in against[:MAX_LISTED_AGAINST]]
+    others = len(against) - len(names)
+    return f"not {' or '.join([*names, *[f'{others} others'] * bool(others)])}" if names else ""
 
 
 def fold(name: str) -> str:
@@ -132,6 +154,38 @@ class ClassIndex:
             raise AmbiguousClass(message)
         return matches[0]
 
+    def select_against(
+        self, against: Sequence[int | str] | None, selection: Sequence[int]
+    ) -> tuple[int, ...]:
+        """Select the classes that others are explained against: why it is A and not B.
+
+        Args:
+            against: Ids, wnids or names; repeated classes count once. None: there are none.
+            selection: The classes to explain, from `select`. A class that is `against` has no rank.
+
+        Returns:
+            Their ids.
+
+        Raises:
+            InvalidJob: A class would be explained against itself, or fewer than `top_n` classes are left.
+            UnknownClass: There is no such class.
+            AmbiguousClass: Several classes have this name.
+        """
+        if against is None:
+            return ()
+        _refuse_single_class("against", against)
+        ids = tuple(dict.fromkeys(self.find(name_or_id).id for name_or_id in against))
+        if both := {*ids} & {*selection}:
+            message = f"Class {self[min(both)]} would be explained against itself: name it in one list only."
+            raise InvalidJob(message)
+        if ids and -min(selection) > len(self) - len(ids):
+            message = (
+                f"top_n is {-min(selection)}: it must be from 1 to {len(self) - len(ids)}, the number of "
+                "classes without those against."
+            )
+            raise InvalidJob(message)
+        return ids
+
     def select(
         self, *, top_n: int | None = None, classes: Sequence[int | str] | None = None
     ) -> tuple[int, ...]:
@@ -153,11 +207,7 @@ class ClassIndex:
             message = "Ask for exactly one of top_n and classes."
             raise InvalidJob(message)
         if classes is not None:
-            if isinstance(classes, str | bytes):
-                message = (
-                    f"classes is a list, as in [{classes!r}]: a single text would be read letter by letter."
-                )
-                raise InvalidJob(message)
+            _refuse_single_class("classes", classes)
             if not classes:
                 message = "The list of classes is empty: name at least one, or ask for top_n."
                 raise InvalidJob(message)
@@ -166,6 +216,13 @@ class ClassIndex:
             message = f"top_n is {top_n}: it must be from 1 to {len(self)}, the number of classes."
             raise InvalidJob(message)
         return tuple(-rank for rank in range(1, top_n + 1))
+
+
+def _refuse_single_class(name: str, classes: object) -> None:
+    """Raise InvalidJob for a text, which is a sequence, too."""
+    if isinstance(classes, str | bytes):
+        message = f"{name} is a list, as in [{classes!r}]: a single text would be read letter by letter."
+        raise InvalidJob(message)
 
 
 @lru_cache(maxsize=1)

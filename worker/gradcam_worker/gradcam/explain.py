@@ -13,7 +13,7 @@ from gradcam_worker.errors import (
     NetworkIncompatible,
     UnsupportedMediaType,
 )
-from gradcam_worker.gradcam.classes import ClassIndex, caption
+from gradcam_worker.gradcam.classes import ClassIndex, Label, caption, versus
 from gradcam_worker.gradcam.decoding.color import ColorSource
 from gradcam_worker.gradcam.decoding.decode import Limits, decode
 from gradcam_worker.gradcam.decoding.structure import Damage
@@ -60,6 +60,7 @@ class Explanation:
         raw_max: (k,), as `raw_min`, the greatest value.
         metrics: Faithfulness of each of the k heatmaps, if requested.
         method: Of a method that covers parts of the image: it, with each of its parameters.
+        against: The classes that each is explained against: why it is that class and not one of these.
     """
 
     network: NetworkFacts
@@ -71,6 +72,7 @@ class Explanation:
     raw_max: NDArray[np.float32]
     metrics: tuple[Mapping[str, float], ...] = field(default=(), kw_only=True)
     method: Method | None = field(default=None, kw_only=True)
+    against: tuple[Label, ...] = field(default=(), kw_only=True)
 
     def __repr__(self) -> str:
         """Show the classes and the shape of the heatmaps, whose values would fill the screen."""
@@ -81,7 +83,14 @@ class Explanation:
         if len(self.explained) > MAX_LISTED_PREDICTIONS:
             shown.append(f"{len(self.explained) - MAX_LISTED_PREDICTIONS} more")
         facts = f"network={self.network.name!r}, layer={self.layer!r}, explained={shown}"
+        facts += f", {versus(self.against)}" if self.against else ""
         return f"{type(self).__name__}({facts}, heatmaps={self.heatmaps.shape})"
+
+    def title(self, index: int) -> str:
+        """The title of an explained class, as in `718 pier 77.1 %` or `718 pier 77.1 %, not 536 dock`."""
+        prediction = self.explained[index]
+        text = caption(prediction.id, prediction.name, prediction.probability)
+        return ", ".join(filter(None, (text, versus(self.against))))
 
     @property
     def shown(self) -> NDArray[np.float32]:
@@ -164,6 +173,7 @@ def explain_image(
     *,
     top_n: int | None = None,
     classes: Sequence[int | str] | None = None,
+    against: Sequence[int | str] | None = None,
     method: Method | str | None = None,
     limits: Limits | None = None,
 ) -> Explained:
@@ -177,6 +187,8 @@ def explain_image(
             number of channels its pixels (height, width, channels), uint8.
         top_n: Explain the n most probable classes.
         classes: Explain these classes instead: ids, wnids or names.
+        against: Explain each against these classes: why it is that class and not one of these. With `top_n`
+            the most probable of the other classes are explained.
         method: The name of a formula of `cam.METHODS` or `masking.METHODS`, or a `Method` with layer, score
             and normalization. None: `gradcam`, or `rise` where a network only gives scores.
         limits: The largest size and damage of an image, and whether its colours are converted to sRGB;
@@ -186,7 +198,8 @@ def explain_image(
         Predictions, heatmaps and the image.
 
     Raises:
-        InvalidJob: Neither or both of top_n and classes are given, or the method does not exist.
+        InvalidJob: Neither or both of top_n and classes are given, a class is explained against itself, or
+            the method does not exist or takes no classes against.
         MethodNotSupported: The network only gives scores, and the method needs more.
         UnknownClass, AmbiguousClass: The network has no such class, or several of that name.
         UnknownLayer: The network has no layer of the name that the method gives.
@@ -202,6 +215,9 @@ def explain_image(
     """
     selected = network.labels.select(top_n=top_n, classes=classes)
     method = choose_method(Method(method) if isinstance(method, str) else method, network.facts)
+    if against is not None:
+        method = replace(method, against=network.labels.select_against(against, selected))
+        check_method(method)
     channels = network.facts.channels
     damage = converted_from = None
     if isinstance(image, np.ndarray):
@@ -278,7 +294,7 @@ def choose_method(method: Method | None, facts: NetworkFacts) -> Method:
 
 
 def check_method(method: Method) -> None:
-    """Check that formula, score and normalization of a method exist. Raises InvalidJob."""
+    """Check that formula, score and normalization of a method exist and fit. Raises InvalidJob."""
     for name, choices in (
         (method.name, (*cam.METHODS, *masking.METHODS)),
         (method.score, cam.SCORES),
@@ -287,6 +303,9 @@ def check_method(method: Method) -> None:
         if name not in choices:
             message = f"{name!r} is none of {', '.join(choices)}."
             raise InvalidJob(message)
+    if method.against and method.name in cam.CLASSLESS:
+        message = f"{method.name} explains no class, and so none against others."
+        raise InvalidJob(message)
 
 
 def explain_pixels(
@@ -320,7 +339,7 @@ def explain_pixels(
         ]
     computed = network.compute(pixels, pad_selections(selections), method)
     return [
-        extract_explanation(network, computed, index, selection, method.normalize)
+        extract_explanation(network, computed, index, selection, method)
         for index, selection in enumerate(selections)
     ]
 
@@ -353,10 +372,13 @@ def explain_by_scores(
     head, explained = network.facts.head, method.score
 
     def to_values(scores: NDArray[np.float64]) -> NDArray[np.float64]:
-        return to_probabilities(scores, head) if explained == "probability" else scores
+        values = to_probabilities(scores, head) if explained == "probability" else scores
+        if method.against:
+            values = values - values[:, [*method.against]].mean(axis=1, keepdims=True)
+        return values
 
     computed = masking.compute(score, pixels, selection, method, to_values, report)
-    explanation = extract_explanation(network, computed, 0, selection, method.normalize)
+    explanation = extract_explanation(network, computed, 0, selection, method)
     return replace(explanation, method=method)
 
 
@@ -376,7 +398,7 @@ def pad_selections(selections: Sequence[tuple[int, ...]]) -> NDArray[np.int32]:
 
 
 def extract_explanation(
-    network: Classifier, computed: Computed, index: int, selection: tuple[int, ...], normalize: str
+    network: Classifier, computed: Computed, index: int, selection: tuple[int, ...], method: Method
 ) -> Explanation:
     """Extract the explanation of one image from the results of a pass.
 
@@ -385,7 +407,7 @@ def extract_explanation(
         computed: The results.
         index: Of the image in the pass.
         selection: The classes of the image, from `ClassIndex.select`.
-        normalize: How heatmaps are scaled, a name from `cam.NORMALIZE`.
+        method: How it was computed.
 
     Returns:
         The explanation.
@@ -413,9 +435,10 @@ def extract_explanation(
         layer=computed.layer,
         predictions=tuple(prediction(int(class_id)) for class_id in most_probable),
         explained=tuple(prediction(int(class_id)) for class_id in computed.class_ids[index, :count]),
-        heatmaps=cam.heatmaps(raw, normalize),
+        heatmaps=cam.heatmaps(raw, method.normalize),
         raw_min=raw.min(axis=(1, 2)),
         raw_max=raw.max(axis=(1, 2)),
+        against=tuple(network.labels[class_id] for class_id in method.against),
     )
 
 

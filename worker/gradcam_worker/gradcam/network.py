@@ -51,6 +51,8 @@ class Method:
         score: What is explained, from `cam.SCORES`: the score before the softmax, or log p after it.
         normalize: How heatmaps are scaled, from `cam.NORMALIZE`.
         flip: Average the heatmap with that of the mirrored image.
+        against: Ids of classes. What is explained is the score of a class less the mean of theirs: why it is
+            that class and not one of these.
         masks: Of `rise`: the number of masks.
         cells: Of `rise`: cells of a mask along each side.
         seed: Of `rise`: of the random masks.
@@ -65,6 +67,7 @@ class Method:
     score: str = "logit"
     normalize: str = "per_class"
     flip: bool = False
+    against: tuple[int, ...] = ()
     masks: int | None = None
     cells: int | None = None
     seed: int | None = None
@@ -112,7 +115,8 @@ class Network(Classifier, Protocol):
 
         Args:
             pixels: (n, input height, input width, channels), uint8; RGB if there are three channels.
-            wanted: (n, k): the id of a class, or -r for the class of rank r, see `ClassIndex.select`.
+            wanted: (n, k): the id of a class, or -r for the class of rank r, see `ClassIndex.select`. The
+                classes of `method.against` have no rank.
             method: How to compute the heatmaps.
 
         Returns:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gradcam_worker.gradcam.classes import percent
+from gradcam_worker.gradcam.classes import percent, versus
 from gradcam_worker.gradcam.explain import Explanation, Prediction
 from gradcam_worker.gradcam.imaging.html import encode_heatmaps, fill_template, to_base64
 from gradcam_worker.gradcam.imaging.overlay import COLORMAPS, colors, encode_jpeg
@@ -55,7 +55,7 @@ def page(
     Returns:
         The page, in UTF-8.
     """
-    data = _page_data(explanation, pixels, name, facts) | _legend(method)
+    data = _page_data(explanation, pixels, name, facts) | _legend(method, versus(explanation.against))
     page_bytes = len(fill_template("report.html", {**data, "photo": ""}))
     for photo in _photos(pixels):
         data["photo"] = f"data:image/jpeg;base64,{to_base64(photo)}"
@@ -91,16 +91,17 @@ def _page_data(
     }
 
 
-def _legend(method: str) -> dict[str, str]:
-    """The explanation of the colours, and of their absence, for a method."""
+def _legend(method: str, against: str) -> dict[str, str]:
+    """The explanation of the colours, and of their absence, for a method and what `versus` says."""
     counts, nothing = {
         "counterfactual": ("counts against the class that is chosen", "speaks against this class"),
         "eigencam": ("stands out to the layer, whichever class is chosen", "stands out"),
     }.get(method, ("counts for the class that is chosen", "speaks for this class"))
+    others = f", {against}" if against else ""
     return {
-        "about": f"The colours show how much each region of the photo {counts}, from 0 to the strongest "
-        "region. They tell where the network looked, not whether it is right.",
-        "nothing": f"Nothing in the image {nothing}.",
+        "about": f"The colours show how much each region of the photo {counts}{others}, from 0 to the "
+        "strongest region. They tell where the network looked, not whether it is right.",
+        "nothing": f"Nothing in the image {nothing}{others}.",
     }
 
 

@@ -312,7 +312,7 @@ class EngineClient:
         answer = self.compute(
             network, pixels, wanted, method, deadline, images=images, bulk=True, alone=alone
         )
-        return extract_each(network, answer.computed, wanted, method.normalize)
+        return extract_each(network, answer.computed, wanted, method)
 
     def scores(
         self, network: RemoteNetwork, pixels: NDArray[np.uint8], deadline: Deadline, *, bulk: bool = False
@@ -612,9 +612,10 @@ class EngineSlot:
         """See `ReservedSlot.infer`."""
         wanted = tuple(classes)
         answer = self.compute(network, pixels, wanted, method, deadline, bulk=bulk)
-        explanation = extract_explanation(network, answer.computed, 0, wanted, method.normalize)
+        explanation = extract_explanation(network, answer.computed, 0, wanted, method)
         return InferenceResult(explanation, answer.waited_s, answer.computed_s, answer.batch_size)
 
 
-def _fields(method: Method) -> tuple[str, str | None, str, str, bool]:
-    return method.name, method.layer, method.score, method.normalize, method.flip
+def _fields(method: Method) -> tuple[Any, ...]:
+    plain = method.name, method.layer, method.score, method.normalize, method.flip
+    return (*plain, method.against) if method.against else plain

@@ -96,7 +96,7 @@ class Infer:
     offset: int  # of the pixels in the pool
     images: int  # 0: one image, which may share a batch
     classes: tuple[int, ...]
-    method: tuple[str, str | None, str, str, bool]  # the fields of `Method`
+    method: tuple[Any, ...]  # the fields of `Method`, without the last ones where they have their defaults
     bulk: bool
     alone: bool  # nothing else may be at the device: this request may have ended an engine
     traceparent: str | None = None  # of the job's span, which the span of the batch links to

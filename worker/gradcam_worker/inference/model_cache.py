@@ -91,9 +91,7 @@ class BatchSlot:
         response = self._batcher.compute(
             network, pixels, classes, method, deadline, bulk=bulk, submitted=self._submitted
         )
-        explanation = extract_explanation(
-            network, response.computed, response.index, tuple(classes), method.normalize
-        )
+        explanation = extract_explanation(network, response.computed, response.index, tuple(classes), method)
         return InferenceResult(explanation, response.waited_s, response.computed_s, response.batch_size)
 
 
@@ -375,7 +373,7 @@ class ModelCache:
             JobTimeout: The deadline passed.
         """
         response = self._batcher.compute_many(network, pixels, classes, method, deadline)
-        return extract_each(network, response.computed, tuple(classes), method.normalize)
+        return extract_each(network, response.computed, tuple(classes), method)
 
     def scores(
         self, network: Network, pixels: NDArray[np.uint8], deadline: Deadline, *, bulk: bool = False
@@ -443,7 +441,7 @@ def choose_shard_batch_size(facts: NetworkFacts, max_batch: int, *, on_gpu: bool
 
 
 def extract_each(
-    network: Classifier, computed: Computed, classes: tuple[int, ...], normalize: str
+    network: Classifier, computed: Computed, classes: tuple[int, ...], method: Method
 ) -> list[Explanation | GradcamError]:
     """Extract the explanation of each image of a pass; its error where its scores are not finite.
 
@@ -451,12 +449,12 @@ def extract_each(
         network: The network.
         computed: The results of the pass.
         classes: Ids of the classes that were explained in each image.
-        normalize: How heatmaps are scaled.
+        method: How they were explained.
     """
     results: list[Explanation | GradcamError] = []
     for index in range(len(computed.scores)):
         try:
-            results.append(extract_explanation(network, computed, index, classes, normalize))
+            results.append(extract_explanation(network, computed, index, classes, method))
         except NetworkIncompatible as error:
             results.append(error)
     return results

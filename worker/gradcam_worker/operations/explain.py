@@ -10,7 +10,7 @@ from gradcam_worker.execution.attempt import JobContext
 from gradcam_worker.execution.pipeline import run_job
 from gradcam_worker.execution.scoring import method_of
 from gradcam_worker.execution.services import Services
-from gradcam_worker.gradcam.classes import percent
+from gradcam_worker.gradcam.classes import percent, versus
 from gradcam_worker.gradcam.methods import masking
 from gradcam_worker.operations import console
 from gradcam_worker.resilience.deadline import Deadline
@@ -62,7 +62,8 @@ def explain_files(
     services = service_factory.build_services(settings.model_copy(update=changes))
     job = Job.parse({"image": "file:///", "timeout_s": TIMEOUT_S, **spec})
     network = services.model_cache.load(services.networks.find(job.network))
-    network.labels.select(top_n=job.target.top_n, classes=job.target.classes)
+    selected = network.labels.select(top_n=job.target.top_n, classes=job.target.classes)
+    network.labels.select_against(job.target.against, selected)
     in_passes = masking.is_masking(method_of(job.method, network.facts))
     timeout_s = IN_PASSES_TIMEOUT_S if in_passes else TIMEOUT_S
     folders = _folders(images)
@@ -141,7 +142,8 @@ def _print_results(
             label, probability = explanation.class_, percent(explanation.probability)
             values = explanation.metrics
             measured = [f"{values[name]:.3f}" if name in values else "" for name in metrics]
-            row = (str(explanation.rank), str(label.id), console.plain(label.name), probability)
+            name = ", ".join(filter(None, (label.name, versus(manifest.against))))
+            row = (str(explanation.rank), str(label.id), console.plain(name), probability)
             table.add_row(*names, *row, *measured)
             names = [console.plain(""), console.plain("")]
     if table.rows:

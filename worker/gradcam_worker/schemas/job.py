@@ -24,6 +24,7 @@ from gradcam_worker.schemas.ids import new_id
 from gradcam_worker.schemas.model import MAX_URI_BYTES, RequestModel, describe, describe_excess_length
 from gradcam_worker.schemas.model import WEBHOOK_SECRET_PREFIX as SECRET
 from gradcam_worker.schemas.options import (
+    WITHOUT_CLASS,
     AnimationSpec,
     ArtifactSpec,
     GridSpec,
@@ -261,6 +262,15 @@ class Job(RequestModel):
     def _check_metrics(self) -> Self:
         if self.metrics and self.method.name == "notebook":
             message = "metrics cannot be computed for the method notebook, whose image is not preprocessed"
+            raise ValueError(message)
+        return self
+
+    @model_validator(mode="after")
+    def _check_contrast(self) -> Self:
+        if self.target.against and self.method.name in WITHOUT_CLASS:
+            message = (
+                f"target.against has no meaning for the method {self.method.name}, which explains no class"
+            )
             raise ValueError(message)
         return self
 

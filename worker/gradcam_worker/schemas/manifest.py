@@ -125,5 +125,6 @@ class Manifest(ResponseModel):
     method: MethodRecord
     predictions: tuple[ClassScore, ...]
     explanations: tuple[ExplainedClass, ...]
+    against: tuple[ClassRef, ...] = ()  # each is explained against these: why it is that class and not one
     artifacts: tuple[ArtifactRecord, ...] = ()  # of the whole job, not of one class
     warnings: tuple[ResultWarning, ...] = ()

@@ -1,6 +1,8 @@
 """Base classes of the models on the wire, and sentences about what is wrong with a document."""
 
 import re
+from collections.abc import Iterable
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -27,6 +29,24 @@ class ResponseModel(RequestModel):
     """The base of documents that workers write. Unknown fields are ignored: a later version may add some."""
 
     model_config = ConfigDict(extra="ignore")
+
+
+def without_defaults(model: BaseModel, fields: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Leave fields with their defaults out of a request: workers of earlier versions refuse unknown fields.
+
+    Args:
+        model: The request.
+        fields: What it was serialized to.
+        names: Fields that were added after the first release.
+
+    Returns:
+        `fields` without these where they have their defaults.
+    """
+    defaults = type(model).model_fields
+    for name in names:
+        if getattr(model, name) == defaults[name].default:
+            fields.pop(name, None)
+    return fields
 
 
 def describe_excess_length(uri: str) -> str | None:

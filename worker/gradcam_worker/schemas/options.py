@@ -9,11 +9,12 @@ from pydantic import (
     SerializerFunctionWrapHandler,
     StrictInt,
     StringConstraints,
+    ValidationInfo,
     model_serializer,
     model_validator,
 )
 
-from gradcam_worker.schemas.model import RequestModel
+from gradcam_worker.schemas.model import RequestModel, without_defaults
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 RequestedClass = StrictInt | Annotated[str, StringConstraints(min_length=1, max_length=128)]
@@ -28,27 +29,43 @@ MASKING_PARAMETERS = {  # of the methods that cover parts of the image
 }
 
 
-def _refuse_single_class(value: object) -> object:
+def _refuse_single_class(value: object, info: ValidationInfo) -> object:
     if isinstance(value, str):
-        message = f"classes is a list, as in [{value[:60]!r}]"
+        message = f"{info.field_name} is a list, as in [{value[:60]!r}]"
         raise ValueError(message)  # noqa: TRY004  # pydantic reports only ValueError
     return value
 
 
+Classes = Annotated[
+    Annotated[tuple[RequestedClass, ...], Field(min_length=1, max_length=1000)] | None,
+    BeforeValidator(_refuse_single_class),
+]
+
+
 class Target(RequestModel):
-    """The classes to explain: exactly one of `top_n` and `classes` is needed."""
+    """The classes to explain: exactly one of `top_n` and `classes` is needed.
+
+    With `against`, each is explained against these classes: why it is that class and not one of them. `top_n`
+    then counts the other classes only.
+    """
 
     top_n: Annotated[int, Field(ge=1, le=1000, strict=True)] | None = None
-    classes: Annotated[
-        Annotated[tuple[RequestedClass, ...], Field(min_length=1, max_length=1000)] | None,
-        BeforeValidator(_refuse_single_class),
-    ] = None
+    classes: Classes = None
+    against: Classes = None
 
     if TYPE_CHECKING:  # type checkers accept a list for the tuple
 
         def __init__(
-            self, *, top_n: int | None = None, classes: Sequence[int | str] | None = None
+            self,
+            *,
+            top_n: int | None = None,
+            classes: Sequence[int | str] | None = None,
+            against: Sequence[int | str] | None = None,
         ) -> None: ...
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without_defaults(self, serialize(self), ["against"])
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:
@@ -57,6 +74,16 @@ class Target(RequestModel):
             message = f"exactly one of top_n and classes is needed, {given} given"
             raise ValueError(message)
         return self
+
+    @model_validator(mode="after")
+    def _not_against_itself(self) -> Self:
+        if both := {*(self.classes or ())} & {*(self.against or ())}:
+            message = f"{min(both, key=str)!r} is both in classes and in against"
+            raise ValueError(message)
+        return self
+
+
+WITHOUT_CLASS = ("eigencam",)  # methods whose heatmap is the same for every class
 
 
 class MethodSpec(RequestModel):

@@ -110,6 +110,7 @@ METHODS: dict[str, Callable[[Any, Any, Any], Any]] = {
 }
 USE_MEAN_GRADIENT = {"gradcam", "counterfactual", "notebook"}  # means (k, n, 1, 1, channels) are enough
 USE_NO_GRADIENT = {"eigencam"}  # only its shape is read: zeros (k, n, 1, 1, 1) are enough
+CLASSLESS = {"eigencam"}  # the same heatmap for every class: none is explained against others
 SCORES = ("logit", "probability")
 NORMALIZE = ("per_class", "joint", "none")
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from gradcam_worker.errors import DeviceOutOfMemory
 from gradcam_worker.gradcam import backend
 from gradcam_worker.gradcam.backend import keras
+from gradcam_worker.gradcam.graph.saturation import EXCLUDED
 
 ops = keras.ops
 Pull = Callable[[Any], Any]  # cotangents (k, n, classes) -> gradients (k, n, ...)
@@ -18,7 +19,7 @@ Signature = Sequence[tuple[tuple[int | None, ...], str]]  # shapes and types of 
 Formula = Callable[[Any, Any, Any], Any]  # ops, activations, gradients: see `cam`
 Wait = Callable[[], Any]  # waits for the device, returns numpy arrays
 Compiled = Callable[..., Wait]
-Pass = Callable[[NDArray[np.uint8], NDArray[np.int32]], Callable[[], tuple[Any, ...]]]
+Pass = Callable[..., Callable[[], tuple[Any, ...]]]  # see `one_pass`
 
 
 class Forward(Protocol):
@@ -64,7 +65,14 @@ class Parts:
     scaled: bool = False
 
 
-def one_pass(parts: Parts, formula: Formula, *, flip: bool = False, forward: Forward | None = None) -> Pass:
+def one_pass(
+    parts: Parts,
+    formula: Formula,
+    *,
+    flip: bool = False,
+    contrastive: bool = False,
+    forward: Forward | None = None,
+) -> Pass:
     """The whole computation as one compiled function, for every batch size and number of classes.
 
     One forward pass, then one backward pass from the scores for all pairs of image and class, vectorised over
@@ -74,28 +82,31 @@ def one_pass(parts: Parts, formula: Formula, *, flip: bool = False, forward: For
         parts: The network.
         formula: From activations and gradients to raw maps: see `cam.METHODS`.
         flip: Whether the mirror image of each image is computed too; the maps are the means of both.
+        contrastive: Whether classes are explained against others.
         forward: Computes the trunk, in place of `parts.trunk`.
 
     Returns:
-        A function of pixels (n, height, width, channels) uint8 and wanted classes (n, k). It launches the
+        A function of pixels (n, height, width, channels) uint8 and wanted classes (n, k); if `contrastive`,
+        and of `contrast_weights`. It launches the
         computation, and returns a function that waits for (scores (n, classes), class ids (n, k), raw maps
         (n, k, rows, columns)) and the network's own outputs where `parts.outputs` is set. Both raise
         DeviceOutOfMemory.
     """
 
-    def compute(pixels: Any, wanted: Any) -> tuple[Any, ...]:
+    def compute(pixels: Any, wanted: Any, *against: Any) -> tuple[Any, ...]:
         images = ops.cast(pixels, "float32")
         if flip:
             images = ops.concatenate([images, ops.flip(images, axis=2)])
         activations, end, skipped = parts.trunk(images)
-        return behind_trunk(wanted, activations, end, *skipped)
+        return behind_trunk(wanted, *against, activations, end, *skipped)
 
-    def behind_trunk(wanted: Any, activations: Any, end: Any, *skipped: Any) -> tuple[Any, ...]:
+    def behind_trunk(wanted: Any, *values: Any) -> tuple[Any, ...]:
+        against, (activations, end, *skipped) = values[:contrastive], values[contrastive:]
         count = ops.shape(wanted)[0]
         scores, pull = linearize(lambda values: parts.tail(values, skipped), end)
-        class_ids = resolve_ranks(scores[:count], wanted)
-        all_ids = ops.concatenate([class_ids, class_ids]) if flip else class_ids
-        classes = ops.one_hot(ops.transpose(all_ids), scores.shape[1], dtype="float32")
+        class_ids, classes = one_hot_classes(scores[:count], wanted, *against)
+        if flip:
+            classes = ops.concatenate([classes, classes], axis=1)
         cotangents = parts.score_gradient(scores, classes)
         scale = _largest(cotangents) if parts.scaled else 1.0
         gradients = ops.cast(parts.as_formula_wants(pull(cotangents / scale)), "float32")
@@ -107,16 +118,31 @@ def one_pass(parts: Parts, formula: Formula, *, flip: bool = False, forward: For
         outputs = (parts.outputs(scores[:count]),) if parts.outputs else ()
         return scores[:count], class_ids, raw, *outputs
 
-    classes_signature = ((None, None), "int32")
+    classes_signature: Signature = [((None, None), "int32"), *[((None,), "float32")] * contrastive]
     if forward is None:
-        return compiled(compute, [((None, *parts.pixels), "uint8"), classes_signature], parts.variables)
-    launch = compiled(behind_trunk, [classes_signature, *forward.outputs], parts.variables)
+        return compiled(compute, [((None, *parts.pixels), "uint8"), *classes_signature], parts.variables)
+    launch = compiled(behind_trunk, [*classes_signature, *forward.outputs], parts.variables)
 
-    def run(pixels: NDArray[np.uint8], wanted: NDArray[np.int32]) -> Wait:
+    def run(pixels: NDArray[np.uint8], wanted: NDArray[np.int32], *against: NDArray[np.float32]) -> Wait:
         images = np.concatenate([pixels, pixels[:, :, ::-1]]) if flip else pixels
-        return launch(wanted, *forward(images))
+        return launch(wanted, *against, *forward(images))
 
     return run
+
+
+def contrast_weights(against: Sequence[int], classes: int) -> NDArray[np.float32]:
+    """What is subtracted from a one-hot class that is explained against others: their share each.
+
+    Args:
+        against: The ids of the others, without repetition; at least one.
+        classes: The number of classes of the network.
+
+    Returns:
+        (classes,), with the sum 1.
+    """
+    weights = np.zeros(classes, np.float32)
+    weights[[*against]] = 1 / len(against)
+    return weights
 
 
 def _largest(cotangents: Any) -> Any:
@@ -136,6 +162,23 @@ def linearize(function: Callable[[Any], Any], at: Any) -> tuple[Any, Pull]:
         The scores, and a function from cotangents (k, n, classes) to gradients (k, *shape of `at`).
     """
     return _LINEARIZE[backend.name()](function, at)
+
+
+def one_hot_classes(scores: Any, wanted: Any, against: Any = None) -> tuple[Any, Any]:
+    """Which classes are wanted, as ids and as weights of the scores.
+
+    Args:
+        scores: (n, classes).
+        wanted: (n, k): see `Network.compute`.
+        against: `contrast_weights`; None: there are none.
+
+    Returns:
+        Class ids (n, k); and one-hot (k, n, classes), less `against`.
+    """
+    ranked = scores if against is None else ops.where(against > 0, EXCLUDED, scores)
+    class_ids = resolve_ranks(ranked, wanted)
+    classes = ops.one_hot(ops.transpose(class_ids), scores.shape[1], dtype="float32")
+    return class_ids, classes if against is None else classes - against
 
 
 def resolve_ranks(scores: Any, wanted: Any) -> Any:

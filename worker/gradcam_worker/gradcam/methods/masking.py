@@ -174,7 +174,7 @@ def compute(
     images, weights = _next_pass(covered, pixels, size - 1)
     scores = score(np.concatenate([pixels[None], images]))
     whole = scores[:1]
-    class_ids = _class_ids(whole[0], wanted)
+    class_ids = _class_ids(whole[0], wanted, method.against)
     sums = _Sums(to_values(whole.astype(np.float64))[0, class_ids], masks.grid)
     scores = scores[1:]
     for done in range(1, total + 1):
@@ -219,9 +219,11 @@ class _Sums:
         return np.where(negligible, 0, raw)
 
 
-def _class_ids(scores: Floats, wanted: tuple[int, ...]) -> NDArray[np.int32]:
+def _class_ids(scores: Floats, wanted: tuple[int, ...], against: tuple[int, ...]) -> NDArray[np.int32]:
     """The ids of the wanted classes, those of ranks by the scores of the whole image."""
-    order = np.argsort(-scores.astype(np.float64), kind="stable")
+    ranked = scores.astype(np.float64)
+    ranked[[*against]] = -np.inf
+    order = np.argsort(-ranked, kind="stable")
     return np.array([one if one >= 0 else order[-one - 1] for one in wanted], np.int32)
 
 

@@ -24,19 +24,24 @@ def score_gradient(kind: str, method: Method) -> ScoreGradient:
     normalised map is that of the probability, and it cannot underflow. The method `notebook` takes the
     probability itself, which can.
 
+    With `against`, what is explained is the difference between that of the class and the mean of those of
+    the others. Of `probability` that is the mean of log(p / p of the other): with a softmax the difference of
+    the scores themselves.
+
     Args:
         kind: How scores become probabilities: softmax, sigmoid, or probabilities where they are such.
-        method: Its name and score are used.
+        method: Its name, its score, and whether it is `against` any class are used.
 
     Returns:
-        A function of scores and one-hot classes.
+        A function of scores and one-hot classes; with `against`, of classes less the weights of the others,
+        which sum to 1.
     """
     if kind == "probabilities":
         return logit if method.name == "notebook" or method.score == "logit" else _log
     if method.name == "notebook":
         return _softmax if kind == "softmax" else _sigmoid
-    if method.score == "logit":
-        return logit
+    if method.score == "logit" or (kind == "softmax" and method.against):
+        return logit  # the denominator of the softmax cancels
     return _log_softmax if kind == "softmax" else _log_sigmoid
 
 
@@ -62,7 +67,7 @@ def _log_sigmoid(scores: Any, classes: Any) -> Any:
 
 def _softmax(scores: Any, classes: Any) -> Any:
     shares = ops.softmax(scores, axis=-1)
-    return ops.sum(classes * shares, axis=-1, keepdims=True) * (classes - shares)
+    return shares * (classes - ops.sum(classes * shares, axis=-1, keepdims=True))
 
 
 def _sigmoid(scores: Any, classes: Any) -> Any:

@@ -60,9 +60,7 @@ class KerasNetwork:
         self._scores = find_logits(graph, row.head)
         self._layers = LayerIndex(self._scores)
         self._aligned: set[TargetLayer] = set()
-        self._passes: OrderedDict[tuple[TargetLayer, str, str, bool], tuple[gradients.Pass, int]] = (
-            OrderedDict()
-        )
+        self._passes: OrderedDict[tuple[Any, ...], tuple[gradients.Pass, int]] = OrderedDict()
         self._shortcuts: dict[TargetLayer, BackwardShortcut | None] = {}
         self._forward: gradients.Forward | None = None  # of Grad-CAM at the default layer
         self._compiled_scores: Callable[[NDArray[np.uint8]], gradients.Wait] | None = None
@@ -108,8 +106,9 @@ class KerasNetwork:
         run_pass, size = self._pass(layer, method)
         # The maps of an early layer are large: the number of classes at once is limited by their gradients.
         at_once = max(MAX_GRADIENTS // (len(pixels) * size * (1 + method.flip)), 1)
+        against = self._against(method)
         launched = [
-            run_pass(pixels, wanted[:, first : first + at_once])
+            run_pass(pixels, wanted[:, first : first + at_once], *against)
             for first in range(0, wanted.shape[1], at_once)
         ]
 
@@ -192,13 +191,15 @@ class KerasNetwork:
 
         The least recently used function is dropped.
         """
-        key = (layer, method.name, method.score, method.flip)
+        # One function for all classes `against`, which are an argument of it.
+        key = layer, method.name, method.score, method.flip, bool(method.against)
         if key not in self._passes:
             way_back = self._shortcut(layer, method)
             run_pass = gradients.one_pass(
                 self._cut(layer, way_back, method),
                 cam.METHODS[method.name],
                 flip=method.flip,
+                contrastive=bool(method.against),
                 forward=self._forward if self._is_default_cut(layer, way_back, method) else None,
             )
             self._passes[key] = run_pass, way_back.size if way_back else layer.size
@@ -206,6 +207,12 @@ class KerasNetwork:
                 self._passes.popitem(last=False)
         self._passes.move_to_end(key)
         return self._passes[key]
+
+    def _against(self, method: Method) -> list[NDArray[np.float32]]:
+        """The further argument of a pass that explains classes against others."""
+        if not method.against:
+            return []
+        return [gradients.contrast_weights(method.against, self._scores.classes)]
 
     def _is_default_cut(self, layer: TargetLayer, way_back: BackwardShortcut | None, method: Method) -> bool:
         """Whether the trunk is that of `trunk_and_tail`."""
