@@ -11,6 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from gradcam_worker.artifacts.artifacts import find_manifest
 from gradcam_worker.errors import (
     GradcamError,
     ImageDecodeFailed,
@@ -23,11 +24,12 @@ from gradcam_worker.errors import (
 )
 from gradcam_worker.execution.attempt import JobContext, JobResult
 from gradcam_worker.execution.pipeline import run_job
-from gradcam_worker.gradcam.catalog import CATALOG, NetworkRow
+from gradcam_worker.gradcam.catalog import CATALOG, ModelFile, NetworkRow
 from gradcam_worker.gradcam.decoding.decode import Limits, decode
 from gradcam_worker.gradcam.explain import explain_image
 from gradcam_worker.gradcam.faithfulness import METRICS
 from gradcam_worker.gradcam.methods import cam, masking
+from gradcam_worker.gradcam.sizing import Sizing
 from gradcam_worker.inference.model_cache import ModelCache
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.schemas.job import ImageRef, Job
@@ -35,6 +37,7 @@ from gradcam_worker.schemas.manifest import DamageRecord, Manifest
 from gradcam_worker.schemas.options import MethodSpec, Metric
 from gradcam_worker.schemas.status import ResultWarning
 from gradcam_worker.testing import MemoryStore, TinyNetwork, fake_services
+from tests.gradcam.sized_network import SizedNetwork
 
 URI = "s3://in/flag.png"
 
@@ -427,3 +430,64 @@ def test_a_result_of_other_bytes_is_not_used_if_the_checksum_of_the_image_is_kno
     job_with_checksum = job.model_copy(update={"image": ImageRef(uri=URI, sha256="0" * 64)})
     with pytest.raises(ImageNotFound):
         run_attempt(job_with_checksum, store, {})
+
+
+class TestSizing:
+    """A network whose owner crops or pads photos."""
+
+    @pytest.mark.parametrize(
+        ("sizing", "shown", "peak"),
+        [
+            (Sizing(fit="crop"), (8, 0, 40, 32), (28, 4)),
+            (Sizing("nearest", "letterbox"), (0, -5.818, 48, 40.727), (30, 11)),
+            (Sizing("nearest"), None, (30, 4)),
+        ],
+    )
+    def test_the_manifest_says_what_the_network_saw_and_maps_everything_back(
+        self, sizing: Sizing, shown: tuple[float, ...] | None, peak: tuple[int, int]
+    ) -> None:
+        kinds = ("grid", "animation", "report")
+        job = make_job(
+            target={"classes": ["blue"]},
+            metrics=["deletion", "insertion"],
+            artifacts=[
+                {"kind": "overlay", "format": "png", "box": True, "contour": True},
+                {"kind": "heatmap", "format": "png"},
+                *({"kind": kind} for kind in kinds),
+            ],
+        )
+        network = SizedNetwork(sizing)
+        _, store, _ = run(job, model_cache=ModelCache(lambda _: network))
+        manifest = Manifest.model_validate_json(store.objects[f"{job.id}/manifest.json"])
+        assert manifest.network.sizing == sizing.describe()
+        assert manifest.network.shown_xyxy == shown
+        (explained,) = manifest.explanations
+        assert explained.peak_xy == peak
+        assert explained.hot
+        left, top, right, bottom = explained.hot.box_xyxy
+        assert 18 <= left <= 24, "blue begins in the middle of the photo, at 24"
+        assert (top, right) == (0, min(48, int(shown[2]) if shown else 48))
+        assert 30 <= bottom <= 32
+        grey = decode(store.objects[f"{job.id}/heatmap-{explained.rank}-2-blue.png"]).pixels[..., 0]
+        assert grey.shape == (32, 48)
+        assert grey[14, 30:right].min() > 250
+        assert grey[:, right:].max(initial=0) == 0
+        drawn = decode(store.objects[f"{job.id}/overlay-{explained.rank}-2-blue.png"]).pixels
+        whole = decode(flag()).pixels
+        np.testing.assert_array_equal(drawn[:, right:], whole[:, right:])
+        assert len(manifest.artifacts) == len(kinds)
+
+    def test_a_manifest_of_another_sizing_is_not_reused(self) -> None:
+        row = replace(
+            CATALOG["efficientnet_lite0"], file=ModelFile("m.keras", "ab" * 32), sizing=Sizing("nearest")
+        )
+        job, store = make_job(), MemoryStore()
+        network = SizedNetwork(Sizing())
+        network.facts = replace(network.facts, weights_sha256="ab" * 32, preprocessing="lite")
+        run(job, store, model_cache=ModelCache(lambda _: network))
+
+        def found(row: NetworkRow) -> bool:
+            return find_manifest(store, job.id, job, None, row, Deadline(9)) is not None
+
+        assert not found(row)
+        assert found(replace(row, sizing=Sizing()))

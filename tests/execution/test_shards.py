@@ -40,6 +40,7 @@ from gradcam_worker.execution import pipeline, shards
 from gradcam_worker.execution.attempt import JobContext, JobResult, Progress
 from gradcam_worker.gradcam.decoding.decode import Decoded, decode
 from gradcam_worker.gradcam.network import GRADCAM, Computed, Method, Network
+from gradcam_worker.gradcam.sizing import Sizing
 from gradcam_worker.images.fetch import FetchedBytes, UriFetcher
 from gradcam_worker.inference.model_cache import ModelCache
 from gradcam_worker.resilience.budget import Budgets, ResourceBudget
@@ -54,6 +55,7 @@ from gradcam_worker.storage.filesystem import Object
 from gradcam_worker.storage.s3 import S3
 from gradcam_worker.storage.s3_errors import IdentityFailed
 from gradcam_worker.testing import MemoryImageFetcher, MemoryStore, TinyNetwork, fake_services
+from tests.gradcam.sized_network import SizedNetwork
 
 GROUP = 4
 KEY = "00000003-0123456789abcdef"
@@ -283,6 +285,36 @@ def test_rows_are_explained_against_classes_and_the_file_says_so() -> None:
     assert harness.table.column("rank").to_pylist() == [2]
     metadata = json.loads(harness.table.schema.metadata[dataset.METADATA_KEY])
     assert metadata["against"] == ["green"]
+
+
+@pytest.mark.parametrize(
+    ("sizing", "shown"),
+    [
+        (Sizing(fit="crop"), [2.526, 0, 22.737, 20]),  # of 19 x 16 pixels those from 2 to 18
+        (Sizing("nearest", "letterbox"), [0, -3.077, 24, 21.538]),  # of 16 x 13 those from -2 to 14
+    ],
+)
+def test_the_results_of_a_network_that_crops_or_pads_agree_with_those_of_jobs(
+    sizing: Sizing, shown: list[float]
+) -> None:
+    harness = Harness(network=SizedNetwork(sizing))
+    check_against_manifests(harness)
+    assert harness.table["shown_xyxy"][0].as_py() == pytest.approx(shown)
+    before = harness.store.objects[DATA]
+    harness.run(shard_of(IMAGES, keep=True))
+    assert harness.store.objects[DATA] == before, "its rows are kept"
+
+
+def test_only_a_network_that_crops_or_pads_has_the_column_that_says_what_it_saw() -> None:
+    harness = Harness()
+    harness.run()
+    assert "shown_xyxy" not in harness.table.column_names
+    harness = Harness(harness.images, SizedNetwork(Sizing(fit="crop")), store=harness.store)
+    harness.store.objects[DATA] = _encode(harness.table.slice(0, 4))
+    harness.run(shard_of(IMAGES, keep=True))
+    shown = harness.table["shown_xyxy"].to_pylist()
+    assert shown[:4] == [None] * 4, "rows of before are kept"
+    assert None not in shown[4:]
 
 
 def test_boxes_and_peaks_are_in_pixels_of_the_full_size_of_an_image_decoded_at_a_smaller_scale() -> None:

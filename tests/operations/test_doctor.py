@@ -150,7 +150,8 @@ def test_an_own_network_is_fetched_checked_and_explained_once(
     body = f'model = "own.keras"\nsha256 = "{checksum}"\npreprocessing = "unit"'
     finding = own_network(tmp_path, settings, body)
     assert finding.well
-    assert finding.detail == "layer backbone/last 30x30, 3 classes (softmax), 127 parameters"
+    facts = "layer backbone/last 30x30, 3 classes (softmax), 127 parameters, sizing area, squash"
+    assert finding.detail == facts
     cached = {path.suffix for path in (tmp_path / "cache").iterdir()}
     assert cached - {".openvino"} == {".keras"}
 

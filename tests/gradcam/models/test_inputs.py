@@ -1,14 +1,18 @@
 """Inputs of networks: sizes, channels, integers, and preprocessing inside a network."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
+from PIL import Image
 
-from gradcam_worker.errors import NetworkIncompatible
+from gradcam_worker.errors import InvalidSettings, NetworkIncompatible
 from gradcam_worker.gradcam.catalog import Preprocessing
+from gradcam_worker.gradcam.explain import explain_image
+from gradcam_worker.gradcam.sizing import Sizing
 from tests.gradcam.small_networks import ALL_CLASSES, COLUMNS, ROWS, Wrap, add_classifier, backbone
 
 pytestmark = pytest.mark.tensorflow
@@ -48,6 +52,59 @@ class TestInputs:
         grey = (pixels @ np.array([[0.299], [0.587], [0.114]]) / 255).astype(np.float32)
         expected = tape_gradients(model, grey, inner.get_layer("act"), head=model.get_layer("scores"))
         assert_allclose(computed.raw, expected.raw, atol=1e-5 * np.abs(expected.raw).max())
+
+    def test_a_network_for_grey_images_may_get_the_mean(
+        self, wrap: Wrap, tape_gradients: Callable[..., Any]
+    ) -> None:
+        import keras
+
+        inner = backbone(keras, shape=(ROWS, COLUMNS, 1))
+        model = keras.Model(inner.input, add_classifier(keras, inner.output))
+        pixels = np.random.default_rng(1).integers(0, 256, (2, ROWS, COLUMNS, 3), np.uint8)
+        how = Preprocessing("own", (0.0,), (255.0,), channels="grey_mean")
+        computed = wrap(model, preprocessing=how).compute(pixels, ALL_CLASSES)
+        grey = (pixels.mean(axis=-1, keepdims=True) / 255).astype(np.float32)
+        expected = tape_gradients(model, grey, inner.get_layer("act"), head=model.get_layer("scores"))
+        assert_allclose(computed.raw, expected.raw, atol=1e-5 * np.abs(expected.raw).max())
+
+    @pytest.mark.parametrize(
+        ("sizing", "interpolation"),
+        [
+            ("keras.load_img", "nearest"),
+            (Sizing("bilinear_antialias"), "bilinear"),
+            (Sizing("bicubic_antialias"), "bicubic"),
+            (Sizing("lanczos"), "lanczos"),
+            ("tf.image.resize", None),
+        ],
+    )
+    def test_a_photo_is_predicted_as_by_its_owners_code(
+        self, sizing: Sizing | str, interpolation: str | None, wrap: Wrap, photos: Path, tmp_path: Path
+    ) -> None:
+        import keras
+        import tensorflow as tf
+
+        inner = backbone(keras)
+        model = keras.Model(inner.input, add_classifier(keras, inner.output))
+        path, size = tmp_path / "photo.png", (ROWS, COLUMNS)
+        Image.open(photos / "coffee.jpg").save(path)
+        if interpolation:
+            image = keras.utils.load_img(path, target_size=size, interpolation=interpolation)
+        else:
+            image = tf.image.resize(tf.io.decode_image(path.read_bytes()), size)
+        inputs = np.asarray(image, np.float32)[np.newaxis] / np.float32(127.5) - 1
+        explained = explain_image(wrap(model, sizing=sizing), path, classes=[0, 1, 2])
+        probabilities = [prediction.probability for prediction in explained.explained]
+        assert_allclose(probabilities, model.predict(inputs, verbose=0)[0], atol=1e-3)
+
+    def test_a_sizing_that_there_is_not_is_refused(self, wrap: Wrap) -> None:
+        import keras
+
+        inner = backbone(keras)
+        model = keras.Model(inner.input, add_classifier(keras, inner.output))
+        with pytest.raises(InvalidSettings, match="no sizing 'tf'; "):
+            wrap(model, sizing="tf")
+        with pytest.raises(InvalidSettings, match="color has 2 levels for 3 channels"):
+            wrap(model, sizing=Sizing(fit="letterbox", color=(1, 2)))
 
     def test_whole_numbers(self, wrap: Wrap, tape_gradients: Callable[..., Any]) -> None:
         import keras
@@ -138,6 +195,8 @@ class TestInputs:
         x = keras.layers.Conv2D(4, 3, name="conv")(x)
         with pytest.raises(NetworkIncompatible, match="crops, pads, shifts or turns its input"):
             wrap(keras.Model(inputs, add_classifier(keras, x)))
+        with pytest.raises(NetworkIncompatible, match=r"fit of sizing crops and pads"):
+            wrap(keras.Model(inputs, add_classifier(keras, x)), sizing="torchvision")
 
     def test_an_unknown_preprocessing_is_refused_with_all_preprocessings(self, wrap: Wrap) -> None:
         with pytest.raises(NetworkIncompatible, match="no preprocessing 'imagenet'; there are caffe, tf"):

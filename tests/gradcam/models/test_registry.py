@@ -13,6 +13,7 @@ import pytest
 from gradcam_worker.errors import UnknownNetwork
 from gradcam_worker.gradcam.catalog import CATALOG, PREPROCESSING, Head, ModelFile, NetworkRow
 from gradcam_worker.gradcam.models.registry import Registry
+from gradcam_worker.gradcam.sizing import SIZINGS, Sizing
 from tests.gradcam.registry_text import MODEL, SHA256, WEIGHTS, write
 
 PAGE = Path(__file__).parents[3] / "docs" / "how-to" / "own-networks.md"
@@ -110,6 +111,14 @@ class TestPreprocessing:
             ("{ scale = [1, 2, -1] }", "rgb", (10, 20, 30), (10, 40, -30)),
             ('{ offset = -128, channels = "grey" }', "grey", (128,), (0,)),
             ("{ channels = 5 }", 5, (1, 2, 3, 4, 5), (1, 2, 3, 4, 5)),
+            ("{ mean = [10, 20, 30], std = 10 }", "rgb", (20, 20, 20), (1, 0, -1)),
+            ('{ range = [-1, 1], channels = "grey_mean" }', "grey_mean", (0, 127.5, 255), (-1, 0, 1)),
+            (
+                "{ range = [0, 1], mean = [0.485, 0.456, 0.406], std = [0.229, 0.224, 0.225] }",
+                "rgb",
+                (0, 255, 255),
+                (-0.485 / 0.229, 0.544 / 0.224, 0.594 / 0.225),
+            ),
         ],
     )
     def test_input_is_pixel_times_scale_plus_offset(
@@ -129,6 +138,41 @@ class TestPreprocessing:
         table = '{ scale = 0.5, offset = [1, 2, 3], channels = "bgr" }'
         preprocessing = read(tmp_path, MODEL.replace('"torch"', table)).preprocessing
         assert preprocessing.name == "scale 0.5, offset 1 2 3, bgr"
+        table = "{ range = [0, 1], std = [0.5, 0.25, 0.5] }"
+        preprocessing = read(tmp_path, MODEL.replace('"torch"', table)).preprocessing
+        assert preprocessing.name == "range 0 1, mean 0, std 0.5 0.25 0.5, rgb"
+
+    def test_pytorchs_numbers_are_the_named_preprocessing(self, tmp_path: Path) -> None:
+        table = "{ range = [0, 1], mean = [0.485, 0.456, 0.406], std = [0.229, 0.224, 0.225] }"
+        written = read(tmp_path, MODEL.replace('"torch"', table)).preprocessing
+        named = read(tmp_path, MODEL).preprocessing
+        np.testing.assert_allclose([written.mean, written.std], [named.mean, named.std])
+
+
+class TestSizing:
+    @pytest.mark.parametrize("name", SIZINGS)
+    def test_it_has_a_name(self, name: str, tmp_path: Path) -> None:
+        assert read(tmp_path, MODEL + f'sizing = "{name}"').sizing == SIZINGS[name]
+
+    @pytest.mark.parametrize(
+        ("table", "expected"),
+        [
+            ('{ resize = "nearest" }', Sizing("nearest")),
+            ('{ fit = "crop", short_side = 256 }', Sizing(fit="crop", short_side=256)),
+            ('{ fit = "letterbox", color = 114 }', Sizing(fit="letterbox", color=(114,))),
+            ('{ fit = "letterbox", color = [1, 2, 3] }', Sizing(fit="letterbox", color=(1, 2, 3))),
+            (
+                '{ resize = "lanczos", fit = "crop", crop_fraction = 0.9 }',
+                Sizing("lanczos", "crop", crop_fraction=0.9),
+            ),
+        ],
+    )
+    def test_it_is_a_table(self, table: str, expected: Sizing, tmp_path: Path) -> None:
+        assert read(tmp_path, MODEL + f"sizing = {table}").sizing == expected
+
+    def test_without_it_images_are_squashed_by_area(self, tmp_path: Path) -> None:
+        assert read(tmp_path, MODEL).sizing == Sizing("area", "squash")
+        assert read(tmp_path, WEIGHTS).sizing == Sizing("area", "squash")
 
 
 class TestLabels:
@@ -265,7 +309,10 @@ class TestChanges:
 
 
 def test_the_example_of_the_documentation_is_a_registry(tmp_path: Path) -> None:
-    [example] = re.findall(r"^```toml\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    example, *parts = re.findall(r"^```toml\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     (tmp_path / "tumours.txt").write_text("benign\nmalignant\n")
     (tmp_path / "networks.toml").write_text(example.replace('"..."', f'"{SHA256}"'))
     assert names(Registry(tmp_path / "networks.toml")) == ["tumours", "scans", "birds"]
+    for line in "".join(parts).splitlines():
+        body = MODEL.replace('preprocessing = "torch"', "") if line.startswith("preprocessing") else MODEL
+        assert read(tmp_path, body + line), line

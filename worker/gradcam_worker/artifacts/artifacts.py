@@ -28,6 +28,7 @@ from gradcam_worker.artifacts.render import RenderedArtifact, RenderResult
 from gradcam_worker.gradcam.catalog import NetworkRow
 from gradcam_worker.gradcam.explain import Explanation, Prediction
 from gradcam_worker.gradcam.methods import masking
+from gradcam_worker.gradcam.sizing import Placement
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.schemas.job import Job
 from gradcam_worker.schemas.manifest import (
@@ -131,6 +132,8 @@ def build_manifest(
             backend=network.backend,
             dtype=network.dtype,
             head=network.head,
+            sizing=network.sizing.describe(),
+            shown_xyxy=shown_xyxy(explanation.placement, image),
         ),
         method=method_record(job.method, explanation),
         predictions=class_scores(explanation.predictions),
@@ -162,6 +165,14 @@ def method_record(method: MethodSpec, explanation: Explanation) -> MethodRecord:
     )
 
 
+def shown_xyxy(placement: Placement | None, image: InputRecord) -> tuple[float, float, float, float] | None:
+    """The part of an image on which its heatmaps lie, in its pixels; None: exactly all of it."""
+    if placement is None:
+        return None
+    left, top, right, bottom = (round(side, 3) for side in placement.box((image.height, image.width)))
+    return left, top, right, bottom
+
+
 def _explained_class(
     prediction: Prediction,
     explanation: Explanation,
@@ -176,27 +187,46 @@ def _explained_class(
         probability=prediction.probability,
         raw_min=float(explanation.raw_min[index]),
         raw_max=float(explanation.raw_max[index]),
-        peak_xy=peak_xy(explanation.heatmaps[index], image_size),
+        peak_xy=peak_xy(explanation.heatmaps[index], image_size, explanation.placement),
         hot=salient_region,
         metrics=dict(explanation.metrics[index]) if explanation.metrics else {},
         artifacts=records,
     )
 
 
-def peak_xy(heatmap: NDArray[np.float32], image_size: tuple[int, int]) -> tuple[int, int] | None:
+def peak_xy(
+    heatmap: NDArray[np.float32], image_size: tuple[int, int], placement: Placement | None = None
+) -> tuple[int, int] | None:
     """Find the center of the hottest cell of a heatmap.
 
     Args:
         heatmap: (rows, columns).
         image_size: Width and height of the image in pixels.
+        placement: Where the heatmap lies on the image; None: on all of it.
 
     Returns:
-        The position (x, y) in pixels of the image; None if the heatmap is zero everywhere.
+        The position (x, y) in pixels of the image; None if the heatmap is zero everywhere on it.
     """
     rows, columns = heatmap.shape
+    if placement:
+        return _placed_peak_xy(heatmap, image_size, placement)
     row, column = divmod(int(heatmap.argmax()), columns)
     center = (int((column + 0.5) * image_size[0] / columns), int((row + 0.5) * image_size[1] / rows))
     return center if heatmap.any() else None
+
+
+def _placed_peak_xy(
+    heatmap: NDArray[np.float32], image_size: tuple[int, int], placement: Placement
+) -> tuple[int, int] | None:
+    """`peak_xy` of the cells whose centres lie on the image."""
+    (rows, columns), (width, height) = heatmap.shape, image_size
+    down, across = placement.visible((rows, columns))
+    visible = heatmap[down, across]
+    row, column = divmod(int(visible.argmax()), visible.shape[1])
+    left, top, right, bottom = placement.box((height, width))
+    x = left + (across.start + column + 0.5) / columns * (right - left)
+    y = top + (down.start + row + 0.5) / rows * (bottom - top)
+    return (min(max(int(x), 0), width - 1), min(max(int(y), 0), height - 1)) if visible.any() else None
 
 
 def class_scores(predictions: tuple[Prediction, ...]) -> tuple[ClassScore, ...]:
@@ -294,10 +324,11 @@ def _mismatch(manifest: Manifest, job: Job, image_sha256: str | None, row: Netwo
         return "it is of a different job with this id"
     if image_sha256 not in {None, manifest.input.sha256}:
         return f"it is of an image with sha256 {manifest.input.sha256}"
-    weights_sha256, preprocessing = manifest.network.weights_sha256, manifest.network.preprocessing
-    if row.file and (weights_sha256, preprocessing) != (row.file.sha256, row.preprocessing.name):
+    network = manifest.network
+    version = network.weights_sha256, network.preprocessing, network.sizing
+    if row.file and version != (row.file.sha256, row.preprocessing.name, row.sizing.describe()):
         return (
-            f"it is of a different version of {row.name}, "
-            f"with weights {weights_sha256} and preprocessing {preprocessing}"
+            f"it is of a different version of {row.name}, with weights {network.weights_sha256}, "
+            f"preprocessing {network.preprocessing} and sizing {network.sizing}"
         )
     return None

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradcam_worker import __version__
-from gradcam_worker.artifacts.artifacts import peak_xy
+from gradcam_worker.artifacts.artifacts import peak_xy, shown_xyxy
 from gradcam_worker.errors import StorageUnavailable
 from gradcam_worker.gradcam.explain import Explanation
 from gradcam_worker.gradcam.imaging.region import Box
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 MEDIA_TYPE = "application/vnd.apache.parquet"
 METADATA_KEY = b"gradcam"  # of the JSON document in a file's metadata that describes the whole file
 MISSING_COLUMN = "missing"  # the last column, which files of earlier versions lack
+SHOWN_COLUMN = "shown_xyxy"  # after it, where the network's sizing crops or pads images
 BOX_THRESHOLD = 0.5  # as a share of the heatmap's peak; the default of a manifest
 
 Grid = tuple[int, int]  # rows and columns of every heatmap
@@ -69,11 +70,12 @@ class Summary:
     network: NetworkRef
 
 
-def schema(grid: Grid) -> "pa.Schema":
-    """The columns of a file whose heatmaps have this grid."""
+def schema(grid: Grid, *, has_shown: bool = False) -> "pa.Schema":
+    """The columns of a file whose heatmaps have this grid; with what the network saw of an image, or not."""
     import pyarrow as pa
 
     rows, columns = grid
+    shown = [(SHOWN_COLUMN, pa.list_(pa.float32(), 4))] if has_shown else []
     return pa.schema(
         [
             pa.field("row", pa.int64(), nullable=False),  # number of the row in the input, from 0
@@ -99,6 +101,7 @@ def schema(grid: Grid) -> "pa.Schema":
             ("error", pa.string()),  # a code of gradcam_worker.errors
             ("error_detail", pa.string()),
             (MISSING_COLUMN, pa.float32()),  # missing share of a damaged image; null if the image is whole
+            *shown,  # left, top, right, bottom on the image, where the heatmap lies; null: on all of it
         ]
     )
 
@@ -109,6 +112,8 @@ def to_bytes(
     grid: Grid,
     outcomes: Sequence[Outcome | None],
     kept_rows: "pa.Table | None" = None,
+    *,
+    has_shown: bool = False,
 ) -> tuple[bytes, Summary]:
     """Encode a shard's file. The same outcomes give the same bytes.
 
@@ -118,6 +123,7 @@ def to_bytes(
         grid: Rows and columns of the heatmaps.
         outcomes: One per row of the shard. None: the row is in `kept_rows`.
         kept_rows: Rows of an earlier file of the shard, from `read_explained_rows`.
+        has_shown: Whether the network's sizing crops or pads images: then the file says what it saw of them.
 
     Returns:
         The file, and the summary in its metadata.
@@ -134,8 +140,12 @@ def to_bytes(
         if outcome is not None
         for record in _records(shard.first + index, row, outcome)
     ]
-    table = pa.Table.from_pylist(records, schema=schema(grid))
+    has_shown = has_shown or (kept_rows is not None and SHOWN_COLUMN in kept_rows.column_names)
+    table = pa.Table.from_pylist(records, schema=schema(grid, has_shown=has_shown))
     if kept_rows is not None:
+        if has_shown and SHOWN_COLUMN not in kept_rows.column_names:
+            whole = pa.nulls(len(kept_rows), table.schema.field(SHOWN_COLUMN).type)
+            kept_rows = kept_rows.append_column(SHOWN_COLUMN, whole)
         with _read_errors_as_storage_unavailable():  # another version may have written other columns
             order: Any = [("row", "ascending"), ("index", "ascending")]
             table = pa.concat_tables([table, kept_rows]).sort_by(order)
@@ -170,6 +180,7 @@ def _records(number: int, row: Row, outcome: Outcome) -> list[dict[str, Any]]:
     explanation, image = outcome.explanation, outcome.image
     heatmaps = explanation.shown  # in [0, 1] also if the method does not normalize
     common |= {"uri": image.uri, "sha256": image.sha256, "width": image.width, "height": image.height}
+    placement, size = explanation.placement, (image.width, image.height)
     return [
         {
             **common,
@@ -182,10 +193,11 @@ def _records(number: int, row: Row, outcome: Outcome) -> list[dict[str, Any]]:
             "heatmap": heatmaps[index].astype(np.float16).ravel(),
             "raw_min": float(explanation.raw_min[index]),
             "raw_max": float(explanation.raw_max[index]),
-            "peak_xy": peak_xy(explanation.heatmaps[index], (image.width, image.height)),
+            "peak_xy": peak_xy(explanation.heatmaps[index], size, placement),
             "box_xyxy": outcome.boxes[index],
             "overlay": outcome.overlays[index],
             MISSING_COLUMN: image.damage.missing if image.damage else None,
+            SHOWN_COLUMN: shown_xyxy(placement, image),
             **(explanation.metrics[index] if explanation.metrics else {}),
         }
         for index, prediction in enumerate(explanation.explained)

@@ -83,7 +83,7 @@ def render(
     for threshold, class_boxes in boxes.items():
         for heatmap in explanation.shown:
             deadline.check("render")
-            class_boxes.append(region.hot_box(heatmap, image.decoded.size, threshold))
+            class_boxes.append(region.hot_box(heatmap, image.decoded.size, threshold, explanation.placement))
     artifacts = []
     for spec in specs:
         for artifact in _render(spec, image, explanation, boxes, job_id, method):
@@ -115,7 +115,7 @@ def _render(
         for index, (prediction, heatmap) in enumerate(
             zip(explanation.explained, explanation.shown, strict=True)
         ):
-            grey = overlay.to_grey(heatmap, decoded.size)
+            grey = overlay.to_grey(heatmap, decoded.size, explanation.placement)
             yield _image_artifact(file_name("heatmap", prediction, "png"), grey, "png", "heatmap", index)
     else:
         properties = {"dtype": "float32", "shape": explanation.heatmaps.shape}
@@ -135,12 +135,15 @@ def _overlays(
 ) -> Iterator[RenderedArtifact]:
     edge = min(spec.max_edge or overlay.MAX_SIDES[spec.format], overlay.MAX_SIDES[spec.format])
     pixels = shrink_to_edge(decoded.pixels, edge)
-    base = overlay.OverlayBase(pixels, alpha=spec.alpha, colormap=spec.colormap, bgr=True)
+    placement = explanation.placement
+    base = overlay.OverlayBase(
+        pixels, alpha=spec.alpha, colormap=spec.colormap, bgr=True, placement=placement
+    )
     buffer = np.empty_like(pixels)  # shared by all classes: each overlay is encoded before the next is drawn
     for index, (prediction, heatmap) in enumerate(zip(explanation.explained, explanation.shown, strict=True)):
         drawn = base.draw(heatmap, out=buffer)
         if spec.contour:
-            drawn = region.draw_contour(drawn, heatmap, spec.threshold)
+            drawn = region.draw_contour(drawn, heatmap, spec.threshold, placement)
         if spec.box and (box := boxes[spec.threshold][index]):
             drawn = region.draw_box(
                 drawn, region.scale_box(box, decoded.size, (drawn.shape[0], drawn.shape[1]))
@@ -171,7 +174,9 @@ def _titled_overlays(
     spec: GridSpec | AnimationSpec, pixels: Pixels, explanation: Explanation
 ) -> Iterator[sheet.Tile]:
     """Draw the overlay of each explained class, with its title."""
-    base = overlay.OverlayBase(pixels, alpha=spec.alpha, colormap=spec.colormap)
+    base = overlay.OverlayBase(
+        pixels, alpha=spec.alpha, colormap=spec.colormap, placement=explanation.placement
+    )
     for index, heatmap in enumerate(explanation.shown):
         yield explanation.title(index), base.draw(heatmap)
 
@@ -190,6 +195,7 @@ def _report(
         "Weights SHA-256": network.weights_sha256 or "not known",
         "Network input": f"{network.input_size[1]} x {network.input_size[0]} pixels",
         "Preprocessing": network.preprocessing,
+        "Sizing": network.sizing.describe(),
         "Layer": explanation.layer,
         "Method": ", ".join(filter(None, (_method_text(method), versus(explanation.against)))),
         "Normalization": method.normalize,

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gradcam_worker.artifacts.dataset import SHOWN_COLUMN
 from gradcam_worker.audit.statistics import (
     READ_TIMEOUT_S,
     ClassStatistics,
@@ -27,9 +28,15 @@ from gradcam_worker.audit.statistics import (
 from gradcam_worker.errors import GradcamError, InvalidInput, InvalidRow
 from gradcam_worker.gradcam.classes import percent
 from gradcam_worker.gradcam.decoding.decode import Limits, decode
-from gradcam_worker.gradcam.imaging.html import encode_heatmaps, fill_template, to_base64
+from gradcam_worker.gradcam.imaging.html import (
+    encode_heatmaps,
+    fill_template,
+    page_placement,
+    to_base64,
+)
 from gradcam_worker.gradcam.imaging.overlay import COLORMAPS, colors, encode_jpeg
 from gradcam_worker.gradcam.imaging.resize import enlarge, shrink_to_edge
+from gradcam_worker.gradcam.sizing import Placement
 from gradcam_worker.images.fetch import UriFetcher
 from gradcam_worker.images.prepare import ImageFetcher
 from gradcam_worker.resilience.deadline import Deadline
@@ -244,6 +251,7 @@ def _page_data(
             "width": max(round(record["width"] * PHOTO_EDGES[0] / longer_side), 1),
             "height": max(round(record["height"] * PHOTO_EDGES[0] / longer_side), 1),
             "heatmap": heatmap(row.heatmap),
+            **page_placement(_placement(record)),
         }
 
     return {
@@ -276,6 +284,16 @@ def _page_data(
             for summary in classes
         ],
     }
+
+
+def _placement(record: Mapping[str, Any]) -> Placement | None:
+    """Where the heatmap of a row lies on its image; None: on all of it."""
+    shown = record.get(SHOWN_COLUMN)  # only datasets of networks that crop or pad have it
+    if not shown:
+        return None
+    left, top, right, bottom = shown
+    width, height = record["width"], record["height"]
+    return Placement(left / width, top / height, right / width, bottom / height)
 
 
 def _truncate(text: str, max_length: int = MAX_TEXT_LENGTH) -> str:

@@ -72,7 +72,7 @@ def _explain(
             method = replace(method_of(job.method, network.facts), against=against)
         context.deadline.extend(context.metrics["load_s"])  # weights may have to be downloaded
         with context.enter_stage("explain"):
-            pixels = image.fit(network.facts)
+            pixels, placement = image.fit(network.facts), image.placement(network.facts)
             inferred = None
             if not masking.is_masking(method):
                 inferred = slot.infer(network, pixels, classes, method, context.deadline, bulk=bulk)
@@ -88,6 +88,8 @@ def _explain(
             explanation = explain_in_passes(
                 services.model_cache, network, pixels, classes, method, context, partial(_report, context)
             )
+    if placement:
+        explanation = replace(explanation, placement=placement)
     if job.metrics:
         with context.enter_stage("measure"):
             explanation = services.model_cache.measure(

@@ -3,7 +3,7 @@
 import uuid
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -29,6 +29,7 @@ from gradcam_worker.execution.services import Services
 from gradcam_worker.gradcam.explain import Explanation
 from gradcam_worker.gradcam.imaging.region import hot_box
 from gradcam_worker.gradcam.network import Classifier
+from gradcam_worker.gradcam.sizing import Placement
 from gradcam_worker.images.prepare import FetchedImage, fetch_image
 from gradcam_worker.schemas.job import ImageRef
 from gradcam_worker.schemas.manifest import InputRecord
@@ -50,6 +51,7 @@ class LoadedImage:
 
     image: InputRecord
     pixels: NDArray[np.uint8]  # (height, width, channels)
+    placement: Placement | None = None  # of the pixels in the image
 
 
 class ShardRows:
@@ -81,7 +83,8 @@ class ShardRows:
             raise InvalidRow(message)
         reference = ImageRef(uri=row.uri, sha256=row.sha256)
         with self._open(reference) as fetched, fetched.decode() as image:
-            return LoadedImage(image.record, image.fit(self._network.facts))
+            facts = self._network.facts
+            return LoadedImage(image.record, image.fit(facts), image.placement(facts))
 
     def _open(self, image: ImageRef) -> AbstractContextManager[FetchedImage]:
         return fetch_image(image, self._services, self._context.deadline)
@@ -103,12 +106,17 @@ class ShardRows:
 
     def _explained_row(self, index: int, loaded: LoadedImage, explanation: Explanation) -> ExplainedRow:
         deadline, image = self._context.deadline, loaded.image
+        if loaded.placement:
+            explanation = replace(explanation, placement=loaded.placement)
         if self._shard.metrics:
             explanation = self._services.model_cache.measure(
                 self._network, loaded.pixels, explanation, self._shard.metrics, deadline, bulk=True
             )
         size = image.height, image.width
-        boxes = [hot_box(heatmap, size, dataset.BOX_THRESHOLD) for heatmap in explanation.shown]
+        boxes = [
+            hot_box(heatmap, size, dataset.BOX_THRESHOLD, explanation.placement)
+            for heatmap in explanation.shown
+        ]
         overlays: list[str | None] = [None] * len(boxes)
         if self._shard.artifacts:  # fetched again: the full-size images of a group may not fit into memory
             reference = ImageRef(uri=self._shard.rows[index].uri, sha256=image.sha256)

@@ -90,7 +90,8 @@ def run_shard(shard: Shard, services: Services, context: JobContext) -> JobResul
         sha256 = run.network.facts.weights_sha256
         reference = NetworkRef(name=shard.network, layer=layer, weights_sha256=sha256)
     with context.enter_stage("render"):
-        data, summary = dataset.to_bytes(shard, reference, grid, outcomes, kept_rows)
+        has_shown = run.network.facts.sizing.fit != "squash"
+        data, summary = dataset.to_bytes(shard, reference, grid, outcomes, kept_rows, has_shown=has_shown)
     lines = dataset.failed_lines(shard, outcomes)
     with context.enter_stage("upload"):
         if not context.after_crash:  # else the checkpoint of the row search must stay the last one

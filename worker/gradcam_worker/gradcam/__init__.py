@@ -9,6 +9,7 @@
 The modules and packages, from plain data to loaded networks:
 
     catalog, classes  the networks of the catalog, and the names of classes
+    sizing            how photos are brought to the input size of a network
     network           the interface of a network
     decoding          image files to pixels, with limits on size and damage
     imaging           network inputs; overlays, sheets and animations of heatmaps
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
     from gradcam_worker.gradcam.models.score_network import wrap_callable as wrap_callable
     from gradcam_worker.gradcam.network import Method as Method
     from gradcam_worker.gradcam.network import Network as Network
+    from gradcam_worker.gradcam.sizing import Placement as Placement
+    from gradcam_worker.gradcam.sizing import Sizing as Sizing
 
 __all__ = [
     "Explained",
@@ -55,8 +58,10 @@ __all__ = [
     "Method",
     "Network",
     "NetworkRow",
+    "Placement",
     "Prediction",
     "Preprocessing",
+    "Sizing",
     "explain_image",
     "load_network",
     "load_score_network",
@@ -75,8 +80,10 @@ if not TYPE_CHECKING:
             "Method": "gradcam_worker.gradcam.network",
             "Network": "gradcam_worker.gradcam.network",
             "NetworkRow": "gradcam_worker.gradcam.catalog",
+            "Placement": "gradcam_worker.gradcam.sizing",
             "Prediction": "gradcam_worker.gradcam.explain",
             "Preprocessing": "gradcam_worker.gradcam.catalog",
+            "Sizing": "gradcam_worker.gradcam.sizing",
             "explain_image": "gradcam_worker.gradcam.explain",
             "load_network": "gradcam_worker.gradcam.models.loading",
             "load_score_network": "gradcam_worker.gradcam.models.score_files",

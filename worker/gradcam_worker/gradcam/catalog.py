@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gradcam_worker.errors import UnknownNetwork
+from gradcam_worker.gradcam.sizing import DEFAULT_SIZING, Sizing
 from gradcam_worker.text.similar_names import nearest
 
 MODEL_FILE_ENDINGS = (
@@ -19,7 +20,8 @@ MODEL_FILE_ENDINGS = (
     ".safetensors",
     ".tflite",
 )  # not names of networks
-Channels = Literal["rgb", "bgr", "grey"] | int
+Channels = Literal["rgb", "bgr", "grey", "grey_mean"] | int
+GREYS = ("grey", "grey_mean")
 Layout = Literal["nchw", "nhwc"]
 
 
@@ -31,8 +33,8 @@ class Preprocessing:
         name: As in `PREPROCESSING`.
         mean: For each channel in the order of the network, or one for all; from 0 to 255.
         std: As `mean`.
-        channels: The order of the colours, or `grey` for their luminance, or, for images that are no photos,
-            the number of channels.
+        channels: The order of the colours, or `grey` for their luminance, `grey_mean` for their mean, or, for
+            images that are no photos, the number of channels.
     """
 
     name: str
@@ -48,7 +50,7 @@ class Preprocessing:
     @property
     def input_channels(self) -> int:
         """The number of channels of the network's input."""
-        return 1 if self.channels == "grey" else self.pixel_channels
+        return 1 if self.channels in GREYS else self.pixel_channels
 
 
 PREPROCESSING = {  # named as in Keras, if Keras has it
@@ -112,6 +114,7 @@ class NetworkRow:
     head: Head = Head()
     scores_only: bool = False  # it is not taken apart: RISE and occlusion alone explain it
     layout: Layout | None = None  # of the input of an ONNX or TFLite file; None: read from the file
+    sizing: Sizing = DEFAULT_SIZING
 
 
 def _keras(

@@ -17,10 +17,11 @@ from gradcam_worker.gradcam.classes import ClassIndex, Label, caption, versus
 from gradcam_worker.gradcam.decoding.color import ColorSource
 from gradcam_worker.gradcam.decoding.decode import Limits, decode
 from gradcam_worker.gradcam.decoding.structure import Damage
+from gradcam_worker.gradcam.imaging.network_input import to_input
 from gradcam_worker.gradcam.imaging.overlay import encode, overlay
-from gradcam_worker.gradcam.imaging.resize import fit
 from gradcam_worker.gradcam.methods import cam, masking
 from gradcam_worker.gradcam.network import Classifier, Computed, Method, Network, NetworkFacts
+from gradcam_worker.gradcam.sizing import Placement
 
 RGB_CHANNELS = 3
 MAX_NAME_BYTES = 60  # of the name of a class in a file name
@@ -61,6 +62,7 @@ class Explanation:
         metrics: Faithfulness of each of the k heatmaps, if requested.
         method: Of a method that covers parts of the image: it, with each of its parameters.
         against: The classes that each is explained against: why it is that class and not one of these.
+        placement: The part of the image that the heatmaps lie on; None: exactly all of it.
     """
 
     network: NetworkFacts
@@ -73,6 +75,7 @@ class Explanation:
     metrics: tuple[Mapping[str, float], ...] = field(default=(), kw_only=True)
     method: Method | None = field(default=None, kw_only=True)
     against: tuple[Label, ...] = field(default=(), kw_only=True)
+    placement: Placement | None = field(default=None, kw_only=True)
 
     def __repr__(self) -> str:
         """Show the classes and the shape of the heatmaps, whose values would fill the screen."""
@@ -131,7 +134,9 @@ class Explained(Explanation):
         Returns:
             (height, width, 3), uint8, RGB.
         """
-        return overlay(self.picture, self.shown[index], alpha=alpha, colormap=colormap)
+        return overlay(
+            self.picture, self.shown[index], alpha=alpha, colormap=colormap, placement=self.placement
+        )
 
     def save(self, folder: Path | str) -> list[Path]:
         """Write one overlay as JPEG for each explained class.
@@ -231,8 +236,10 @@ def explain_image(
         decoded = decode(data, limits)
         pixels, damage, converted_from = decoded.pixels, decoded.damage, decoded.converted_from
     check_channels(network.facts, pixels)
-    fitted = fit(pixels, network.facts.input_size)[np.newaxis]
-    explanation = explain_pixels(network, fitted, [selected], method)[0]
+    facts = network.facts
+    fitted = to_input(pixels, facts.input_size, facts.sizing)[np.newaxis]
+    placement = facts.sizing.placement((pixels.shape[0], pixels.shape[1]), facts.input_size)
+    explanation = replace(explain_pixels(network, fitted, [selected], method)[0], placement=placement)
     return Explained(
         **vars(explanation), picture=_to_rgb(pixels), damage=damage, converted_from=converted_from
     )

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from gradcam_worker.gradcam.catalog import HeadKind
 from gradcam_worker.gradcam.classes import ClassIndex
+from gradcam_worker.gradcam.sizing import DEFAULT_SIZING, Sizing
 from gradcam_worker.text.short_repr import short_repr
 
 
@@ -32,6 +33,7 @@ class NetworkFacts:
     weight_copies: int = 1  # in memory
     stored_bytes: int | None = None  # of its weights; None: by the number of parameters
     scores_only: bool = False  # it has no gradients: only the methods of `masking` work
+    sizing: Sizing = DEFAULT_SIZING  # how images are brought to its input size
 
     @property
     def weight_bytes(self) -> int:

@@ -11,9 +11,15 @@ import numpy as np
 
 from gradcam_worker.gradcam.classes import percent, versus
 from gradcam_worker.gradcam.explain import Explanation, Prediction
-from gradcam_worker.gradcam.imaging.html import encode_heatmaps, fill_template, to_base64
+from gradcam_worker.gradcam.imaging.html import (
+    encode_heatmaps,
+    fill_template,
+    page_placement,
+    to_base64,
+)
 from gradcam_worker.gradcam.imaging.overlay import COLORMAPS, colors, encode_jpeg
 from gradcam_worker.gradcam.imaging.resize import Pixels, enlarge, shrink_to_edge
+from gradcam_worker.gradcam.sizing import spans
 
 MAX_PAGE_BYTES = 1_000_000  # small enough for an e-mail
 MAX_CELLS = 120_000  # of all heatmaps: 320 KB of the page; 50 classes may have 48 x 48 each
@@ -76,6 +82,7 @@ def _page_data(
         "title": _truncate(f"{explanation.network.name} · {name}"),
         "rows": rows,
         "columns": columns,
+        **page_placement(explanation.placement),
         "heatmaps": encode_heatmaps(heatmaps),
         "explained": [
             {
@@ -130,9 +137,10 @@ def _heatmap_size(explanation: Explanation, pixels: Pixels) -> tuple[int, int]:
     """The rows and columns of the heatmaps on the page."""
     count, rows, columns = explanation.heatmaps.shape
     scale = min((MAX_CELLS / (count * rows * columns)) ** 0.5, 1)
+    down, across = spans(explanation.placement, (pixels.shape[0], pixels.shape[1]))
     return (
-        max(min(int(rows * scale), pixels.shape[0]), 1),
-        max(min(int(columns * scale), pixels.shape[1]), 1),
+        max(min(int(rows * scale), down.pixels), 1),
+        max(min(int(columns * scale), across.pixels), 1),
     )
 
 

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from gradcam_worker.errors import ImageTooLarge
 from gradcam_worker.gradcam.decoding.decode import Decoded, Limits, decode, read_structure
 from gradcam_worker.gradcam.explain import check_channels
-from gradcam_worker.gradcam.imaging.resize import fit
+from gradcam_worker.gradcam.imaging.network_input import to_input
 from gradcam_worker.gradcam.network import NetworkFacts
+from gradcam_worker.gradcam.sizing import Placement
 from gradcam_worker.images.fetch import FetchedBytes
 from gradcam_worker.resilience.budget import Budgets, Reservation
 from gradcam_worker.resilience.deadline import Deadline
@@ -61,16 +62,21 @@ class DecodedImage:
         self.record, self.decoded, self._reservation = record, decoded, reservation
 
     def fit(self, facts: NetworkFacts) -> NDArray[np.uint8]:
-        """Resize the image to the input size of a network.
+        """Bring the image to the input size of a network, as its `sizing` says.
 
         Returns:
             Pixels (height, width, channels).
 
         Raises:
             NetworkIncompatible: The network expects a different number of channels.
+            ImagePixelsExceeded: The image is too long and narrow for a centre crop.
         """
         check_channels(facts, self.decoded.pixels)
-        return fit(self.decoded.pixels, facts.input_size)
+        return to_input(self.decoded.pixels, facts.input_size, facts.sizing)
+
+    def placement(self, facts: NetworkFacts) -> Placement | None:
+        """The part of the image that the input of a network shows; None: exactly all of it."""
+        return facts.sizing.placement(self.decoded.size, facts.input_size)
 
     def release(self) -> None:
         """Drop the pixels and their reservation before the block ends."""

@@ -213,6 +213,7 @@ def network_facts(row: NetworkRow, settings: Settings) -> dict[str, Any]:
         "layer": row.target_layer,
         "map_size": row.map_size,
         "preprocessing": row.preprocessing.name,
+        "sizing": row.sizing.describe(),
         "parameters": row.parameters,
         "weights": row.file.uri if row.file else source,
         "sha256": row.file.sha256 if row.file else row.sha256,

@@ -122,6 +122,7 @@ def _check_own_network(row: NetworkRow, settings: Settings) -> Finding:
     size = f"{facts.parameters / 1e6:.1f} M" if facts.parameters > MILLION else f"{facts.parameters:,}"
     layer = f"layer {explanation.layer} {rows}x{columns}"
     detail = f"{layer}, {len(network.labels)} classes ({facts.head}), {size} parameters"
+    detail += f", sizing {facts.sizing.describe()}"
     preprocessing = row.preprocessing
     scaled = any(preprocessing.mean) or any(deviation != 1 for deviation in preprocessing.std)
     if facts.rescales and scaled:

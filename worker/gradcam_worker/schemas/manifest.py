@@ -96,6 +96,10 @@ class NetworkRecord(ResponseModel):
     head: Literal["softmax", "sigmoid", "probabilities"] = (
         "softmax"  # except for softmax, the probabilities may not sum to 1
     )
+    sizing: str = "area, squash"  # how the image was brought to the input size
+    shown_xyxy: tuple[float, float, float, float] | None = (
+        None  # left, top, right, bottom of what the input shows of the image, in its pixels; None: all
+    )
 
 
 class MethodRecord(MethodSpec, ResponseModel):

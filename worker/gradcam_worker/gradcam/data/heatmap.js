@@ -1,40 +1,64 @@
 // How a page draws a heatmap as the engine does, from its cells.
 
-// Where each pixel lies between two cells, whose values are held in their middles.
-function between(pixels, cells) {
+// Where each pixel lies between two cells, whose values are held in their middles. The cells lie from one share
+// of the pixels to another; of a pixel that is not on them there is nothing.
+function between(pixels, cells, from, to) {
   return Array.from({ length: pixels }, (_, pixel) => {
-    const place = Math.min(Math.max((pixel + 0.5) * cells / pixels - 0.5, 0), cells - 1);
+    const share = ((pixel + 0.5) / pixels - from) / (to - from);
+    if (share < 0 || share >= 1) return undefined;
+    const place = Math.min(Math.max(share * cells - 0.5, 0), cells - 1);
     const first = Math.floor(place);
     return [first, Math.min(first + 1, cells - 1), place - first];
   });
 }
 
-// Cells (rows x columns) -> levels (0 to 255), one for each pixel: bilinear, the peak kept as it was.
-function enlarge(cells, rows, columns, width, height) {
-  const across = between(width, columns);
-  const wide = new Float32Array(rows * width);
+// The greatest of the cells whose middles are on the photo: the others are on the padding around it.
+function strongest(cells, rows, columns, [left, top, right, bottom]) {
+  const isOn = (cell, count, from, to) => {
+    const middle = from + (cell + 0.5) / count * (to - from);
+    return middle >= 0 && middle <= 1;
+  };
+  return cells.reduce((most, value, cell) =>
+    isOn(cell % columns, columns, left, right) && isOn(Math.floor(cell / columns), rows, top, bottom)
+      ? Math.max(most, value) : most, 0);
+}
+
+// Cells (rows x columns) -> levels (0 to 255), one for each pixel: bilinear, the peak kept as it was. The cells
+// lie on the part of the photo that the network was shown; elsewhere the level is -1.
+function enlarge(cells, rows, columns, width, height, placement = [0, 0, 1, 1]) {
+  const [left, top, right, bottom] = placement;
+  const across = between(width, columns, left, right);
+  const wide = new Float32Array(rows * width).fill(-1);
   for (let row = 0; row < rows; row++) {
-    across.forEach(([left, right, share], x) => {
-      const from = row * columns;
-      wide[row * width + x] = cells[from + left] * (1 - share) + cells[from + right] * share;
+    const from = row * columns;
+    across.forEach((seen, x) => {
+      if (!seen) return;
+      const [first, second, share] = seen;
+      wide[row * width + x] = cells[from + first] * (1 - share) + cells[from + second] * share;
     });
   }
-  const large = new Float32Array(width * height);
+  const large = new Float32Array(width * height).fill(-1);
   let peak = 0;
-  between(height, rows).forEach(([above, below, share], y) => {
+  between(height, rows, top, bottom).forEach((seen, y) => {
+    if (!seen) return;
+    const [above, below, share] = seen;
     for (let x = 0; x < width; x++) {
       const value = wide[above * width + x] * (1 - share) + wide[below * width + x] * share;
       large[y * width + x] = value;
       if (value > peak) peak = value;
     }
   });
-  const scale = peak > 0 ? 255 * cells.reduce((most, cell) => Math.max(most, cell), 0) / peak : 0;
-  const rounded = new Uint8ClampedArray(large.length);  // a clamped array rounds what is put into it
-  for (let pixel = 0; pixel < large.length; pixel++) rounded[pixel] = large[pixel] * scale;
-  return rounded;
+  const most = strongest(cells, rows, columns, placement);
+  const scale = peak > 0 ? 255 * Math.max(most / peak, 1) : 0;
+  const rounded = new Uint8ClampedArray(1);  // a clamped array rounds what is put into it
+  return Int16Array.from(large, (value) => {
+    if (value < 0) return -1;
+    rounded[0] = value * scale;
+    return rounded[0];
+  });
 }
 
-// Levels in the colours of a table (256 x RGB); those below `least` stay clear.
+// Levels in the colours of a table (256 x RGB); those below `least`, and those below 0, stay clear.
 function color(levels, table, least, canvas) {
   const image = new ImageData(canvas.width, canvas.height);
   const { data: pixels } = image;

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradcam_worker.gradcam.classes import DATA
+from gradcam_worker.gradcam.sizing import Placement
 
 ENCODED_ONE = 65_535  # how 1 is encoded in a heatmap
 
@@ -48,6 +49,14 @@ def encode_heatmaps(heatmaps: NDArray[np.float32]) -> str:
         Little-endian uint16 in base64, which is shorter than digits.
     """
     return to_base64(np.rint(heatmaps * ENCODED_ONE).astype("<u2").tobytes())
+
+
+def page_placement(placement: Placement | None) -> dict[str, list[float]]:
+    """Where heatmaps lie on a photo, for the script of a page; nothing if they lie on all of it."""
+    if placement is None:
+        return {}
+    sides = placement.left, placement.top, placement.right, placement.bottom
+    return {"placement": [round(side, 6) for side in sides]}
 
 
 def to_base64(data: bytes) -> str:

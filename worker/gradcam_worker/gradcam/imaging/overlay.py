@@ -7,7 +7,15 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from gradcam_worker.gradcam.imaging.resize import COLOR_RANK, Heatmap, Pixels, enlarge_unscaled
+from gradcam_worker.gradcam.imaging.resize import (
+    COLOR_RANK,
+    Heatmap,
+    Pixels,
+    enlarge_inside,
+    enlarge_placed,
+    enlarge_unscaled,
+)
+from gradcam_worker.gradcam.sizing import Placement, spans
 
 COLORMAPS = {
     "jet": cv2.COLORMAP_JET,
@@ -58,10 +66,18 @@ class OverlayBase:
 
     The image and the 256 colours are weighted once, so that each heatmap costs a look-up and a sum for each
     pixel. Both are rounded: a level differs by at most 1 from that of a blend that is rounded once.
+
+    Where the network's input shows only a part of the image, the rest keeps its own colours.
     """
 
     def __init__(
-        self, pixels: Pixels, *, alpha: float = 0.4, colormap: str = "jet", bgr: bool = False
+        self,
+        pixels: Pixels,
+        *,
+        alpha: float = 0.4,
+        colormap: str = "jet",
+        bgr: bool = False,
+        placement: Placement | None = None,
     ) -> None:
         """Weigh the image and the colours.
 
@@ -70,12 +86,19 @@ class OverlayBase:
             alpha: The share of the colours, from 0 to 1.
             colormap: A name from `COLORMAPS`.
             bgr: Draw overlays in BGR, as encoders take them.
+            placement: Where the heatmaps lie on the image; None: on all of it.
         """
         self._weighted_colors = _weigh_colors(colormap, alpha)
+        self._placement = placement
         if bgr:
             pixels, self._weighted_colors = (
                 cv2.cvtColor(array, cv2.COLOR_RGB2BGR) for array in (pixels, self._weighted_colors)
             )
+        if placement:
+            rows, columns = spans(placement, (pixels.shape[0], pixels.shape[1]))
+            self._image, self._inside = pixels, (rows.slice, columns.slice)
+            self._weighted_image = cv2.convertScaleAbs(pixels[self._inside], alpha=1 - alpha)
+            return
         self._weighted_image = cv2.convertScaleAbs(pixels, pixels if bgr else None, alpha=1 - alpha)
         self._enlarged = np.empty(
             pixels.shape[:2], np.float32
@@ -92,18 +115,32 @@ class OverlayBase:
             (height, width, 3), uint8.
         """
         height, width, _ = self._weighted_image.shape
-        large, factor = enlarge_unscaled(heatmap, (height, width), self._enlarged)
-        drawn = np.empty_like(self._weighted_image) if out is None else out
+        if self._placement:
+            size = self._image.shape[0], self._image.shape[1]
+            large, factor = enlarge_inside(heatmap, size, self._placement), np.float32(1)
+            whole = np.empty_like(self._image) if out is None else out
+            np.copyto(whole, self._image)
+            drawn = whole[self._inside]
+        else:
+            large, factor = enlarge_unscaled(heatmap, (height, width), self._enlarged)
+            whole = drawn = np.empty_like(self._weighted_image) if out is None else out
         # A few rows at a time, whose intermediate arrays stay in the processor's cache.
         step = max(STRIP_PIXELS // width, 1)
         for top in range(0, height, step):
             rows = slice(top, top + step)
             levels = cv2.convertScaleAbs(large[rows], alpha=255 * float(factor))
             cv2.add(cv2.applyColorMap(levels, self._weighted_colors), self._weighted_image[rows], drawn[rows])
-        return drawn
+        return whole
 
 
-def overlay(pixels: Pixels, heatmap: Heatmap, *, alpha: float = 0.4, colormap: str = "jet") -> Pixels:
+def overlay(
+    pixels: Pixels,
+    heatmap: Heatmap,
+    *,
+    alpha: float = 0.4,
+    colormap: str = "jet",
+    placement: Placement | None = None,
+) -> Pixels:
     """Draw a heatmap over an image, at the size of the image.
 
     The values are enlarged first, then coloured, then blended.
@@ -113,24 +150,29 @@ def overlay(pixels: Pixels, heatmap: Heatmap, *, alpha: float = 0.4, colormap: s
         heatmap: (rows, columns), float32, in [0, 1].
         alpha: The share of the colours, from 0 to 1.
         colormap: A name from `COLORMAPS`.
+        placement: Where the heatmap lies on the image; None: on all of it.
 
     Returns:
         (height, width, 3), uint8, RGB.
     """
-    return OverlayBase(pixels, alpha=alpha, colormap=colormap).draw(heatmap)
+    return OverlayBase(pixels, alpha=alpha, colormap=colormap, placement=placement).draw(heatmap)
 
 
-def to_grey(heatmap: Heatmap, size: tuple[int, int]) -> Pixels:
+def to_grey(heatmap: Heatmap, size: tuple[int, int], placement: Placement | None = None) -> Pixels:
     """Draw a heatmap in grey.
 
     Args:
         heatmap: (rows, columns), float32, in [0, 1].
         size: (height, width).
+        placement: Where the heatmap lies on the image; None: on all of it.
 
     Returns:
-        (height, width), uint8; 255 stands for 1.
+        (height, width), uint8; 255 stands for 1. 0 where the network's input does not show the image.
     """
-    large, factor = enlarge_unscaled(heatmap, size)
+    if placement:
+        large, factor = enlarge_placed(heatmap, size, placement), np.float32(1)
+    else:
+        large, factor = enlarge_unscaled(heatmap, size)
     return np.asarray(cv2.convertScaleAbs(large, alpha=255 * float(factor)), np.uint8)
 
 

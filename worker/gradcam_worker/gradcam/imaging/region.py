@@ -7,7 +7,15 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from gradcam_worker.gradcam.imaging.resize import Heatmap, Pixels, enlarge
+from gradcam_worker.gradcam.imaging.resize import (
+    Heatmap,
+    Pixels,
+    cell_positions,
+    enlarge,
+    enlarge_inside,
+    shrink_to_pixels,
+)
+from gradcam_worker.gradcam.sizing import Placement, Span, spans
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels; right and bottom excluded
 
@@ -19,7 +27,9 @@ SUBPIXELS = 4  # bits: OpenCV takes points in sixteenths of a pixel
 MAX_DEVIATION = 0.1  # of the drawn line from the contour, in pixels: the joints of short segments are visible
 
 
-def hot_box(heatmap: Heatmap, size: tuple[int, int], threshold: float) -> Box | None:
+def hot_box(
+    heatmap: Heatmap, size: tuple[int, int], threshold: float, placement: Placement | None = None
+) -> Box | None:
     """Find the box around the region of a heatmap that contains its peak.
 
     The region consists of the pixels of the enlarged heatmap that reach the threshold and are connected with
@@ -30,14 +40,14 @@ def hot_box(heatmap: Heatmap, size: tuple[int, int], threshold: float) -> Box | 
         heatmap: (rows, columns), float32.
         size: (height, width) of the image in pixels.
         threshold: A share of the peak, in (0, 1).
+        placement: Where the heatmap lies on the image; None: on all of it.
 
     Returns:
-        The box in pixels of the image; None where the heatmap is zero everywhere.
+        The box in pixels of the image; None where the heatmap is zero everywhere on it.
     """
-    rows, columns = min(heatmap.shape[0], size[0]), min(heatmap.shape[1], size[1])
-    cells = heatmap if heatmap.shape == (rows, columns) else enlarge(heatmap, (rows, columns))
-    cells = cells.astype(np.float64)
-    (down, ys), (across, xs) = _bilinear(rows, size[0]), _bilinear(columns, size[1])
+    rows, columns = spans(placement, size)
+    cells = shrink_to_pixels(heatmap, rows, columns).astype(np.float64)
+    (down, ys), (across, xs) = _bilinear(cells.shape[0], rows), _bilinear(cells.shape[1], columns)
     values = down[ys] @ cells @ across[xs].T
     peak = float(values.max()) * ROUNDING
     if not peak:
@@ -56,22 +66,22 @@ def hot_box(heatmap: Heatmap, size: tuple[int, int], threshold: float) -> Box | 
     inside = connections[::2, ::2] == FILLED
     left, right = _extent(values, inside, xs, level, (left // 2, (left + width) // 2))
     top, bottom = _extent(values.T, inside.T, ys, level, (top // 2, (top + height) // 2))
-    return left, top, right, bottom
+    return left + columns.first, top + rows.first, right + columns.first, bottom + rows.first
 
 
 @lru_cache(maxsize=16)
-def _bilinear(cells: int, pixels: int) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
-    """The weights of the cells along one side of an image (pixels, cells), and the corners of the patches.
+def _bilinear(cells: int, span: Span) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
+    """The weights of the cells along a span of an image (pixels, cells), and the corners of the patches.
 
     An enlarged heatmap is bilinear in the patch between the centres of four cells. So it is monotonic along
     each row and column of the patch, and whatever reaches a level there is connected with a corner of the
     patch that reaches it. The first and last pixels of the patches, 30 x 30 for 14 x 14 cells, are therefore
     enough to find a region, however large the image.
     """
-    positions = (np.arange(pixels) + 0.5) * cells / pixels - 0.5
+    positions = cell_positions(cells, span)
     distance = np.abs(np.clip(positions, 0, cells - 1)[:, np.newaxis] - np.arange(cells))
     last = np.flatnonzero(np.diff(np.floor(positions)))  # of each patch but the last
-    corners = np.unique(np.concatenate([[0], last, last + 1, [pixels - 1]]))
+    corners = np.unique(np.concatenate([[0], last, last + 1, [len(positions) - 1]]))
     return np.maximum(1 - distance, 0), corners
 
 
@@ -164,25 +174,37 @@ def draw_box(pixels: Pixels, box: Box) -> Pixels:
     return drawn
 
 
-def draw_contour(pixels: Pixels, heatmap: Heatmap, threshold: float) -> Pixels:
+def draw_contour(
+    pixels: Pixels, heatmap: Heatmap, threshold: float, placement: Placement | None = None
+) -> Pixels:
     """Draw the contours of a heatmap on an image.
 
-    All regions are outlined, not only the one around the peak. At the edges of the image a contour is open.
+    All regions are outlined, not only the one around the peak. At the edges of the image, or of the part of
+    it on which the heatmap lies, a contour is open.
 
     Args:
         pixels: The image (height, width, 3), uint8.
         heatmap: (rows, columns), float32.
         threshold: The level of the contours, as a share of the peak, in (0, 1).
+        placement: Where the heatmap lies on the image; None: on all of it.
 
     Returns:
         A copy of the image with the contours.
     """
     line, edge = _line_width(pixels)
-    drawn = pixels.copy()
-    lines = contours(heatmap, (pixels.shape[0], pixels.shape[1]), threshold, margin=line + 2 * edge)
+    drawn, size = pixels.copy(), (pixels.shape[0], pixels.shape[1])
+    margin = line + 2 * edge
+    if placement is None:
+        part, lines = drawn, contours(heatmap, size, threshold, margin=margin)
+    else:
+        rows, columns = spans(placement, size)
+        part = drawn[rows.slice, columns.slice].copy()
+        lines = _contours(enlarge_inside(heatmap, size, placement), threshold, margin)
     points = [np.rint(line * 2**SUBPIXELS).astype(np.int32) for line in lines]
-    for color, width in ((DARK, line + 2 * edge), (LIGHT, line)):
-        cv2.polylines(drawn, points, True, color, width, cv2.LINE_AA, SUBPIXELS)
+    for color, width in ((DARK, margin), (LIGHT, line)):
+        cv2.polylines(part, points, True, color, width, cv2.LINE_AA, SUBPIXELS)
+    if placement is not None:
+        drawn[rows.slice, columns.slice] = part
     return drawn
 
 
@@ -200,7 +222,11 @@ def contours(
     Returns:
         Closed lines (points, 2) of x, y in pixels of the image; integers are the centres of pixels.
     """
-    large = enlarge(heatmap, size)
+    return _contours(enlarge(heatmap, size), threshold, margin)
+
+
+def _contours(large: Heatmap, threshold: float, margin: int) -> list[NDArray[np.float32]]:
+    """The contours of a heatmap that has been enlarged, in its pixels."""
     if not large.any():
         return []
     level = threshold * large.max()

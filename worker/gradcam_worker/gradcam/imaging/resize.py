@@ -6,6 +6,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from gradcam_worker.gradcam.sizing import Placement, Size, Span, spans
+
 Pixels = NDArray[np.uint8]
 Heatmap = NDArray[np.float32]
 
@@ -79,6 +81,64 @@ def enlarge_unscaled(
     large = np.asarray(_resize(heatmap, size, out), np.float32)
     peak = large.max()
     return large, heatmap.max() / peak if peak > 0 else np.float32(1)
+
+
+def enlarge_placed(heatmap: Heatmap, size: Size, placement: Placement | None) -> Heatmap:
+    """Enlarge a heatmap to a photo of which it covers only a part: 0 elsewhere.
+
+    Args:
+        heatmap: (rows, columns), float32.
+        size: (height, width) of the photo.
+        placement: Where the heatmap lies on the photo; None: on all of it.
+
+    Returns:
+        (height, width), float32.
+    """
+    if placement is None:
+        return enlarge(heatmap, size)
+    rows, columns = spans(placement, size)
+    large = np.zeros(size, np.float32)
+    large[rows.slice, columns.slice] = enlarge_inside(heatmap, size, placement)
+    return large
+
+
+def enlarge_inside(heatmap: Heatmap, size: Size, placement: Placement) -> Heatmap:
+    """Enlarge a heatmap to the part of a photo on which it lies, `spans(placement, size)`.
+
+    What lies on the padding of a letterbox is cut away. The peak of the rest keeps its value.
+
+    Args:
+        heatmap: (rows, columns), float32.
+        size: (height, width) of the photo.
+        placement: Where the heatmap lies on the photo.
+
+    Returns:
+        The part of the photo, float32.
+    """
+    down, across = spans(placement, size)
+    cells = shrink_to_pixels(heatmap, down, across)
+    large = weights(cells.shape[0], down) @ cells @ weights(cells.shape[1], across).T
+    peak, visible = large.max(), heatmap[placement.visible((heatmap.shape[0], heatmap.shape[1]))].max()
+    return np.asarray(large * max(visible / peak, 1) if peak > 0 else large, np.float32)
+
+
+def shrink_to_pixels(heatmap: Heatmap, rows: Span, columns: Span) -> Heatmap:
+    """Shrink a heatmap that has more rows or columns than pixels to lie on."""
+    size = min(heatmap.shape[0], rows.pixels), min(heatmap.shape[1], columns.pixels)
+    return heatmap if heatmap.shape == size else enlarge(heatmap, size)
+
+
+def cell_positions(cells: int, span: Span) -> NDArray[np.float64]:
+    """Where the pixels of a span lie between the cells of a grid: 0 is the centre of the first cell."""
+    positions = (np.arange(span.first, span.last) + 0.5 - span.start) * cells / (span.end - span.start) - 0.5
+    return np.asarray(positions, np.float64)
+
+
+def weights(cells: int, span: Span) -> NDArray[np.float32]:
+    """The bilinear weights of the cells of a grid for each pixel of a span, (pixels, cells)."""
+    positions = np.clip(cell_positions(cells, span), 0, cells - 1)
+    distance = np.abs(positions[:, np.newaxis] - np.arange(cells))
+    return np.asarray(np.maximum(1 - distance, 0), np.float32)
 
 
 def _resize(image: Any, size: tuple[int, int], out: Any = None) -> Any:

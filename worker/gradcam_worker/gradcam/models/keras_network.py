@@ -88,6 +88,7 @@ class KerasNetwork:
             rounding=ROUNDING[self._observed.dtype],
             parameters=model.count_params(),
             rescales=has_preprocessing(graph),
+            sizing=row.sizing,
         )
 
     def compute(
@@ -396,5 +397,7 @@ def preprocess(pixels: Any, preprocessing: Preprocessing) -> Any:
     elif preprocessing.channels == "grey":
         luma = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
         pixels = ops.sum(pixels * luma, axis=-1, keepdims=True)
+    elif preprocessing.channels == "grey_mean":
+        pixels = ops.mean(pixels, axis=-1, keepdims=True)
     mean, std = (np.asarray(values, np.float32) for values in (preprocessing.mean, preprocessing.std))
     return (pixels - mean) / std

@@ -180,7 +180,8 @@ def check_input(row: NetworkRow, graph: Graph) -> None:
     if path := cropping_layer(graph):
         message = (
             f"{row.name} crops its input, or pads it ({path}): its heatmaps would be misplaced. Set "
-            f"input_size to what is left, or to its proportions; crop the images before. {WAY_OUT}."
+            "input_size to what is left, or to its proportions, and crop the images before: fit of sizing "
+            f"does. {WAY_OUT}."
         )
         raise NetworkIncompatible(message)
 
@@ -195,7 +196,7 @@ def check_alignment(name: str, layers: LayerIndex, target: TargetLayer, observed
         if reason := observed.alignment.misplaced(layer):
             message = (
                 f"{name} crops, pads, shifts or turns its input: as seen by the layer {layer.path}, {reason}."
-                " Its heatmaps would be misplaced. Do that to the images before, and let the network begin "
-                f"after it; set input_size to what is left. {WAY_OUT}."
+                " Its heatmaps would be misplaced. Do that to the images before (fit of sizing crops and "
+                f"pads), and let the network begin after it; set input_size to what is left. {WAY_OUT}."
             )
             raise NetworkIncompatible(message)

@@ -5,6 +5,7 @@ import shlex
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path, PurePath
@@ -19,6 +20,7 @@ from gradcam_worker.gradcam.models.file_cache import FileCache
 from gradcam_worker.gradcam.models.keras_network import KerasNetwork
 from gradcam_worker.gradcam.models.precision import with_precision
 from gradcam_worker.gradcam.models.weights import WeightsFile
+from gradcam_worker.gradcam.sizing import Sizing, resolve_sizing
 from gradcam_worker.text.visible import abridged
 
 IMAGENET = "imagenet"  # weights that Keras downloads
@@ -39,6 +41,7 @@ def load_network(
     *,
     weights_dir: Path | str | None = None,
     random_seed: int | None = None,
+    sizing: Sizing | str | None = None,
     file: WeightsFile | None = None,
     precision: str = "float32",
     exact_backward: bool = False,
@@ -51,6 +54,8 @@ def load_network(
         network: Its name, as in `gradcam networks`, or its row.
         weights_dir: A folder with weights; default: those in the package, else the download of Keras.
         random_seed: Use seeded random weights instead, for tests and benchmarks.
+        sizing: How images are brought to the input size: a name of `sizing.SIZINGS`, or a `Sizing`;
+            default: as the row says.
         file: The verified file of an operator's network.
         precision: `float32`, `tf32`, `bfloat16` or `mixed_bfloat16`. Whether a GPU may use TF32 is a setting
             of the whole process: the last loaded network decides.
@@ -69,7 +74,7 @@ def load_network(
         WeightsChecksumMismatch: The file has another checksum.
         NetworkIncompatible: It cannot be explained.
         UnknownLayer: Its target layer does not exist.
-        InvalidSettings: There is no such precision or forward pass, or OpenVINO is not installed.
+        InvalidSettings: There is no such precision, forward pass or sizing, or OpenVINO is not installed.
 
     Examples:
         ```python
@@ -77,6 +82,8 @@ def load_network(
         ```
     """
     row = catalog.find(network) if isinstance(network, str) else network
+    if sizing is not None:
+        row = replace(row, sizing=resolve_sizing(sizing, row.preprocessing.pixel_channels))
     compiled_forward.check(forward)
     with backend.default_configuration():
         if row.file is not None and random_seed is None:
@@ -103,6 +110,7 @@ def wrap_model(
     preprocessing: Preprocessing | str,
     labels: Sequence[str] | Mapping[str, int] | Mapping[int, str] | Path = (),
     input_size: tuple[int, int] | None = None,
+    sizing: Sizing | str = "area",
     target_layer: str | None = None,
     head: Head | None = None,
     name: str | None = None,
@@ -120,6 +128,8 @@ def wrap_model(
             `class_indices`, or ids with their names, as `id2label`; or the path of a file of them, as in a
             registry; or `imagenet`. Default: their numbers.
         input_size: (height, width) in pixels, if the model takes any size.
+        sizing: How images are brought to the input size: `area`, `keras.load_img`, `tf.image.resize`,
+            `torchvision`, `timm`, `opencv`, or a `Sizing`.
         target_layer: The layer to explain; default: found in the graph.
         head: How to read the outputs, if the graph does not show it.
         name: Of the network; default: that of the model.
@@ -130,6 +140,7 @@ def wrap_model(
 
     Raises:
         NetworkIncompatible: It cannot be explained, or labels cannot be used; the message gives the reason.
+        InvalidSettings: There is no such sizing.
         UnknownLayer: The target layer does not exist.
 
     Examples:
@@ -159,6 +170,7 @@ def wrap_model(
         target_layer=target_layer,
         labels=names,
         head=head or Head(),
+        sizing=resolve_sizing(sizing, preprocessing.pixel_channels),
     )
     return KerasNetwork(row, model, weights_sha256=None, exact_backward=exact_backward)
 

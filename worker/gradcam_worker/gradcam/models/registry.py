@@ -6,6 +6,7 @@
     labels = "tumours.txt"                  # a file of any usual kind, a list, or "imagenet"
     preprocessing = "torch"                 # or { scale = 0.00784, offset = -1.0, channels = "bgr" }
     input_size = [384, 384]                 # height, width
+    sizing = "keras.load_img"               # or { resize = "bilinear", fit = "letterbox", color = 114 }
 
     [networks.birds]
     architecture = "efficientnetb0"         # of keras.applications
@@ -182,6 +183,7 @@ def _row(name: str, table: OperatorNetwork, folder: Path, files: _Files) -> Netw
         file=ModelFile(_resolve_uri(table.model or table.weights or "", folder), table.sha256),
         labels=labels,
         head=table.to_head(),
+        sizing=table.to_sizing(),
         target_layer=table.target_layer or row.target_layer,
         scores_only=table.only_gives_scores,
         layout=table.layout,

@@ -2,6 +2,8 @@
 
 import re
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any, Self
 
 from pydantic import (
@@ -19,8 +21,10 @@ from pydantic import (
     model_validator,
 )
 
+from gradcam_worker.errors import InvalidSettings
 from gradcam_worker.gradcam.catalog import (
     CATALOG,
+    GREYS,
     PREPROCESSING,
     Channels,
     Head,
@@ -30,6 +34,7 @@ from gradcam_worker.gradcam.catalog import (
     Preprocessing,
 )
 from gradcam_worker.gradcam.models import model_file
+from gradcam_worker.gradcam.sizing import MAX_LEVEL, Fit, Resize, Sizing, find_sizing
 from gradcam_worker.text.similar_names import nearest
 from gradcam_worker.text.urls import has_credentials, without_user
 
@@ -38,7 +43,7 @@ ARCHITECTURES = {
     name: row for name, row in CATALOG.items() if (row.builder or "").startswith("keras.applications:")
 }
 SCORE_FILES = (".onnx", ".tflite")  # models that only give scores
-CHANNEL_ORDERS, MAX_CHANNELS = ("rgb", "bgr", "grey"), 4096
+CHANNEL_ORDERS, MAX_CHANNELS = ("rgb", "bgr", *GREYS), 4096
 NAME_TAG, VALUES_TAG = "<name>", "<values>"  # pydantic adds them to the path of an error
 
 
@@ -71,6 +76,8 @@ def _as_list(value: Any) -> Any:
     return value if isinstance(value, list) else [value]
 
 
+Level = Annotated[StrictInt, Field(ge=0, le=MAX_LEVEL)]
+SCALE_KEYS = ("scale", "offset")
 PerChannel = Annotated[tuple[float, ...], BeforeValidator(_as_list), Field(min_length=1)]
 
 
@@ -82,42 +89,124 @@ def _channels(value: Any) -> Any:
 
 
 class Scaling(Table):
-    """`input = pixel * scale + offset`, with a number for all channels or a list of one for each.
+    """`input = pixel * scale + offset`, or `(pixel - mean) / std` with pixels in `range`.
 
-    `channels` is the order of the colours, `grey`, or, for images that are no photos, the number of channels.
+    Each is a number for all channels, or a list of one for each. `channels` is the order of the colours,
+    `grey` or `grey_mean`, or, for images that are no photos, the number of channels.
     """
 
-    scale: PerChannel = (1.0,)
-    offset: PerChannel = (0.0,)
+    scale: PerChannel | None = None
+    offset: PerChannel | None = None
+    range: tuple[float, float] | None = None
+    mean: PerChannel | None = None
+    std: PerChannel | None = None
     channels: Annotated[Channels, BeforeValidator(_channels)] = "rgb"
 
     @model_validator(mode="after")
     def _check_values(self) -> Self:
         width = _width(self.channels)
-        for name, values in (("scale", self.scale), ("offset", self.offset)):
+        for name, values in self._given("scale", "offset", "mean", "std"):
             if len(values) not in {1, width}:
                 message = f"{name} has {len(values)} numbers for {width} channels: give one for each, or one"
                 raise ValueError(message)
-        if 0 in self.scale:
-            message = "scale must not be 0: all pixels would be the same"
+        for name, values in self._given("scale", "std"):
+            if 0 in values:
+                message = f"{name} must not be 0: all pixels would be the same"
+                raise ValueError(message)
+        scales, means = (
+            [name for name, _ in self._given(*names)] for names in (SCALE_KEYS, ("range", "mean", "std"))
+        )
+        if scales and means:
+            message = (
+                f"{', '.join(scales)} and {', '.join(means)} exclude each other: give scale and offset, or "
+                "range, mean and std"
+            )
+            raise ValueError(message)
+        if self.range and self.range[0] >= self.range[1]:
+            message = f"range is {list(self.range)}: it must rise, as [0, 1] or [-1, 1]"
+            raise ValueError(message)
+        if (
+            self.range is None
+            and self.mean
+            and any(self.mean)
+            and max(map(abs, self.mean + (self.std or ()))) <= 1
+        ):
+            message = (
+                "mean and std are of pixels from 0 to 255 here; these look like those of pixels from 0 to 1: "
+                "add range = [0, 1]"
+            )
             raise ValueError(message)
         return self
 
+    def _given(self, *names: str) -> list[tuple[str, tuple[float, ...]]]:
+        return [(name, values) for name in names if (values := getattr(self, name)) is not None]
+
     def preprocessing(self) -> Preprocessing:
-        """Convert it to `(pixel - mean) / std`."""
-        count = max(len(self.scale), len(self.offset))
-        scale, offset = (numbers * (count // len(numbers)) for numbers in (self.scale, self.offset))
-        channels = f"{self.channels} channels" if isinstance(self.channels, int) else self.channels
-        descriptions = ", ".join(
-            f"{name} {' '.join(f'{number:.6g}' for number in values)}"
-            for name, values in (("scale", self.scale), ("offset", self.offset))
-        )
+        """Convert it to `(pixel - mean) / std`, with pixels from 0 to 255."""
+        if self._given("range", "mean", "std"):
+            low, high = self.range or (0.0, 255.0)
+            mean, std = self.mean or (0.0,), self.std or (1.0,)
+            name = self._describe(("range", (low, high)), ("mean", mean), ("std", std))
+            count, step = max(len(mean), len(std)), (high - low) / 255
+            mean, std = (numbers * (count // len(numbers)) for numbers in (mean, std))
+            return Preprocessing(
+                name=name,
+                mean=tuple((number - low) / step for number in mean),
+                std=tuple(number / step for number in std),
+                channels=self.channels,
+            )
+        scale, offset = self.scale or (1.0,), self.offset or (0.0,)
+        name = self._describe(("scale", scale), ("offset", offset))
+        count = max(len(scale), len(offset))
+        scale, offset = (numbers * (count // len(numbers)) for numbers in (scale, offset))
         return Preprocessing(
-            name=f"{descriptions}, {channels}",
+            name=name,
             mean=tuple(0 - shift / factor for factor, shift in zip(scale, offset, strict=True)),
             std=tuple(1 / factor for factor in scale),
             channels=self.channels,
         )
+
+    def _describe(self, *values: tuple[str, tuple[float, ...]]) -> str:
+        channels = f"{self.channels} channels" if isinstance(self.channels, int) else self.channels
+        descriptions = (
+            f"{name} {' '.join(f'{number:.6g}' for number in numbers)}" for name, numbers in values
+        )
+        return ", ".join((*descriptions, channels))
+
+
+class SizingTable(Table):
+    """`sizing` of a network: how images are brought to its input size; see `gradcam.sizing.Sizing`."""
+
+    resize: Resize = "area"
+    fit: Fit = "squash"
+    short_side: StrictInt | None = None
+    crop_fraction: float | None = None
+    color: Annotated[tuple[Level, ...], BeforeValidator(_as_list), Field(min_length=1)] = (0,)
+
+    @model_validator(mode="after")
+    def _check_combination(self) -> Self:
+        with _as_value_error():
+            self.sizing()
+        return self
+
+    def sizing(self) -> Sizing:
+        """Convert it to a `Sizing`. Raises InvalidSettings."""
+        return Sizing(self.resize, self.fit, self.short_side, self.crop_fraction, self.color)
+
+
+@contextmanager
+def _as_value_error() -> Iterator[None]:
+    """Raise what is wrong as pydantic expects it."""
+    try:
+        yield
+    except InvalidSettings as error:
+        raise ValueError(str(error)) from error
+
+
+def _sizing(name: str) -> str:
+    with _as_value_error():
+        find_sizing(name)
+    return name
 
 
 def _width(channels: Channels) -> int:
@@ -214,6 +303,10 @@ PreprocessingField = Annotated[
     Annotated[str, AfterValidator(_preprocessing), Tag(NAME_TAG)] | Annotated[Scaling, Tag(VALUES_TAG)],
     Discriminator(lambda value: NAME_TAG if isinstance(value, str) else VALUES_TAG),
 ]
+SizingField = Annotated[
+    Annotated[str, AfterValidator(_sizing), Tag(NAME_TAG)] | Annotated[SizingTable, Tag(VALUES_TAG)],
+    Discriminator(lambda value: NAME_TAG if isinstance(value, str) else VALUES_TAG),
+]
 Labels = Annotated[
     Annotated[ShortText, Tag(NAME_TAG)] | Annotated[tuple[ShortText, ...], Tag(VALUES_TAG)],
     Discriminator(lambda value: NAME_TAG if isinstance(value, str) else VALUES_TAG),
@@ -231,6 +324,7 @@ class OperatorNetwork(Table):
     classes: Annotated[StrictInt, Field(ge=2, le=100_000)] | None = None
     pretrained: StrictBool | None = None  # built with weights="imagenet"
     preprocessing: PreprocessingField | None = None
+    sizing: SizingField = "area"
     input_size: tuple[Side, Side] | None = None
     target_layer: ShortText | None = None
     head: HeadTable = HeadTable()
@@ -270,6 +364,12 @@ class OperatorNetwork(Table):
         ):
             if is_wrong:
                 raise ValueError(message)
+        preprocessing = self.to_preprocessing() or (
+            self.architecture_row and self.architecture_row.preprocessing
+        )
+        if preprocessing:
+            with _as_value_error():
+                self.to_sizing().check_channels(preprocessing.pixel_channels)
         return self
 
     @property
@@ -292,6 +392,10 @@ class OperatorNetwork(Table):
             return self.preprocessing.preprocessing()
         return PREPROCESSING[self.preprocessing] if self.preprocessing else None
 
+    def to_sizing(self) -> Sizing:
+        """How images are brought to the input size."""
+        return find_sizing(self.sizing) if isinstance(self.sizing, str) else self.sizing.sizing()
+
     def to_head(self) -> Head:
         """The head for a row."""
         return Head(self.head.kind, self.head.output)
@@ -304,7 +408,7 @@ class RegistryFile(Table):
 
 
 ERROR_TEXTS = {"model_type": "must be a name or a table", "tuple_type": "must be a list"}
-INNER_TABLES: dict[str, type[Table]] = {"head": HeadTable, "preprocessing": Scaling}
+INNER_TABLES: dict[str, type[Table]] = {"head": HeadTable, "preprocessing": Scaling, "sizing": SizingTable}
 
 
 def describe_errors(error: ValidationError) -> list[str]:

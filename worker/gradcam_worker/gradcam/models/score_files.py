@@ -15,6 +15,7 @@ from gradcam_worker.gradcam.models.score_network import ScoreNetwork, find_prepr
 from gradcam_worker.gradcam.models.tensor_layout import check_whole_numbers, choose_output, to_type
 from gradcam_worker.gradcam.models.tflite_scores import TfliteModel
 from gradcam_worker.gradcam.models.weights import WeightsFile, file_sha256
+from gradcam_worker.gradcam.sizing import Sizing, resolve_sizing
 
 ONNX, TFLITE = ".onnx", ".tflite"
 BYTES_PER_FLOAT = 4
@@ -25,6 +26,7 @@ def load_score_network(
     *,
     input_size: tuple[int, int],
     preprocessing: Preprocessing | str,
+    sizing: Sizing | str = "area",
     labels: Sequence[str] = (),
     head: Head | None = None,
     layout: Layout | None = None,
@@ -37,6 +39,7 @@ def load_score_network(
         file: Its path, which ends in `.onnx` (extra `onnx`) or `.tflite` (extra `tflite`).
         input_size: (height, width) of its images, in pixels.
         preprocessing: As for `wrap_model`.
+        sizing: As for `wrap_model`.
         labels: Names of the classes; default: their numbers.
         head: What its outputs are, or which of them to take; default: found out with sample images.
         layout: Order of the input's dimensions, `nchw` or `nhwc`; default: read from the file.
@@ -49,6 +52,7 @@ def load_score_network(
     Raises:
         MissingExtra: The extra is not installed.
         NetworkIncompatible: It cannot be loaded, or does not classify images of this size.
+        InvalidSettings: There is no such sizing.
         OSError: It cannot be read.
 
     Examples:
@@ -59,10 +63,12 @@ def load_score_network(
     """
     path = Path(file)
     sha256 = file_sha256(path)
+    found = find_preprocessing(preprocessing)
     row = NetworkRow(
         name=name or path.stem,
         input_size=input_size,
-        preprocessing=find_preprocessing(preprocessing),
+        preprocessing=found,
+        sizing=resolve_sizing(sizing, found.pixel_channels),
         file=ModelFile(str(path), sha256),
         labels=tuple(labels),
         head=head or Head(),

@@ -15,6 +15,7 @@ from gradcam_worker.gradcam.classes import ClassIndex, imagenet
 from gradcam_worker.gradcam.methods import masking
 from gradcam_worker.gradcam.models.sample_images import varied_images
 from gradcam_worker.gradcam.network import GRADCAM, Computed, Method, NetworkFacts
+from gradcam_worker.gradcam.sizing import Sizing, resolve_sizing
 from gradcam_worker.text.visible import abridged
 
 ROUNDING = 1e-3  # error of probabilities, and of their sum
@@ -86,6 +87,7 @@ class ScoreNetwork:
             parameters=parameters,
             stored_bytes=stored_bytes,
             scores_only=True,
+            sizing=row.sizing,
         )
 
     def compute(
@@ -155,6 +157,7 @@ def wrap_callable(
     *,
     input_size: tuple[int, int],
     preprocessing: Preprocessing | str | None = None,
+    sizing: Sizing | str = "area",
     labels: Sequence[str] = (),
     head: Head | None = None,
     name: str | None = None,
@@ -168,6 +171,7 @@ def wrap_callable(
         input_size: (height, width) of the images, in pixels.
         preprocessing: None: the function is given the pixels, uint8, RGB. Else, as for `wrap_model`: it is
             given what this makes of them, float32.
+        sizing: As for `wrap_model`.
         labels: Names of the classes; default: their numbers.
         head: What the outputs are; default: found out with a few sample images.
         name: Of the network; default: that of the function.
@@ -177,6 +181,7 @@ def wrap_callable(
 
     Raises:
         NetworkIncompatible: The function cannot be run, or returns no scores of classes.
+        InvalidSettings: There is no such sizing.
 
     Examples:
         ```python
@@ -184,10 +189,12 @@ def wrap_callable(
         explain_image(network, "coffee.jpg", top_n=1, method="rise").save("out/")
         ```
     """
+    found = find_preprocessing("none" if preprocessing is None else preprocessing)
     row = NetworkRow(
         name=name or str(getattr(function, "__name__", type(function).__name__)),
         input_size=input_size,
-        preprocessing=find_preprocessing("none" if preprocessing is None else preprocessing),
+        preprocessing=found,
+        sizing=resolve_sizing(sizing, found.pixel_channels),
         labels=tuple(labels),
         head=head or Head(),
         scores_only=True,
@@ -213,6 +220,8 @@ def preprocess(pixels: Pixels, preprocessing: Preprocessing) -> NDArray[np.float
     elif preprocessing.channels == "grey":
         luma = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
         values = np.sum(values * luma, axis=-1, keepdims=True)
+    elif preprocessing.channels == "grey_mean":
+        values = values.mean(axis=-1, keepdims=True)
     mean, std = (np.asarray(numbers, np.float32) for numbers in (preprocessing.mean, preprocessing.std))
     return np.asarray((values - mean) / std, np.float32)
 

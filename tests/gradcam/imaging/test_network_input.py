@@ -1,0 +1,124 @@
+"""The input of a network is what its owner's tool makes of the photo."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+from PIL import Image, ImageOps
+
+from gradcam_worker.errors import ImagePixelsExceeded
+from gradcam_worker.gradcam.decoding.decode import decode
+from gradcam_worker.gradcam.imaging.network_input import PILLOW_FILTERS, to_input
+from gradcam_worker.gradcam.imaging.resize import Pixels, fit
+from gradcam_worker.gradcam.sizing import SIZINGS, Sizing
+
+SIZES = [(224, 224), (96, 128), (299, 331), (700, 500), (31, 900)]
+
+
+@pytest.fixture(scope="module")
+def photo(photos: Path) -> Pixels:
+    return decode((photos / "coffee.jpg").read_bytes()).pixels
+
+
+class TestSquash:
+    @pytest.mark.parametrize("size", SIZES)
+    def test_the_default_is_what_it_always_was(self, size: tuple[int, int], photo: Pixels) -> None:
+        assert_array_equal(to_input(photo, size, Sizing()), fit(photo, size))
+
+    @pytest.mark.parametrize("size", SIZES)
+    @pytest.mark.parametrize("resize", sorted(PILLOW_FILTERS))
+    def test_pillows_filters_give_what_pillow_gives(
+        self, resize: Any, size: tuple[int, int], photo: Pixels
+    ) -> None:
+        expected = Image.fromarray(photo).resize(size[::-1], PILLOW_FILTERS[resize])
+        assert_array_equal(to_input(photo, size, Sizing(resize)), np.asarray(expected))
+
+    @pytest.mark.parametrize("size", SIZES)
+    def test_opencv_is_opencvs_default(self, size: tuple[int, int], photo: Pixels) -> None:
+        assert_array_equal(to_input(photo, size, SIZINGS["opencv"]), cv2.resize(photo, size[::-1]))
+
+    @pytest.mark.tensorflow
+    @pytest.mark.parametrize("size", SIZES)
+    def test_load_img_of_keras_is_reproduced(
+        self, size: tuple[int, int], photos: Path, tmp_path: Path, photo: Pixels
+    ) -> None:
+        import keras
+
+        path = tmp_path / "photo.png"
+        Image.fromarray(photo).save(path)
+        expected = np.asarray(keras.utils.load_img(path, target_size=size))
+        assert_array_equal(to_input(photo, size, SIZINGS["keras.load_img"]), expected)
+
+    @pytest.mark.tensorflow
+    @pytest.mark.parametrize("size", SIZES)
+    def test_image_resize_of_tensorflow_is_reproduced_to_one_level(
+        self, size: tuple[int, int], photo: Pixels
+    ) -> None:
+        import tensorflow as tf
+
+        expected = tf.image.resize(photo, size).numpy()
+        assert_allclose(to_input(photo, size, SIZINGS["tf.image.resize"]), expected, atol=1)
+
+    @pytest.mark.parametrize("resize", ["area", "bilinear", *PILLOW_FILTERS])
+    @pytest.mark.parametrize("channels", [1, 4, 7])
+    def test_each_channel_of_any_number_is_resized_by_itself(
+        self, resize: Any, channels: int, noise: Callable[..., Pixels]
+    ) -> None:
+        pixels = np.concatenate([noise(60, 50)] * 3, axis=2)[..., :channels]
+        resized = to_input(pixels, (24, 32), Sizing(resize))
+        for channel in range(channels):
+            alone = to_input(pixels[..., channel : channel + 1], (24, 32), Sizing(resize))
+            assert_allclose(resized[..., channel : channel + 1], alone, atol=1)
+
+    @pytest.mark.parametrize("sizing", [*SIZINGS.values(), Sizing("lanczos", "letterbox")], ids=str)
+    @pytest.mark.parametrize("size", [(32, 32), (1, 1), (1, 90), (50, 70)])
+    def test_the_image_is_not_changed_nor_returned(
+        self, sizing: Sizing, size: tuple[int, int], noise: Callable[..., Pixels]
+    ) -> None:
+        pixels = noise(*size)
+        before = pixels.copy()
+        made = to_input(pixels, (32, 32), sizing)
+        assert made.shape == (32, 32, 3)
+        assert made.dtype == np.uint8
+        made[:] = 0
+        assert_array_equal(pixels, before)
+
+
+class TestCrop:
+    @pytest.mark.parametrize("turned", [False, True])
+    def test_torchvisions_transforms_are_reproduced(self, turned: bool, photo: Pixels) -> None:
+        pixels = np.ascontiguousarray(photo.swapaxes(0, 1)) if turned else photo
+        image = Image.fromarray(pixels)
+        short = min(image.size)
+        size = [256 if side == short else int(256 * max(image.size) / short) for side in image.size]
+        resized = image.resize((size[0], size[1]), Image.Resampling.BILINEAR)
+        left, top = (round((side - 224) / 2.0) for side in size)
+        expected = resized.crop((left, top, left + 224, top + 224))
+        assert_array_equal(to_input(pixels, (224, 224), SIZINGS["torchvision"]), np.asarray(expected))
+
+    def test_what_is_too_small_is_padded_with_black_as_by_torchvision(self) -> None:
+        made = to_input(np.full((10, 20, 3), 200, np.uint8), (8, 8), Sizing(fit="crop", short_side=4))
+        assert made[:, :, 0].tolist() == [[0] * 8] * 2 + [[200] * 8] * 4 + [[0] * 8] * 2
+
+    def test_a_photo_that_is_too_long_is_refused(self) -> None:
+        with pytest.raises(ImagePixelsExceeded, match="60000 x 2 pixels is too long for a centre crop"):
+            to_input(np.zeros((2, 60_000, 3), np.uint8), (224, 224), SIZINGS["timm"])
+
+
+class TestLetterbox:
+    @pytest.mark.parametrize("size", SIZES)
+    @pytest.mark.parametrize("color", [(114,), (10, 20, 30)])
+    def test_it_is_pillows_pad(self, color: tuple[int, ...], size: tuple[int, int], photo: Pixels) -> None:
+        expected = ImageOps.pad(
+            Image.fromarray(photo), size[::-1], Image.Resampling.BICUBIC, color=color * (3 // len(color))
+        )
+        made = to_input(photo, size, Sizing("bicubic_antialias", "letterbox", color=color))
+        assert_array_equal(made, np.asarray(expected))
+
+    def test_a_line_of_pixels_does_not_vanish(self) -> None:
+        made = to_input(np.full((1, 500, 3), 255, np.uint8), (16, 16), Sizing(fit="letterbox"))
+        assert made.any()

@@ -1,0 +1,86 @@
+"""The input of a network, made of a photo as its owner's tools do it: see `gradcam_worker.gradcam.sizing`."""
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from gradcam_worker.errors import ImagePixelsExceeded
+from gradcam_worker.gradcam.imaging.resize import MAX_OPENCV_CHANNELS, Pixels, fit
+from gradcam_worker.gradcam.sizing import Size, Sizing
+
+PILLOW_FILTERS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear_antialias": Image.Resampling.BILINEAR,
+    "bicubic_antialias": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+MAX_RESIZED_PIXELS = 2**24  # of which a centre is cut out: a photo of 1 x 60,000 pixels would have billions
+MAX_ASPECT = 4  # is allowed in any case, however large the input
+
+
+def to_input(pixels: Pixels, input_size: Size, sizing: Sizing) -> Pixels:
+    """Bring an image to the input size of a network.
+
+    Args:
+        pixels: (height, width, channels), uint8.
+        input_size: (height, width) in pixels.
+        sizing: How.
+
+    Returns:
+        A new array (*input_size, channels), uint8.
+
+    Raises:
+        ImagePixelsExceeded: The image is so long and narrow that it would have too many pixels before its
+            centre is cut out.
+    """
+    layout = sizing.layout((pixels.shape[0], pixels.shape[1]), input_size)
+    _check_size(pixels, layout.resized)
+    resized = _resize(pixels, layout.resized, sizing)
+    if layout.resized == input_size:
+        return resized
+    return _cut(resized, input_size, layout.top, layout.left, sizing)
+
+
+def _check_size(pixels: Pixels, resized: Size) -> None:
+    count = resized[0] * resized[1]
+    if count > max(MAX_RESIZED_PIXELS, MAX_ASPECT * min(resized) ** 2):
+        height, width, _ = pixels.shape
+        message = (
+            f"The image of {width} x {height} pixels is too long for a centre crop: it would have "
+            f"{count:,} pixels before; at most {MAX_RESIZED_PIXELS:,} are allowed."
+        )
+        raise ImagePixelsExceeded(message)
+
+
+def _resize(pixels: Pixels, size: Size, sizing: Sizing) -> Pixels:
+    if sizing.resize == "area":
+        return fit(pixels, size)
+    if pixels.shape[:2] == size:
+        return pixels.copy()
+    resized = np.empty((*size, pixels.shape[2]), np.uint8)
+    if sizing.resize == "bilinear":
+        for first in range(0, pixels.shape[2], MAX_OPENCV_CHANNELS):
+            channels = np.s_[..., first : first + MAX_OPENCV_CHANNELS]
+            shrunk = cv2.resize(pixels[channels], size[::-1], interpolation=cv2.INTER_LINEAR)
+            resized[channels] = shrunk.reshape(resized[channels].shape)  # OpenCV drops an axis of one channel
+        return resized
+    # One channel at a time: Pillow would store three as four.
+    for channel in range(pixels.shape[2]):
+        image = Image.fromarray(np.ascontiguousarray(pixels[..., channel]))
+        resized[..., channel] = np.asarray(image.resize(size[::-1], PILLOW_FILTERS[sizing.resize]))
+    return resized
+
+
+def _cut(resized: Pixels, size: Size, top: int, left: int, sizing: Sizing) -> Pixels:
+    """Cut the input out of the resized image, and fill what lies outside it."""
+    canvas = np.empty((*size, resized.shape[2]), np.uint8)
+    canvas[:] = sizing.color
+    rows, columns = (
+        (
+            slice(max(offset, 0), min(offset + side, length)),
+            slice(max(-offset, 0), min(length - offset, side)),
+        )
+        for offset, side, length in zip((top, left), size, resized.shape[:2], strict=True)
+    )
+    canvas[rows[1], columns[1]] = resized[rows[0], columns[0]]
+    return canvas
