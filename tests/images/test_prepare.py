@@ -14,7 +14,9 @@ from gradcam_worker.execution.services import Services
 from gradcam_worker.images.prepare import DecodedImage, fetch_image
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.schemas.job import ImageRef
+from gradcam_worker.schemas.manifest import ColorRecord
 from gradcam_worker.testing import TinyNetwork, fake_services
+from tests.gradcam.decoding.colored_files import COLORS, DISPLAY_P3, iccp, png
 
 URI = "s3://in/flag.png"
 FLAG = cv2.imencode(".png", np.full((32, 48, 3), 99, np.uint8))[1].tobytes()
@@ -70,6 +72,13 @@ def test_an_image_is_fitted_to_a_network_and_described() -> None:
         record = image.record
     assert (record.uri, record.bytes, record.media_type) == (URI, len(FLAG), "image/png")
     assert (record.width, record.height, record.damage) == (48, 32, None)
+
+
+def test_the_description_of_an_image_says_which_colors_it_had() -> None:
+    with decoded(fake_services({URI: png(COLORS, iccp(DISPLAY_P3))})) as image:
+        assert image.record.converted_from == ColorRecord(kind="icc", name="Display P3")
+    with decoded(fake_services({URI: FLAG})) as image:
+        assert image.record.converted_from is None
 
 
 def test_a_network_with_a_different_number_of_channels_is_refused() -> None:

@@ -128,6 +128,28 @@ def test_a_quantised_graph_is_rebuilt_without_its_rounding() -> None:
     assert_allclose(outputs(rebuilt(data), stored), outputs(model), atol=0.05)
 
 
+def test_signed_weights_that_tensorflow_1_stored_as_unsigned_are_read_as_signed() -> None:
+    import flatbuffers
+    import tensorflow as tf
+    from tensorflow.lite.python import schema_py_generated as schema
+
+    def wide(layers: Any, ops: Any, x: Any) -> Any:
+        x = layers.GlobalAveragePooling2D()(layers.Conv2D(128, 3, activation="relu")(x))
+        return layers.Dense(16)(x)
+
+    model = model_of(wide)
+    file = schema.ModelT.InitFromPackedBuf(
+        bytearray(flatbuffer(model, optimizations=[tf.lite.Optimize.DEFAULT])), 0
+    )
+    weights = [tensor for tensor in file.subgraphs[0].tensors if tensor.type == schema.TensorType.INT8]
+    assert weights
+    for tensor in weights:
+        tensor.type = schema.TensorType.UINT8
+    builder = flatbuffers.Builder()
+    builder.Finish(file.Pack(builder), b"TFL3")
+    assert_allclose(outputs(rebuilt(bytes(builder.Output()))), outputs(model), rtol=0.05, atol=0.2)
+
+
 def test_an_operator_without_a_counterpart_is_named() -> None:
     def sorted_values(layers: Any, ops: Any, x: Any) -> Any:
         return ops.top_k(layers.Flatten()(x), 5)[0]

@@ -82,6 +82,8 @@ class TfliteGraph:
         return any(tensor.is_quantised or tensor.kind in QUANTISED for tensor in tensors)
 
 
+# Types of activations and weights in files of TensorFlow 1: such weights are signed in spite of their type.
+HYBRID = ["FLOAT32", "UINT8"]
 ROUNDING = frozenset({"CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "BATCH_MATMUL"})
 
 
@@ -114,8 +116,16 @@ def read(data: bytes) -> TfliteGraph:
     def name(index: int) -> str:
         return _text(customs[index]) or operator_names.get(codes[index], f"operator {codes[index]}")
 
+    signed = {
+        int(operator.inputs[1])
+        for operator in subgraph.operators
+        if name(operator.opcodeIndex) in ROUNDING and _types(subgraph, operator, type_names) == HYBRID
+    }
     return TfliteGraph(
-        tensors=tuple(_tensor(tensor, buffers, type_names) for tensor in subgraph.tensors),
+        tensors=tuple(
+            _tensor(tensor, buffers, type_names, is_signed=index in signed)
+            for index, tensor in enumerate(subgraph.tensors)
+        ),
         operators=tuple(
             Operator(
                 name(operator.opcodeIndex),
@@ -142,8 +152,14 @@ def _list(values: Any) -> list[Any]:
     return [] if values is None else list(values)
 
 
-def _tensor(tensor: Any, buffers: list[Any], type_names: dict[int, str]) -> Tensor:
+def _types(subgraph: Any, operator: Any, type_names: dict[int, str]) -> list[str | None]:
+    """The types of an operator's first two inputs."""
+    return [type_names.get(subgraph.tensors[index].type) for index in operator.inputs[:2]]
+
+
+def _tensor(tensor: Any, buffers: list[Any], type_names: dict[int, str], *, is_signed: bool) -> Tensor:
     kind, name = type_names.get(tensor.type, f"type {tensor.type}"), _text(tensor.name)
+    kind = "INT8" if is_signed else kind
     shape = tuple(int(side) for side in _list(tensor.shape))
     scales = np.asarray(_list(tensor.quantization.scale if tensor.quantization else None), np.float32)
     zero_points = np.asarray(_list(tensor.quantization.zeroPoint if tensor.quantization else None), np.int64)
