@@ -840,3 +840,68 @@ class TestMany:
                 file.write(f'"{A}"\n')
             *_, last = made
         assert last.first + len(last.rows) == 20_001
+
+
+COLUMNS = {"age": "Patient_Age", "sex": "sex"}
+
+
+class TestNetworkInputs:
+    def test_columns_of_a_table_are_what_the_network_takes_beside_the_image(self, write: Write) -> None:
+        where = write("a.csv", f"image,patient_age,sex\n{A},61,f\n{A},,m\n{A},,\n")
+        assert [row.inputs for row in read(where, inputs=COLUMNS)] == [
+            {"age": "61", "sex": "f"},
+            {"sex": "m"},
+            None,
+        ]
+
+    def test_fields_of_json_keep_their_types_and_an_object_may_name_its_inputs(self, write: Write) -> None:
+        lines = [
+            {"image": A, "patient_age": 61, "Patient_Age": 62, "sex": None},
+            {"image": A, "inputs": {"age": 5, "site": [1, 2.5]}},
+            {"image": A, "inputs": {"age": 5}, "Patient_Age": 6, "sex": True},
+        ]
+        where = write("a.jsonl", "\n".join(map(json.dumps, lines)))
+        assert [row.inputs for row in read(where, inputs=COLUMNS)] == [
+            {"age": 62},
+            {"age": 5, "site": (1, 2.5)},
+            {"age": 6, "sex": "true"},
+        ]
+
+    def test_columns_of_parquet_keep_their_types_and_a_missing_number_is_none(self, tmp_path: Path) -> None:
+        table = {"image": [A, A], "patient_age": [61.0, float("nan")], "sex": ["f", None], "other": [1, 2]}
+        pq.write_table(pa.table(table), tmp_path / "a.parquet")
+        rows = read(str(tmp_path / "a.parquet"), inputs=COLUMNS)
+        assert [row.inputs for row in rows] == [{"age": 61.0, "sex": "f"}, None]
+
+    @pytest.mark.parametrize(
+        ("inputs", "problem"),
+        [
+            ([1], "its inputs must be an object"),
+            ({"age": {}}, "its input 'age': it is {}: it must be a number, a text or a list of numbers"),
+            ({"age": [1, "a"]}, "its input 'age': it is a list with 'a': it must hold numbers"),
+            ({"age": "a" * 2000}, "its input 'age': it is a text of 2,000 characters"),
+            ({"a" * 300: 1}, "must have a name of at most 256 characters"),
+            ({str(number): 1 for number in range(99)}, "it has 99 inputs for the network; at most 64"),
+        ],
+    )
+    def test_what_cannot_be_sent_is_a_problem_of_its_row(
+        self, inputs: Any, problem: str, write: Write
+    ) -> None:
+        where = write("a.jsonl", json.dumps({"image": A, "inputs": inputs}))
+        assert problem in why(read(where)[0])
+
+    def test_a_column_that_is_not_there_is_named(self, write: Write) -> None:
+        where = write("a.csv", f"image,age\n{A},61\n")
+        assert refused(where, inputs={"age": "years"}).endswith(
+            "has no columns 'years' for the input 'age'; it has 'image', 'age'."
+        )
+        assert "is read as text, which has no columns for age" in refused(
+            write("a.txt", A), inputs={"age": "years"}
+        )
+
+    def test_failed_rows_are_read_again_with_their_inputs(self, write: Write) -> None:
+        row = Row(uri=A, inputs={"age": 61, "site": (1, 2)})
+        problem = read(write("bad.jsonl", "{}"))[0].problem
+        (shard,) = cut_shards([row], PLAN)
+        again = read(write("failed.jsonl", failed_lines(shard, [problem])))
+        assert [one.inputs for one in again] == [row.inputs]

@@ -41,6 +41,19 @@ class TestShards:
             assert one.backfill == plan().id
             assert one.id == str(uuid.uuid5(uuid.UUID(plan().id), one.key))
 
+    def test_inputs_of_rows_and_of_all_rows_are_sent_and_change_the_key(self) -> None:
+        plain, aged = rows(2), rows(2, inputs={"age": 61})
+        (made,) = cut_shards(aged, plan(inputs={"sex": "f"}))
+        assert parse(json.loads(made.to_json())) == made
+        assert (made.inputs, made.rows[1].inputs) == ({"sex": "f"}, {"age": 61})
+        found = [keys(plain), keys(aged), keys(plain, inputs={"sex": "f"})]
+        assert len({*map(tuple, found)}) == 3
+
+    def test_without_inputs_nothing_is_sent_of_them(self) -> None:
+        (made,) = cut_shards(rows(1), plan())
+        assert "inputs" not in made.to_json()
+        assert "inputs" not in plan().to_json(), "which earlier versions read"
+
     def test_what_is_sent_is_read_as_the_same_shard(self) -> None:
         given = [
             *rows(3),

@@ -42,6 +42,7 @@ from gradcam_worker.inference.pixel_pool import ALIGNMENT, HEADER_BYTES, Block, 
 from gradcam_worker.observability.events import NULL_OBSERVER, Observer
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.testing import TinyNetwork
+from tests.networks_with_inputs import AgedNetwork
 
 WAIT_S = 60
 ROW = CATALOG["efficientnet_lite0"]
@@ -136,6 +137,53 @@ def test_classes_against_cross_the_border_and_a_plain_method_needs_no_byte_more(
             one = slot.infer(remote.load(ROW), pixels, (-1,), method, Deadline(WAIT_S)).explanation
         assert one.explained[0].name == "red"
     assert engine_client._fields(Method(flip=True)) == ("gradcam", None, "logit", "per_class", True)
+
+
+def test_values_beside_the_image_are_the_same_across_the_border(path: Path) -> None:
+    there, here = AgedNetwork(), AgedNetwork()
+    images = np.stack([RED, RED[:, :, ::-1]])
+    values = np.array([[0.61, 1, 0], [0.07, 0, 1]], np.float32)
+    with engine(path, ModelCache(lambda _: there)), client(path) as remote:
+        remote.connect(WAIT_S)
+        for inference in (remote, ModelCache(lambda _: here)):
+            network: Any = inference.load(ROW)
+            assert network.facts.inputs == AgedNetwork.facts.inputs
+            results = inference.infer_many(network, images, (-1,), GRADCAM, Deadline(WAIT_S), values=values)
+            probabilities = [
+                result.explained[0].probability for result in results if isinstance(result, Explanation)
+            ]
+            scores = np.exp(AgedNetwork().scores(images, values))
+            np.testing.assert_allclose(probabilities, (scores / scores.sum(1, keepdims=True)).max(1), 1e-5)
+            with inference.reserve() as slot:
+                one = slot.infer(network, RED, (-1,), GRADCAM, Deadline(WAIT_S), values=values[1])
+            measured = inference.measure(
+                network, RED, one.explanation, ["deletion"], Deadline(WAIT_S), values=values[1]
+            )
+            assert measured.metrics[0]["deletion"] > 0
+    assert [one.tolist() for one in there.seen] == [one.tolist() for one in here.seen]
+    assert {tuple(row) for one in here.seen[2:] for row in one} == {tuple(values[1])}, (
+        "fixed while it measures"
+    )
+
+
+def test_images_with_different_values_share_a_batch(path: Path) -> None:
+    network, together = AgedNetwork(), threading.Barrier(4)
+    cache = ModelCache(lambda _: network, max_batch=4, wait_s=WAIT_S)
+    ages = [0.1, 0.2, 0.3, 0.4]
+    with engine(path, cache), client(path) as remote, ThreadPoolExecutor(4) as threads:
+        remote.connect(WAIT_S)
+        loaded: Any = remote.load(ROW)
+
+        def ask(age: float) -> float:
+            with remote.reserve() as slot:
+                together.wait(WAIT_S)
+                values = np.array([age, 1, 0], np.float32)
+                answer = slot.compute(loaded, RED, (1,), GRADCAM, Deadline(WAIT_S), values=values)
+            return float(answer.computed.scores[0, 1])
+
+        answers = [*threads.map(ask, ages)]
+    np.testing.assert_allclose(answers, [AgedNetwork().scores(RED[None])[0, 1] + age for age in ages], 1e-6)
+    assert [len(one) for one in network.seen] == [4]
 
 
 def test_only_this_user_can_open_the_socket(path: Path) -> None:

@@ -42,6 +42,38 @@ def test_what_is_new_is_sent_only_where_it_is_asked_for_so_that_earlier_workers_
     assert "against" not in plain.fingerprint()
 
 
+def test_inputs_of_the_network_survive_the_wire_and_change_the_fingerprint() -> None:
+    inputs = {"age": 61, "weight": 70.5, "sex": "f", "blood": [1, 2.5]}
+    job = Job.parse({**LEAST, "inputs": inputs})
+    assert Job.model_validate_json(job.to_json()) == job
+    assert job.model_dump(mode="json")["inputs"] == inputs
+    assert job.fingerprint() != Job.parse(LEAST).fingerprint()
+
+
+def test_without_inputs_the_job_is_as_earlier_workers_know_it() -> None:
+    job = Job.parse(LEAST)
+    assert "inputs" not in job.to_json()
+    assert "inputs" not in job.model_dump(mode="json")
+    assert "inputs" not in job.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (True, "inputs.age: it is True: it must be a number, a text or a list of numbers"),
+        ({}, "inputs.age: it is {}: it must be"),
+        (None, "inputs.age: it is None: it must be"),
+        (float("inf"), "inputs.age: it is inf: it must be"),
+        ([1, "a"], "inputs.age: it is a list with 'a': it must hold numbers"),
+        ("a" * 1025, "inputs.age: it is a text of 1,025 characters; at most 1,024 are allowed"),
+    ],
+)
+def test_an_input_that_no_network_can_take_is_refused(value: Any, expected: str) -> None:
+    with pytest.raises(InvalidJob) as refused:
+        Job.parse({**LEAST, "inputs": {"age": value}})
+    assert expected in str(refused.value)
+
+
 def test_the_example_of_the_contract_is_a_job() -> None:
     example = {
         **LEAST,

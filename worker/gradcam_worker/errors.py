@@ -29,6 +29,7 @@
     │   ├── UnknownClass               unknown_class             fails
     │   ├── AmbiguousClass             ambiguous_class           fails
     │   ├── MethodNotSupported         method_not_supported      fails
+    │   ├── InvalidNetworkInput        invalid_network_input     fails
     │   ├── NetworkIncompatible        network_incompatible      fails
     │   ├── WeightsChecksumMismatch    weights_checksum_mismatch fails
     │   └── WeightsUnavailable         weights_unavailable       retried
@@ -306,6 +307,13 @@ class MethodNotSupported(ModelError, PermanentError):
 
     code = "method_not_supported"
     public_message = "The model cannot be explained in this way. Please choose another method."
+
+
+class InvalidNetworkInput(ModelError, PermanentError):
+    """A further input of the network is unknown, missing, of the wrong type, or not allowed."""
+
+    code = "invalid_network_input"
+    public_message = "A value beside the image is missing, or is not one that the model takes."
 
 
 class NetworkIncompatible(ModelError, PermanentError):

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pydantic import TypeAdapter
 
 from gradcam_worker.errors import UnknownNetwork
 from gradcam_worker.gradcam.catalog import CATALOG, PREPROCESSING, Head, ModelFile, NetworkRow
 from gradcam_worker.gradcam.models.registry import Registry
+from gradcam_worker.gradcam.network_inputs import NetworkInput
 from gradcam_worker.gradcam.sizing import SIZINGS, Sizing
 from tests.gradcam.registry_text import MODEL, SHA256, WEIGHTS, write
 
@@ -80,6 +82,40 @@ class TestRows:
             tmp_path, MODEL + 'target_layer = "a/b"\nhead = { kind = "sigmoid", output = "diagnosis" }'
         )
         assert (row.target_layer, row.head) == ("a/b", Head("sigmoid", "diagnosis"))
+
+    def test_modules_and_further_inputs_are_described(self, tmp_path: Path) -> None:
+        body = """
+imports = ["my_package.layers", "other"]
+image_input = "photo"
+[networks.tumours.inputs.age]
+minimum = 0
+maximum = 120
+default = 50
+scale = 0.01
+[networks.tumours.inputs.sex]
+type = "category"
+values = ["f", "m"]
+input = "patient"
+[networks.tumours.inputs.site]
+type = "category"
+values = [10, 11]
+encoding = "index"
+constant = 11
+[networks.tumours.inputs.blood]
+shape = [2, 3]
+"""
+        row = read(tmp_path, MODEL + body)
+        assert (row.imports, row.image_input) == (("my_package.layers", "other"), "photo")
+        assert row.inputs == (
+            NetworkInput("age", minimum=0, maximum=120, default=50.0, scale=0.01),
+            NetworkInput("sex", "category", input="patient", values=("f", "m")),
+            NetworkInput(
+                "site", "category", values=("10", "11"), encoding="index", default="11", constant=True
+            ),
+            NetworkInput("blood", shape=(2, 3)),
+        )
+        across = TypeAdapter(NetworkRow)
+        assert across.validate_json(across.dump_json(row)) == row, "as an engine process gets it"
 
     @pytest.mark.parametrize(
         ("written", "expected"),
@@ -308,11 +344,12 @@ class TestChanges:
         assert registry.find("tumours").labels == ("39", "39")
 
 
-def test_the_example_of_the_documentation_is_a_registry(tmp_path: Path) -> None:
-    example, *parts = re.findall(r"^```toml\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+def test_the_examples_of_the_documentation_are_a_registry(tmp_path: Path) -> None:
+    blocks = re.findall(r"^```toml\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    tables = "\n".join(block for block in blocks if block.startswith("[networks."))
     (tmp_path / "tumours.txt").write_text("benign\nmalignant\n")
-    (tmp_path / "networks.toml").write_text(example.replace('"..."', f'"{SHA256}"'))
-    assert names(Registry(tmp_path / "networks.toml")) == ["tumours", "scans", "birds"]
-    for line in "".join(parts).splitlines():
+    (tmp_path / "networks.toml").write_text(tables.replace('"..."', f'"{SHA256}"'))
+    assert names(Registry(tmp_path / "networks.toml")) == ["tumours", "scans", "birds", "moles"]
+    for line in "".join(block for block in blocks if block not in tables).splitlines():
         body = MODEL.replace('preprocessing = "torch"', "") if line.startswith("preprocessing") else MODEL
         assert read(tmp_path, body + line), line

@@ -25,9 +25,11 @@ from pydantic import ValidationError
 
 from gradcam_worker import __version__
 from gradcam_worker.artifacts.render import RenderedArtifact, RenderResult
+from gradcam_worker.gradcam import network_inputs
 from gradcam_worker.gradcam.catalog import NetworkRow
 from gradcam_worker.gradcam.explain import Explanation, Prediction
 from gradcam_worker.gradcam.methods import masking
+from gradcam_worker.gradcam.network_inputs import InputValue, NetworkInput
 from gradcam_worker.gradcam.sizing import Placement
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.schemas.job import Job
@@ -136,6 +138,7 @@ def build_manifest(
             shown_xyxy=shown_xyxy(explanation.placement, image),
         ),
         method=method_record(job.method, explanation),
+        inputs=_inputs(network.inputs, job),
         predictions=class_scores(explanation.predictions),
         explanations=tuple(explanations),
         against=tuple(ClassRef(**label._asdict()) for label in explanation.against),
@@ -171,6 +174,14 @@ def shown_xyxy(placement: Placement | None, image: InputRecord) -> tuple[float, 
         return None
     left, top, right, bottom = (round(side, 3) for side in placement.box((image.height, image.width)))
     return left, top, right, bottom
+
+
+def _inputs(inputs: Sequence[NetworkInput], job: Job) -> dict[str, InputValue]:
+    """What a job's network takes beside the image, with defaults and constants."""
+    if not inputs and not job.inputs:
+        return {}
+    resolved = network_inputs.resolve(inputs, job.inputs, job.network)
+    return {name: network_inputs.as_given(value) for name, value in resolved.items()}
 
 
 def _explained_class(
@@ -266,7 +277,7 @@ def job_fingerprint(job: Job) -> str:
 
     The id, the webhooks and the metadata do not count.
     """
-    fields = {"image", "network", "target", "method", "metrics", "artifacts"}
+    fields = {"image", "network", "target", "inputs", "method", "metrics", "artifacts"}
     kinds = [spec.kind for spec in job.artifacts]  # `kind` is a default, which `exclude_defaults` drops
     text = f"{kinds} {job.model_dump_json(include=fields, exclude_defaults=True)}"
     return hashlib.sha256(text.encode()).hexdigest()
@@ -331,4 +342,6 @@ def _mismatch(manifest: Manifest, job: Job, image_sha256: str | None, row: Netwo
             f"it is of a different version of {row.name}, with weights {network.weights_sha256}, "
             f"preprocessing {network.preprocessing} and sizing {network.sizing}"
         )
+    if manifest.inputs != _inputs(row.inputs, job):
+        return f"it is of {row.name} with other inputs, {manifest.inputs}"
     return None

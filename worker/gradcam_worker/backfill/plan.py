@@ -1,19 +1,27 @@
 """The plan of a backfill, `gradcam.backfill/v1`: stored in its output as backfill.json."""
 
 import json
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AwareDatetime, Field, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    AwareDatetime,
+    Field,
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from gradcam_worker.schemas.ids import new_id, utc_now
 from gradcam_worker.schemas.job import Job, Sha256
-from gradcam_worker.schemas.model import RequestModel, describe
-from gradcam_worker.schemas.options import MethodSpec, Metric, Name, OverlaySpec, Target
+from gradcam_worker.schemas.model import RequestModel, describe, without_defaults
+from gradcam_worker.schemas.options import Inputs, MethodSpec, Metric, Name, OverlaySpec, Target
 from gradcam_worker.schemas.shard import MAX_ROWS
 
 MAX_SPEC_BYTES = 256 * 1024  # of `Plan.spec` as JSON
 UUID_PATTERN = r"^[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}$"
-SPEC_FIELDS = ("network", "weights_sha256", "target", "method", "metrics", "artifacts")
+SPEC_FIELDS = ("network", "weights_sha256", "target", "inputs", "method", "metrics", "artifacts")
 
 
 class Plan(RequestModel):
@@ -27,11 +35,16 @@ class Plan(RequestModel):
     network: Name
     weights_sha256: Sha256 | None = None  # which the workers must have; None: any, the same for all shards
     target: Target
+    inputs: Inputs = Field(default_factory=dict)  # of the network, the same for all rows
     method: MethodSpec = MethodSpec()
     metrics: Annotated[tuple[Metric, ...], Field(max_length=2)] = ()
     artifacts: Annotated[tuple[OverlaySpec, ...], Field(max_length=3)] = ()
     shard_rows: Annotated[int, Field(ge=1, le=MAX_ROWS)] = 256
     created_at: AwareDatetime = Field(default_factory=utc_now)
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without_defaults(self, serialize(self), ["inputs"])
 
     @model_validator(mode="after")
     def _valid_as_job(self) -> Self:
@@ -43,6 +56,7 @@ class Plan(RequestModel):
                     "image": "s3://bucket/key",
                     "network": self.network,
                     "target": self.target,
+                    "inputs": self.inputs,
                     "method": self.method,
                     "metrics": self.metrics,
                     **artifacts,

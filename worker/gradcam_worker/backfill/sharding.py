@@ -51,6 +51,7 @@ def cut_shards(rows: Iterable[Row], plan: Plan, *, max_bytes: int = MAX_ROWS_BYT
             network=plan.network,
             weights_sha256=plan.weights_sha256,
             target=plan.target,
+            inputs=plan.inputs,
             method=plan.method,
             metrics=plan.metrics,
             artifacts=plan.artifacts,

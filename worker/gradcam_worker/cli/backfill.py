@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from pydantic import ValidationError
 
-from gradcam_worker.cli.options import explanation_options, json_option
+from gradcam_worker.cli.options import explanation_options, json_option, parse_named
 from gradcam_worker.errors import InvalidJob, UnknownNetwork
 from gradcam_worker.operations import console
 from gradcam_worker.schemas.model import describe
@@ -120,12 +120,22 @@ def backfill() -> None:
     "--format", "form", default="auto", help="Format of INPUT, if its name does not show it. [auto]"
 )
 @click.option("--column", help="Column of INPUT that holds the URIs.")
+@click.option(
+    "--input-column",
+    "input_columns",
+    metavar="NAME=COLUMN",
+    multiple=True,
+    callback=parse_named,
+    help="Column of INPUT with what the network takes beside the image, as in age=patient_age; may be "
+    "repeated.",
+)
 def run(
     input_: str,
     output: str,
     shard_rows: int,
     form: str,
     column: str | None,
+    input_columns: dict[str, str],
     *,
     spec: dict[str, Any],
     resume: bool,
@@ -163,7 +173,9 @@ def run(
     run_options = RunOptions(**options)
     settings = Settings.from_environment()
     dataset, ledger = _open_dataset(output, settings), RedisLedger(settings)
-    with open_input(input_, settings, form=form, column=column, output=dataset.uri) as opened:
+    with open_input(
+        input_, settings, form=form, column=column, output=dataset.uri, inputs=input_columns
+    ) as opened:
         requested = _plan(
             {**spec, "input": opened.name, "output": dataset.uri, "shard_rows": shard_rows}, settings
         )

@@ -11,6 +11,7 @@ from gradcam_worker.text import comma_lists
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 DEFAULT_NETWORK = "efficientnet_lite0"
+METHOD_OPTIONS = ("layer", "score", "normalize", "flip")
 METHODS, SCORES, NORMALIZE = (
     get_args(MethodSpec.model_fields[name].annotation) for name in ("name", "score", "normalize")
 )
@@ -47,6 +48,19 @@ def parse_comma_lists(
         raise click.BadParameter(str(error), param=option) from error
 
 
+def parse_named(_: click.Context, option: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    """Click callback of an option that may be repeated, each value as in `age=61`."""
+    named: dict[str, str] = {}
+    for value in values:
+        name, equals, rest = value.partition("=")
+        if not (name and equals and rest) or name in named:
+            problem = "is given twice" if name in named else "is none of NAME=VALUE"
+            message = f"{value!r} {problem}"
+            raise click.BadParameter(message, param=option)
+        named[name] = rest
+    return named
+
+
 def classes_option(help_text: str, name: str = "--classes") -> Callable[[Command], Command]:
     """The option `--classes`, or another list of classes, as a keyword argument; None: not given."""
     return click.option(name, metavar="A,B,...", multiple=True, callback=parse_comma_lists, help=help_text)
@@ -69,15 +83,12 @@ def explanation_options(command: Command) -> Command:
         top_n: int | None,
         classes: tuple[str, ...] | None,
         method: str | None,
-        layer: str | None,
-        score: str,
-        normalize: str,
-        flip: bool,
+        inputs: dict[str, str],
         artifacts: tuple[str, ...],
         metrics: tuple[str, ...],
         **others: Any,
     ) -> Any:
-        how = {"layer": layer, "score": score, "normalize": normalize, "flip": flip}
+        how = {name: others.pop(name) for name in METHOD_OPTIONS}
         chosen = {name: others.pop(f"method_{name}") for name in MASKING_OPTIONS} | {"name": method}
         against = others.pop("against")
         spec: dict[str, Any] = {
@@ -86,6 +97,8 @@ def explanation_options(command: Command) -> Command:
             "method": how | {name: value for name, value in chosen.items() if value is not None},
             "metrics": metrics,
         }
+        if inputs:
+            spec["inputs"] = inputs
         if artifacts:
             spec["artifacts"] = [_artifact(artifact) for artifact in artifacts]
         return command(spec=spec, **others)
@@ -118,6 +131,14 @@ def explanation_options(command: Command) -> Command:
         ),
         click.option(
             "--top-n", type=click.IntRange(1, 1000), help="Explain the n most probable classes. [3]"
+        ),
+        click.option(
+            "--input",
+            "inputs",
+            metavar="NAME=VALUE",
+            multiple=True,
+            callback=parse_named,
+            help="What the network takes beside the image, as in age=61; may be repeated.",
         ),
         click.option(
             "--flip/--no-flip",

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 
 from gradcam_worker.errors import InvalidJob
 from gradcam_worker.execution.services import Services
+from gradcam_worker.gradcam import network_inputs
 from gradcam_worker.observability import tracing
 from gradcam_worker.resilience.deadline import Deadline
+from gradcam_worker.schemas.job import Job
 from gradcam_worker.schemas.status import (
     ClassScore,
     ManifestRef,
@@ -90,10 +92,13 @@ def admit(work: Work, services: Services) -> Store:
     Raises:
         InvalidJob: The job wants more classes than are allowed.
         UnknownNetwork: No network is registered under this name.
+        InvalidNetworkInput: The job gives the network other inputs than it takes.
         UriNotAllowed: A webhook's URL is not allowed.
         OutputNotAllowed: The output is not allowed.
     """
-    services.networks.find(work.network)
+    row = services.networks.find(work.network)
+    if isinstance(work, Job) and (row.inputs or work.inputs):
+        network_inputs.resolve(row.inputs, work.inputs, row.name)
     class_count = work.target.top_n or len(work.target.classes or ())
     if class_count > services.max_classes:
         message = (

@@ -10,6 +10,7 @@ from gradcam_worker.errors import ImageForbidden, ImageNotFound
 from gradcam_worker.execution.attempt import JobContext, JobResult, Progress, admit
 from gradcam_worker.execution.scoring import explain_in_passes, method_of, spec_of
 from gradcam_worker.execution.services import Services
+from gradcam_worker.gradcam.explain import values_of
 from gradcam_worker.gradcam.methods import masking
 from gradcam_worker.images.prepare import fetch_image
 from gradcam_worker.observability import tracing
@@ -70,12 +71,15 @@ def _explain(
             classes = network.labels.select(top_n=job.target.top_n, classes=job.target.classes)
             against = network.labels.select_against(job.target.against, classes)
             method = replace(method_of(job.method, network.facts), against=against)
+            values = values_of(network.facts, job.inputs)
         context.deadline.extend(context.metrics["load_s"])  # weights may have to be downloaded
         with context.enter_stage("explain"):
             pixels, placement = image.fit(network.facts), image.placement(network.facts)
             inferred = None
             if not masking.is_masking(method):
-                inferred = slot.infer(network, pixels, classes, method, context.deadline, bulk=bulk)
+                inferred = slot.infer(
+                    network, pixels, classes, method, context.deadline, bulk=bulk, values=values
+                )
                 tracing.annotate(
                     batch_size=inferred.batch_size,
                     batch_wait_s=inferred.waited_s,
@@ -86,14 +90,21 @@ def _explain(
     else:  # no batch waits for this job any more
         with context.enter_stage("explain"):
             explanation = explain_in_passes(
-                services.model_cache, network, pixels, classes, method, context, partial(_report, context)
+                services.model_cache,
+                network,
+                pixels,
+                classes,
+                method,
+                context,
+                partial(_report, context),
+                values,
             )
     if placement:
         explanation = replace(explanation, placement=placement)
     if job.metrics:
         with context.enter_stage("measure"):
             explanation = services.model_cache.measure(
-                network, pixels, explanation, job.metrics, context.deadline, bulk=bulk
+                network, pixels, explanation, job.metrics, context.deadline, bulk=bulk, values=values
             )
     with context.enter_stage("render"):
         rendered = render(

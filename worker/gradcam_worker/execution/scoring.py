@@ -48,6 +48,7 @@ def explain_in_passes(
     method: Method,
     context: JobContext,
     report: Callable[[PassState], None] = lambda _: None,
+    values: NDArray[np.float32] | None = None,
 ) -> Explanation:
     """Explain one image.
 
@@ -59,6 +60,7 @@ def explain_in_passes(
         method: From `method_of`.
         context: The attempt. It is told that the job is alive.
         report: Called before the first pass, and after each.
+        values: Of further inputs (width,), which all passes get; None: the network has none.
 
     Returns:
         The explanation.
@@ -74,5 +76,5 @@ def explain_in_passes(
         report(PassState(done=done, total=total))
         context.deadline.check(f"pass {done + 1} of {total}" if done < total else "explain")
 
-    score = partial(model_cache.scores, network, deadline=context.deadline, bulk=True)
+    score = partial(model_cache.scores, network, deadline=context.deadline, bulk=True, values=values)
     return explain_by_scores(network, score, pixels, classes, method, passed)

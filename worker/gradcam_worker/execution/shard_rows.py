@@ -26,7 +26,7 @@ from gradcam_worker.errors import (
 )
 from gradcam_worker.execution.attempt import JobContext
 from gradcam_worker.execution.services import Services
-from gradcam_worker.gradcam.explain import Explanation
+from gradcam_worker.gradcam.explain import Explanation, values_of
 from gradcam_worker.gradcam.imaging.region import hot_box
 from gradcam_worker.gradcam.network import Classifier
 from gradcam_worker.gradcam.sizing import Placement
@@ -52,6 +52,7 @@ class LoadedImage:
     image: InputRecord
     pixels: NDArray[np.uint8]  # (height, width, channels)
     placement: Placement | None = None  # of the pixels in the image
+    values: NDArray[np.float32] | None = None  # of further inputs of the network
 
 
 class ShardRows:
@@ -81,10 +82,11 @@ class ShardRows:
         if why := describe_excess_length(row.uri):
             message = f"{why[0].upper()}{why[1:]}."
             raise InvalidRow(message)
+        values = values_of(self._network.facts, {**self._shard.inputs, **(row.inputs or {})})
         reference = ImageRef(uri=row.uri, sha256=row.sha256)
         with self._open(reference) as fetched, fetched.decode() as image:
             facts = self._network.facts
-            return LoadedImage(image.record, image.fit(facts), image.placement(facts))
+            return LoadedImage(image.record, image.fit(facts), image.placement(facts), values)
 
     def _open(self, image: ImageRef) -> AbstractContextManager[FetchedImage]:
         return fetch_image(image, self._services, self._context.deadline)
@@ -110,7 +112,13 @@ class ShardRows:
             explanation = replace(explanation, placement=loaded.placement)
         if self._shard.metrics:
             explanation = self._services.model_cache.measure(
-                self._network, loaded.pixels, explanation, self._shard.metrics, deadline, bulk=True
+                self._network,
+                loaded.pixels,
+                explanation,
+                self._shard.metrics,
+                deadline,
+                bulk=True,
+                values=loaded.values,
             )
         size = image.height, image.width
         boxes = [

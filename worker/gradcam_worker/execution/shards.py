@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from itertools import groupby
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ from gradcam_worker.execution.services import Services
 from gradcam_worker.execution.shard_rows import SHARD_ERRORS, LoadedImage, ShardRows
 from gradcam_worker.gradcam.explain import Explanation
 from gradcam_worker.gradcam.methods import masking
-from gradcam_worker.gradcam.network import Classifier
+from gradcam_worker.gradcam.network import Classifier, repeat_values, sample_values
 from gradcam_worker.inference.model_cache import GREY
 from gradcam_worker.observability.logs import ContextThreadPool
 from gradcam_worker.resilience.deadline import Deadline
@@ -304,7 +305,12 @@ class _ShardRun:
         """Wait for the images of a group, explain them, and return the outcomes in the order of the group."""
         loaded = {index: future.result() for index, future in zip(group, loading, strict=True)}
         pixels = {index: image.pixels for index, image in loaded.items() if isinstance(image, LoadedImage)}
-        results = self._infer(pixels, self.batch_size)
+        values = {
+            index: image.values
+            for index, image in loaded.items()
+            if isinstance(image, LoadedImage) and image.values is not None
+        }
+        results = self._infer(pixels, self.batch_size, values)
 
         def outcome(index: int) -> Outcome:
             image = loaded[index]
@@ -313,10 +319,27 @@ class _ShardRun:
         # To draw overlays the images are fetched again: that is done in parallel.
         return [*(pool.map if self.shard.artifacts else map)(outcome, group)]
 
+    def _further_values(
+        self, values: Mapping[int, NDArray[np.float32]], images: Iterable[int], size: int
+    ) -> NDArray[np.float32] | None:
+        """What the network takes beside the images of a batch (size, width); None: nothing."""
+        further = repeat_values(sample_values(self.network.facts), size)
+        if further is not None:
+            for index in values.keys() & {*images}:
+                further[index % size] = values[index]
+        return further
+
     def _infer(
-        self, images: Mapping[int, Pixels], size: int, *, alone: bool = False
+        self,
+        images: Mapping[int, Pixels],
+        size: int,
+        values: Mapping[int, NDArray[np.float32]] = MappingProxyType({}),
+        *,
+        alone: bool = False,
     ) -> dict[int, Explanation | GradcamError]:
         """Explain images, given by row index, in a batch of `size` that is filled up with grey images.
+
+        `values` are those of further inputs, by row index, if the network has any.
 
         If a batch fails, each half of its images is tried by itself, and so on. So an image that the network
         cannot process fails alone. If it has ended an engine process, each half is `alone` at the device.
@@ -326,8 +349,9 @@ class _ShardRun:
         batch = np.full((size, *next(iter(images.values())).shape), GREY, np.uint8)
         for index, pixels in images.items():
             batch[index % size] = pixels
+        further = self._further_values(values, images, size)
         try:
-            explanations = self._explain_batch(batch, alone=alone)
+            explanations = self._explain_batch(batch, further, alone=alone)
         except SHARD_ERRORS:
             raise
         except BaseException as error:  # noqa: BLE001  # a custom layer may raise anything
@@ -344,7 +368,8 @@ class _ShardRun:
                 )
             alone = alone or isinstance(error, NetworkCrashed)
             halves = [
-                self._infer({index: images[index] for index in part}, size, alone=alone) for part in parts
+                self._infer({index: images[index] for index in part}, size, values, alone=alone)
+                for part in parts
             ]
             return {index: result for results in halves for index, result in results.items()}
         results = {index: explanations[index % size] for index in images}
@@ -353,14 +378,25 @@ class _ShardRun:
                 self._grid, self._layer = result.heatmaps.shape[1:], result.layer
         return results
 
-    def _explain_batch(self, batch: Pixels, *, alone: bool) -> list[Explanation | GradcamError]:
+    def _explain_batch(
+        self, batch: Pixels, further: NDArray[np.float32] | None, *, alone: bool
+    ) -> list[Explanation | GradcamError]:
+        network, method, context = self.network, self.method, self.context
         if not self.in_passes:
             return self.model_cache.infer_many(
-                self.network, batch, self.classes, self.method, self.context.deadline, alone=alone
+                network, batch, self.classes, method, context.deadline, alone=alone, values=further
             )
         return [
-            explain_in_passes(self.model_cache, self.network, pixels, self.classes, self.method, self.context)
-            for pixels in batch
+            explain_in_passes(
+                self.model_cache,
+                network,
+                pixels,
+                self.classes,
+                method,
+                context,
+                values=None if further is None else further[index],
+            )
+            for index, pixels in enumerate(batch)
         ]
 
 

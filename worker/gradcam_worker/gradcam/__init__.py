@@ -11,6 +11,7 @@ The modules and packages, from plain data to loaded networks:
     catalog, classes  the networks of the catalog, and the names of classes
     sizing            how photos are brought to the input size of a network
     network           the interface of a network
+    network_inputs    what a network takes beside the image
     decoding          image files to pixels, with limits on size and damage
     imaging           network inputs; overlays, sheets and animations of heatmaps
     graph             the graph of a Keras model: target layer, scores, backward pass
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from gradcam_worker.gradcam.models.score_network import wrap_callable as wrap_callable
     from gradcam_worker.gradcam.network import Method as Method
     from gradcam_worker.gradcam.network import Network as Network
+    from gradcam_worker.gradcam.network_inputs import NetworkInput as NetworkInput
     from gradcam_worker.gradcam.sizing import Placement as Placement
     from gradcam_worker.gradcam.sizing import Sizing as Sizing
 
@@ -57,6 +59,7 @@ __all__ = [
     "Limits",
     "Method",
     "Network",
+    "NetworkInput",
     "NetworkRow",
     "Placement",
     "Prediction",
@@ -79,6 +82,7 @@ if not TYPE_CHECKING:
             "Limits": "gradcam_worker.gradcam.decoding.decode",
             "Method": "gradcam_worker.gradcam.network",
             "Network": "gradcam_worker.gradcam.network",
+            "NetworkInput": "gradcam_worker.gradcam.network_inputs",
             "NetworkRow": "gradcam_worker.gradcam.catalog",
             "Placement": "gradcam_worker.gradcam.sizing",
             "Prediction": "gradcam_worker.gradcam.explain",

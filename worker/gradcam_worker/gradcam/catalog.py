@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gradcam_worker.errors import UnknownNetwork
+from gradcam_worker.gradcam.network_inputs import NetworkInput
 from gradcam_worker.gradcam.sizing import DEFAULT_SIZING, Sizing
 from gradcam_worker.text.similar_names import nearest
 
@@ -115,6 +116,9 @@ class NetworkRow:
     scores_only: bool = False  # it is not taken apart: RISE and occlusion alone explain it
     layout: Layout | None = None  # of the input of an ONNX or TFLite file; None: read from the file
     sizing: Sizing = DEFAULT_SIZING
+    imports: tuple[str, ...] = ()  # modules that define layers of the model, imported before it is loaded
+    inputs: tuple[NetworkInput, ...] = ()  # beside the image
+    image_input: str | None = None  # the name of the model's input for the image; None: found by its shape
 
 
 def _keras(

@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +15,7 @@ from gradcam_worker.errors import (
     NetworkIncompatible,
     UnsupportedMediaType,
 )
+from gradcam_worker.gradcam import network_inputs
 from gradcam_worker.gradcam.classes import ClassIndex, Label, caption, versus
 from gradcam_worker.gradcam.decoding.color import ColorSource
 from gradcam_worker.gradcam.decoding.decode import Limits, decode
@@ -20,7 +23,16 @@ from gradcam_worker.gradcam.decoding.structure import Damage
 from gradcam_worker.gradcam.imaging.network_input import to_input
 from gradcam_worker.gradcam.imaging.overlay import encode, overlay
 from gradcam_worker.gradcam.methods import cam, masking
-from gradcam_worker.gradcam.network import Classifier, Computed, Method, Network, NetworkFacts
+from gradcam_worker.gradcam.network import (
+    Classifier,
+    Computed,
+    Method,
+    Network,
+    NetworkFacts,
+    compute,
+    repeat_values,
+    scores,
+)
 from gradcam_worker.gradcam.sizing import Placement
 
 RGB_CHANNELS = 3
@@ -181,6 +193,7 @@ def explain_image(
     against: Sequence[int | str] | None = None,
     method: Method | str | None = None,
     limits: Limits | None = None,
+    inputs: Mapping[str, Any] | None = None,
 ) -> Explained:
     """Explain an image: which regions of it count for each class.
 
@@ -198,6 +211,7 @@ def explain_image(
             and normalization. None: `gradcam`, or `rise` where a network only gives scores.
         limits: The largest size and damage of an image, and whether its colours are converted to sRGB;
             None: the defaults.
+        inputs: The values of the network's further inputs, by name.
 
     Returns:
         Predictions, heatmaps and the image.
@@ -208,6 +222,7 @@ def explain_image(
         MethodNotSupported: The network only gives scores, and the method needs more.
         UnknownClass, AmbiguousClass: The network has no such class, or several of that name.
         UnknownLayer: The network has no layer of the name that the method gives.
+        InvalidNetworkInput: A further input is missing, unknown, or not allowed.
         NetworkIncompatible: The network returns no valid scores, or needs other channels.
         UnsupportedMediaType, ImageDecodeFailed, ImagePixelsExceeded: The image cannot be decoded.
 
@@ -223,6 +238,7 @@ def explain_image(
     if against is not None:
         method = replace(method, against=network.labels.select_against(against, selected))
         check_method(method)
+    values = values_of(network.facts, inputs or {})
     channels = network.facts.channels
     damage = converted_from = None
     if isinstance(image, np.ndarray):
@@ -239,10 +255,30 @@ def explain_image(
     facts = network.facts
     fitted = to_input(pixels, facts.input_size, facts.sizing)[np.newaxis]
     placement = facts.sizing.placement((pixels.shape[0], pixels.shape[1]), facts.input_size)
-    explanation = replace(explain_pixels(network, fitted, [selected], method)[0], placement=placement)
+    batch = repeat_values(values, 1)
+    explanation = replace(explain_pixels(network, fitted, [selected], method, batch)[0], placement=placement)
     return Explained(
         **vars(explanation), picture=_to_rgb(pixels), damage=damage, converted_from=converted_from
     )
+
+
+def values_of(facts: NetworkFacts, given: Mapping[str, Any]) -> NDArray[np.float32] | None:
+    """Check the values of a network's further inputs for one image, and return what the network gets.
+
+    Args:
+        facts: Of the network.
+        given: Values by name.
+
+    Returns:
+        (width,), see `gradcam_worker.gradcam.network.NetworkWithInputs`; None for a network without any.
+
+    Raises:
+        InvalidNetworkInput: An input is missing, unknown, or not allowed.
+    """
+    if not facts.inputs and not given:
+        return None
+    resolved = network_inputs.resolve(facts.inputs, given, facts.name)
+    return np.array(network_inputs.encode(facts.inputs, resolved), np.float32)
 
 
 def check_channels(facts: NetworkFacts, pixels: NDArray[np.uint8]) -> None:
@@ -320,6 +356,7 @@ def explain_pixels(
     pixels: NDArray[np.uint8],
     selections: Sequence[tuple[int, ...]],
     method: Method | None = None,
+    values: NDArray[np.float32] | None = None,
 ) -> list[Explanation]:
     """Explain n images, in one pass if the method has gradients.
 
@@ -328,6 +365,7 @@ def explain_pixels(
         pixels: (n, height, width, channels), uint8, of the network's input size.
         selections: The classes of each image, from `ClassIndex.select`.
         method: How to compute the heatmaps; None: as the network is explained by default.
+        values: (n, width), of the network's further inputs; None: it has none.
 
     Returns:
         The n explanations.
@@ -340,11 +378,16 @@ def explain_pixels(
     """
     method = choose_method(method, network.facts)
     if masking.is_masking(method):
+        further = [None] * len(pixels) if values is None else values
+
+        def score(images: NDArray[np.uint8], of_image: NDArray[np.float32] | None) -> NDArray[np.float32]:
+            return scores(network, images, repeat_values(of_image, len(images)))
+
         return [
-            explain_by_scores(network, network.scores, image, selection, method)
-            for image, selection in zip(pixels, selections, strict=True)
+            explain_by_scores(network, partial(score, of_image=of_image), image, selection, method)
+            for image, selection, of_image in zip(pixels, selections, further, strict=True)
         ]
-    computed = network.compute(pixels, pad_selections(selections), method)
+    computed = compute(network, pixels, pad_selections(selections), method, values)
     return [
         extract_explanation(network, computed, index, selection, method)
         for index, selection in enumerate(selections)

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gradcam_worker.gradcam.catalog import HeadKind
 from gradcam_worker.gradcam.classes import ClassIndex
+from gradcam_worker.gradcam.network_inputs import NetworkInput, samples
 from gradcam_worker.gradcam.sizing import DEFAULT_SIZING, Sizing
 from gradcam_worker.text.short_repr import short_repr
 
@@ -34,6 +35,12 @@ class NetworkFacts:
     stored_bytes: int | None = None  # of its weights; None: by the number of parameters
     scores_only: bool = False  # it has no gradients: only the methods of `masking` work
     sizing: Sizing = DEFAULT_SIZING  # how images are brought to its input size
+    inputs: tuple[NetworkInput, ...] = ()  # beside the image
+
+    @property
+    def input_width(self) -> int:
+        """The number of numbers that the network takes beside each image."""
+        return sum(one.width for one in self.inputs)
 
     @property
     def weight_bytes(self) -> int:
@@ -155,3 +162,82 @@ class Network(Classifier, Protocol):
             (n, classes), before the softmax.
         """
         ...
+
+
+class NetworkWithInputs(Network, Protocol):
+    """A network that takes more than images: its facts have `inputs`.
+
+    `values` is (n, width), float32: for each image what `network_inputs.encode` returns. A network with
+    `inputs` always gets them; one without never does.
+    """
+
+    def compute(
+        self,
+        pixels: NDArray[np.uint8],
+        wanted: NDArray[np.int32],
+        method: Method = GRADCAM,
+        values: NDArray[np.float32] | None = None,
+    ) -> Computed:
+        """See `Network.compute`."""
+        ...
+
+    def begin(
+        self,
+        pixels: NDArray[np.uint8],
+        wanted: NDArray[np.int32],
+        method: Method = GRADCAM,
+        values: NDArray[np.float32] | None = None,
+    ) -> Callable[[], Computed]:
+        """See `Network.begin`."""
+        ...
+
+    def scores(
+        self, pixels: NDArray[np.uint8], values: NDArray[np.float32] | None = None
+    ) -> NDArray[np.float32]:
+        """See `Network.scores`."""
+        ...
+
+
+def compute(
+    network: Network,
+    pixels: NDArray[np.uint8],
+    wanted: NDArray[np.int32],
+    method: Method,
+    values: NDArray[np.float32] | None,
+) -> Computed:
+    """Call `Network.compute`, with the values of further inputs if there are any."""
+    if values is None:
+        return network.compute(pixels, wanted, method)
+    return cast("NetworkWithInputs", network).compute(pixels, wanted, method, values)
+
+
+def begin(
+    network: Network,
+    pixels: NDArray[np.uint8],
+    wanted: NDArray[np.int32],
+    method: Method,
+    values: NDArray[np.float32] | None,
+) -> Callable[[], Computed]:
+    """Call `Network.begin`, with the values of further inputs if there are any."""
+    if values is None:
+        return network.begin(pixels, wanted, method)
+    return cast("NetworkWithInputs", network).begin(pixels, wanted, method, values)
+
+
+def scores(
+    network: Network, pixels: NDArray[np.uint8], values: NDArray[np.float32] | None
+) -> NDArray[np.float32]:
+    """Call `Network.scores`, with the values of further inputs if there are any."""
+    if values is None:
+        return network.scores(pixels)
+    return cast("NetworkWithInputs", network).scores(pixels, values)
+
+
+def sample_values(facts: NetworkFacts) -> NDArray[np.float32] | None:
+    """Allowed values of further inputs (width,), for an image without any; None: the network has none."""
+    return np.array(samples(facts.inputs), np.float32) if facts.inputs else None
+
+
+def repeat_values(values: NDArray[np.float32] | None, images: int) -> NDArray[np.float32] | None:
+    """The same values (width,) for each of n images, (n, width)."""
+    return None if values is None else np.repeat(values[np.newaxis], images, axis=0)

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from gradcam_worker.errors import DeviceOutOfMemory, GradcamError, InternalError, PermanentError
 from gradcam_worker.gradcam.explain import pad_selections
 from gradcam_worker.gradcam.network import Method, Network
+from gradcam_worker.gradcam.network import begin as begin_network
 from gradcam_worker.inference.request import (
     BatchKey,
     BatchQueue,
@@ -133,6 +134,7 @@ class Batcher:
         *,
         bulk: bool = False,
         submitted: Callable[[], None] = lambda: None,
+        values: NDArray[np.float32] | None = None,
     ) -> InferenceResponse:
         """Compute one image in a batch with others, and wait for the result.
 
@@ -144,6 +146,7 @@ class Batcher:
             deadline: The job's deadline.
             bulk: Whether urgent requests go first.
             submitted: Called when the request is in its queue: the function that `expecting` yields.
+            values: Of further inputs (width,); None: the network has none.
 
         Raises:
             JobTimeout: The deadline passed.
@@ -156,6 +159,7 @@ class Batcher:
             deadline,
             bulk,
             pixels=pixels,
+            values=values,
             classes=tuple(classes),
         )
         response: InferenceResponse = self._compute(request, submitted)
@@ -168,6 +172,7 @@ class Batcher:
         classes: Sequence[int],
         method: Method,
         deadline: Deadline,
+        values: NDArray[np.float32] | None = None,
     ) -> InferenceResponse:
         """Compute n images in a batch of their own, after urgent requests, and wait for the result.
 
@@ -180,6 +185,7 @@ class Batcher:
             classes: Ids of the classes to explain in each image; -1 is the best one.
             method: The method.
             deadline: The job's deadline.
+            values: Of further inputs (n, width); None: the network has none.
 
         Raises:
             JobTimeout: The deadline passed.
@@ -188,7 +194,7 @@ class Batcher:
         """
         request = InferenceRequest(
             separate_key(network, method),
-            begin_batch(network, pixels, classes, method),
+            begin_batch(network, pixels, classes, method, values),
             deadline,
             bulk=True,
             images=len(pixels),
@@ -458,18 +464,26 @@ def begin_images(network: Network, method: Method) -> Callable[[list[InferenceRe
 
     def begin(batch: list[InferenceRequest]) -> Finish:
         images = np.stack([request.pixels for request in batch if request.pixels is not None])
-        return network.begin(images, pad_selections([request.classes for request in batch]), method)
+        further = [request.values for request in batch if request.values is not None]
+        values = np.stack(further) if further else None
+        wanted = pad_selections([request.classes for request in batch])
+        return begin_network(network, images, wanted, method, values)
 
     return begin
 
 
 def begin_batch(
-    network: Network, pixels: NDArray[np.uint8], classes: Sequence[int], method: Method
+    network: Network,
+    pixels: NDArray[np.uint8],
+    classes: Sequence[int],
+    method: Method,
+    values: NDArray[np.float32] | None = None,
 ) -> Callable[[list[InferenceRequest]], Finish]:
     """Return the function that starts a batch of its own, of all `pixels`."""
 
     def begin(_: list[InferenceRequest]) -> Finish:
-        return network.begin(pixels, pad_selections([tuple(classes)] * len(pixels)), method)
+        wanted = pad_selections([tuple(classes)] * len(pixels))
+        return begin_network(network, pixels, wanted, method, values)
 
     return begin
 

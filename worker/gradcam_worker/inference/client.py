@@ -33,6 +33,7 @@ class ReservedSlot(Protocol[C_contra]):
         deadline: Deadline,
         *,
         bulk: bool = False,
+        values: NDArray[np.float32] | None = None,
     ) -> InferenceResult:
         """See `gradcam_worker.inference.model_cache.BatchSlot.infer`."""
         ...
@@ -77,12 +78,19 @@ class InferenceClient(Protocol[C]):
         deadline: Deadline,
         *,
         alone: bool = False,
+        values: NDArray[np.float32] | None = None,
     ) -> list[Explanation | GradcamError]:
         """See `gradcam_worker.inference.model_cache.ModelCache.infer_many`."""
         ...
 
     def scores(
-        self, network: C, pixels: NDArray[np.uint8], deadline: Deadline, *, bulk: bool = False
+        self,
+        network: C,
+        pixels: NDArray[np.uint8],
+        deadline: Deadline,
+        *,
+        bulk: bool = False,
+        values: NDArray[np.float32] | None = None,
     ) -> NDArray[np.float32]:
         """See `gradcam_worker.inference.model_cache.ModelCache.scores`."""
         ...
@@ -96,6 +104,7 @@ class InferenceClient(Protocol[C]):
         deadline: Deadline,
         *,
         bulk: bool = False,
+        values: NDArray[np.float32] | None = None,
     ) -> Explanation:
         """See `gradcam_worker.inference.model_cache.ModelCache.measure`."""
         ...

@@ -33,7 +33,7 @@ from gradcam_worker.gradcam.catalog import NetworkRow
 from gradcam_worker.gradcam.classes import ClassIndex
 from gradcam_worker.gradcam.explain import Explanation, extract_explanation
 from gradcam_worker.gradcam.faithfulness import measure
-from gradcam_worker.gradcam.network import Computed, Method, NetworkFacts
+from gradcam_worker.gradcam.network import Computed, Method, NetworkFacts, repeat_values
 from gradcam_worker.inference import messages
 from gradcam_worker.inference.messages import (
     FACTS,
@@ -55,7 +55,7 @@ from gradcam_worker.inference.messages import (
     Welcome,
 )
 from gradcam_worker.inference.model_cache import choose_shard_batch_size, extract_each
-from gradcam_worker.inference.pixel_pool import Block, PixelPool
+from gradcam_worker.inference.pixel_pool import Block, PixelPool, aligned
 from gradcam_worker.inference.request import InferenceResult
 from gradcam_worker.observability import tracing
 from gradcam_worker.observability.events import NULL_OBSERVER, Observer
@@ -282,6 +282,7 @@ class EngineClient:
         bulk: bool = False,
         alone: bool = False,
         submitted: Callable[[], None] = lambda: None,
+        values: NDArray[np.float32] | None = None,
     ) -> Answer:
         """Compute scores and heatmaps: see `messages.Infer` for `images`, `bulk` and `alone`.
 
@@ -294,7 +295,7 @@ class EngineClient:
                 number, network.key, offset, images, classes, _fields(method), bulk, alone, traceparent
             )
 
-        answer: Answer = self._ask(message, deadline, pixels, submitted)
+        answer: Answer = self._ask(message, deadline, pixels, submitted, values)
         return answer
 
     def infer_many(
@@ -306,22 +307,30 @@ class EngineClient:
         deadline: Deadline,
         *,
         alone: bool = False,
+        values: NDArray[np.float32] | None = None,
     ) -> list[Explanation | GradcamError]:
         """See `InferenceClient.infer_many`."""
         wanted, images = tuple(classes), len(pixels)
         answer = self.compute(
-            network, pixels, wanted, method, deadline, images=images, bulk=True, alone=alone
+            network, pixels, wanted, method, deadline, images=images, bulk=True, alone=alone, values=values
         )
         return extract_each(network, answer.computed, wanted, method)
 
     def scores(
-        self, network: RemoteNetwork, pixels: NDArray[np.uint8], deadline: Deadline, *, bulk: bool = False
+        self,
+        network: RemoteNetwork,
+        pixels: NDArray[np.uint8],
+        deadline: Deadline,
+        *,
+        bulk: bool = False,
+        values: NDArray[np.float32] | None = None,
     ) -> NDArray[np.float32]:
         """See `InferenceClient.scores`."""
         scores: NDArray[np.float32] = self._ask(
             lambda number, offset: Score(number, network.key, offset, len(pixels), bulk, alone=False),
             deadline,
             pixels,
+            values=repeat_values(values, len(pixels)),
         )
         return scores
 
@@ -334,9 +343,10 @@ class EngineClient:
         deadline: Deadline,
         *,
         bulk: bool = False,
+        values: NDArray[np.float32] | None = None,
     ) -> Explanation:
         """See `InferenceClient.measure`."""
-        score = partial(self.scores, network, deadline=deadline, bulk=bulk)
+        score = partial(self.scores, network, deadline=deadline, bulk=bulk, values=values)
         return replace(explanation, metrics=tuple(measure(score, pixels, explanation, metrics)))
 
     def _ask(
@@ -345,6 +355,7 @@ class EngineClient:
         deadline: Deadline,
         pixels: NDArray[np.uint8] | None = None,
         submitted: Callable[[], None] = lambda: None,
+        values: NDArray[np.float32] | None = None,
     ) -> Any:
         """Send a request and wait for its answer.
 
@@ -353,6 +364,7 @@ class EngineClient:
             deadline: The job's deadline.
             pixels: Copied into the shared memory.
             submitted: Called when the request is sent, or will be when there is an engine.
+            values: Of further inputs, (n, width): copied into the shared memory, after the pixels.
 
         Raises:
             JobTimeout: The deadline passed.
@@ -361,8 +373,11 @@ class EngineClient:
         deadline.check(WAITING_FOR_ENGINE)
         block = None
         if pixels is not None:
-            block = self._pool.reserve(pixels.nbytes, deadline)
+            size = pixels.nbytes if values is None else aligned(pixels.nbytes) + values.nbytes
+            block = self._pool.reserve(size, deadline)
             block.pixels(pixels.shape)[...] = pixels
+            if values is not None:
+                block.values(pixels.nbytes, values.shape)[...] = values
         number = next(self._numbers)
         request = _Request(make(number, block.offset if block else NO_BLOCK), deadline, block)
         with self._lock:
@@ -594,10 +609,14 @@ class EngineSlot:
         deadline: Deadline,
         *,
         bulk: bool = False,
+        values: NDArray[np.float32] | None = None,
     ) -> Answer:
         """Compute scores and heatmaps of one image, in a batch with others."""
         used = partial(self.close, is_used=True)
-        return self._client.compute(network, pixels, classes, method, deadline, bulk=bulk, submitted=used)
+        its_values = repeat_values(values, 1)
+        return self._client.compute(
+            network, pixels, classes, method, deadline, bulk=bulk, submitted=used, values=its_values
+        )
 
     def infer(
         self,
@@ -608,10 +627,11 @@ class EngineSlot:
         deadline: Deadline,
         *,
         bulk: bool = False,
+        values: NDArray[np.float32] | None = None,
     ) -> InferenceResult:
         """See `ReservedSlot.infer`."""
         wanted = tuple(classes)
-        answer = self.compute(network, pixels, wanted, method, deadline, bulk=bulk)
+        answer = self.compute(network, pixels, wanted, method, deadline, bulk=bulk, values=values)
         explanation = extract_explanation(network, answer.computed, 0, wanted, method)
         return InferenceResult(explanation, answer.waited_s, answer.computed_s, answer.batch_size)
 

@@ -24,7 +24,7 @@ from pydantic import ValidationError
 from gradcam_worker import __version__
 from gradcam_worker.errors import GradcamError, InternalError, JobCanceled
 from gradcam_worker.gradcam.catalog import NetworkRow
-from gradcam_worker.gradcam.network import Computed, Method, Network
+from gradcam_worker.gradcam.network import Computed, Method, Network, scores
 from gradcam_worker.inference import batcher, messages
 from gradcam_worker.inference.messages import (
     FACTS,
@@ -515,12 +515,16 @@ def _request(connection: Connection, message: Infer | Score, network: Network) -
     facts = network.facts
     shape = (*facts.input_size, facts.channels)
     stacked = connection.pool.pixels(message.offset, (max(message.images, 1), *shape))
+    values = None
+    if facts.inputs:
+        size = (len(stacked), facts.input_width)
+        values = connection.pool.values(message.offset, stacked.nbytes, size)
     key: BatchKey = batcher.EXCLUSIVE_KEY
     pixels: Any = None
     classes: tuple[int, ...] = ()
     caller: LinkTarget | None = None
     if isinstance(message, Score):
-        begin = batcher.begin_function(lambda: network.scores(stacked))
+        begin = batcher.begin_function(lambda: scores(network, stacked, values))
         images = 0
     else:
         method, classes = Method(*message.method), message.classes
@@ -528,7 +532,7 @@ def _request(connection: Connection, message: Infer | Score, network: Network) -
         images = message.images or 1
         if message.images:
             key = batcher.separate_key(network, method)
-            begin = batcher.begin_batch(network, stacked, classes, method)
+            begin = batcher.begin_batch(network, stacked, classes, method, values)
         else:
             pixels = stacked[0]
             key = batcher.image_key(network, method, classes)
@@ -542,6 +546,7 @@ def _request(connection: Connection, message: Infer | Score, network: Network) -
         message.bulk,
         images=images,
         pixels=pixels,
+        values=None if values is None or pixels is None else values[0],
         classes=classes,
         after_batch=connection.flush,
         caller=caller,

@@ -22,7 +22,18 @@ from gradcam_worker.gradcam.explain import (
     extract_explanation,
 )
 from gradcam_worker.gradcam.faithfulness import measure
-from gradcam_worker.gradcam.network import GRADCAM, Classifier, Computed, Method, Network, NetworkFacts
+from gradcam_worker.gradcam.network import (
+    GRADCAM,
+    Classifier,
+    Computed,
+    Method,
+    Network,
+    NetworkFacts,
+    compute,
+    repeat_values,
+    sample_values,
+    scores,
+)
 from gradcam_worker.inference.batcher import DEFAULT_BATCH_SIZE, Batcher
 from gradcam_worker.inference.request import InferenceRequest, InferenceResult
 from gradcam_worker.observability.events import NULL_OBSERVER, Observer
@@ -68,6 +79,7 @@ class BatchSlot:
         deadline: Deadline,
         *,
         bulk: bool = False,
+        values: NDArray[np.float32] | None = None,
     ) -> InferenceResult:
         """Explain one image, in a batch with others.
 
@@ -78,6 +90,7 @@ class BatchSlot:
             method: The method.
             deadline: The job's deadline.
             bulk: Whether urgent requests go first.
+            values: Of further inputs (width,); None: the network has none.
 
         Returns:
             The explanation, and how long the image waited and was computed.
@@ -89,7 +102,7 @@ class BatchSlot:
             JobTimeout: The deadline passed.
         """
         response = self._batcher.compute(
-            network, pixels, classes, method, deadline, bulk=bulk, submitted=self._submitted
+            network, pixels, classes, method, deadline, bulk=bulk, submitted=self._submitted, values=values
         )
         explanation = extract_explanation(network, response.computed, response.index, tuple(classes), method)
         return InferenceResult(explanation, response.waited_s, response.computed_s, response.batch_size)
@@ -299,10 +312,11 @@ class ModelCache:
         """Compute a batch of grey images; return how many seconds it took."""
         images = np.full((size, *network.facts.input_size, network.facts.channels), GREY, np.uint8)
         classes = np.full((size, 1), -1, np.int32)
+        values = repeat_values(sample_values(network.facts), size)
 
         def run() -> float:
             begun_s = self._clock()
-            network.compute(images, classes)
+            compute(network, images, classes, GRADCAM, values)
             return self._clock() - begun_s
 
         return self._batcher.run_exclusive(run, Deadline(WARM_UP_TIMEOUT_S), bulk=True)
@@ -326,7 +340,12 @@ class ModelCache:
             return InferenceResult(explanation, 0.0, self._clock() - begun_s, 1)
         with self.reserve() as slot:
             return slot.infer(
-                network, image, network.labels.select(top_n=1), GRADCAM, Deadline(WARM_UP_TIMEOUT_S)
+                network,
+                image,
+                network.labels.select(top_n=1),
+                GRADCAM,
+                Deadline(WARM_UP_TIMEOUT_S),
+                values=sample_values(network.facts),
             )
 
     @contextmanager
@@ -352,6 +371,7 @@ class ModelCache:
         deadline: Deadline,
         *,
         alone: bool = False,  # noqa: ARG002  # in this process, whatever ends it ends the job, too
+        values: NDArray[np.float32] | None = None,
     ) -> list[Explanation | GradcamError]:
         """Explain n images in a batch of their own, after urgent requests.
 
@@ -363,6 +383,7 @@ class ModelCache:
             method: The method.
             deadline: The job's deadline.
             alone: Whether nothing else may be at the device: they may have ended an engine process.
+            values: Of further inputs (n, width); None: the network has none.
 
         Returns:
             For each image its explanation, or the error of this image.
@@ -372,11 +393,17 @@ class ModelCache:
             DeviceOutOfMemory: The device has too little memory for this batch.
             JobTimeout: The deadline passed.
         """
-        response = self._batcher.compute_many(network, pixels, classes, method, deadline)
+        response = self._batcher.compute_many(network, pixels, classes, method, deadline, values)
         return extract_each(network, response.computed, tuple(classes), method)
 
     def scores(
-        self, network: Network, pixels: NDArray[np.uint8], deadline: Deadline, *, bulk: bool = False
+        self,
+        network: Network,
+        pixels: NDArray[np.uint8],
+        deadline: Deadline,
+        *,
+        bulk: bool = False,
+        values: NDArray[np.float32] | None = None,
     ) -> NDArray[np.float32]:
         """Compute the scores of n images alone, in a pass of their own.
 
@@ -385,6 +412,7 @@ class ModelCache:
             pixels: Images of the network's input size (n, height, width, channels).
             deadline: The job's deadline.
             bulk: Whether urgent requests go first.
+            values: Of further inputs (width,), which all images get; None: the network has none.
 
         Returns:
             (n, classes), before the softmax.
@@ -393,7 +421,8 @@ class ModelCache:
             DeviceOutOfMemory: The device has too little memory for this pass.
             JobTimeout: The deadline passed.
         """
-        return self._batcher.run_exclusive(lambda: network.scores(pixels), deadline, bulk=bulk)
+        its_values = repeat_values(values, len(pixels))
+        return self._batcher.run_exclusive(lambda: scores(network, pixels, its_values), deadline, bulk=bulk)
 
     def measure(
         self,
@@ -404,6 +433,7 @@ class ModelCache:
         deadline: Deadline,
         *,
         bulk: bool = False,
+        values: NDArray[np.float32] | None = None,
     ) -> Explanation:
         """Measure how faithful an explanation is. Batches of other jobs run between its own.
 
@@ -414,6 +444,7 @@ class ModelCache:
             metrics: Names of the metrics: `deletion`, `insertion`.
             deadline: The job's deadline.
             bulk: Whether urgent requests go first.
+            values: Of further inputs (width,), which all its images get; None: the network has none.
 
         Returns:
             The explanation with its metrics.
@@ -421,7 +452,7 @@ class ModelCache:
         Raises:
             JobTimeout: The deadline passed.
         """
-        score = partial(self.scores, network, deadline=deadline, bulk=bulk)
+        score = partial(self.scores, network, deadline=deadline, bulk=bulk, values=values)
         return replace(explanation, metrics=tuple(measure(score, pixels, explanation, metrics)))
 
 

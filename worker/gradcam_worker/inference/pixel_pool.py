@@ -2,6 +2,8 @@
 
     | header: number of announced requests | block: state, pixels | block: state, pixels | free ...
 
+If a network takes more than images, the values of its further inputs follow the pixels of a block.
+
 The job process makes the memory (an anonymous file, `memfd_create`) and is the only one that reserves blocks
 in it; it sends the file descriptor to the engine. So no lock is shared, and the memory is freed by the system
 when both processes have closed it, however they end. If there is no room, `reserve` waits: that is the
@@ -29,6 +31,11 @@ WAITING, AT_DEVICE = 0, 1  # states of a request
 WAITING_FOR_MEMORY = "waiting for shared memory"
 
 
+def aligned(size: int) -> int:
+    """Round a number of bytes up to a multiple of `ALIGNMENT`."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
 @dataclass(eq=False)
 class Block:
     """A part of the pool: the pixels of one request."""
@@ -40,6 +47,10 @@ class Block:
     def pixels(self, shape: tuple[int, ...]) -> NDArray[np.uint8]:
         """Return its memory as an array of this shape."""
         return np.ndarray(shape, np.uint8, self.pool.memory, self.offset + ALIGNMENT)
+
+    def values(self, pixel_bytes: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        """Return its memory after the pixels as an array of this shape."""
+        return np.ndarray(shape, np.float32, self.pool.memory, self.offset + ALIGNMENT + aligned(pixel_bytes))
 
     def take_mark(self) -> bool:
         """Whether the engine that ended had started to compute the request. Its successor has not."""
@@ -97,7 +108,7 @@ class PixelPool:
             InternalError: The whole pool is smaller.
             JobTimeout: The deadline passed.
         """
-        size = ALIGNMENT + -(-pixel_bytes // ALIGNMENT) * ALIGNMENT
+        size = ALIGNMENT + aligned(pixel_bytes)
         if size > self.size - HEADER_BYTES:
             message = (
                 f"A request of {pixel_bytes} bytes of pixels does not fit into the shared memory of "
@@ -190,6 +201,23 @@ class MappedPool:
             message = f"Pixels {shape} at {offset} are not inside a pool of {self.size} bytes."
             raise InternalError(message)
         return np.ndarray(shape, np.uint8, self.memory, offset + ALIGNMENT)
+
+    def values(self, offset: int, pixel_bytes: int, shape: tuple[int, int]) -> NDArray[np.float32]:
+        """Return the values of further inputs in a block.
+
+        Args:
+            offset: Of the block.
+            pixel_bytes: Number of bytes of its pixels, which the values follow.
+            shape: Of the values.
+
+        Raises:
+            InternalError: They are not inside the pool.
+        """
+        start = offset + ALIGNMENT + aligned(pixel_bytes)
+        if not HEADER_BYTES <= offset < start + 4 * shape[0] * shape[1] <= self.size:
+            message = f"Values {shape} at {start} are not inside a pool of {self.size} bytes."
+            raise InternalError(message)
+        return np.ndarray(shape, np.float32, self.memory, start)
 
     def mark(self, offset: int, state: int) -> None:
         """Note in the block at `offset` whether its request is at the device: it outlives the engine."""

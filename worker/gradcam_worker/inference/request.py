@@ -55,6 +55,7 @@ class InferenceRequest:
     bulk: bool = False
     images: int = 1  # 0: a function that explains no image
     pixels: NDArray[np.uint8] | None = None
+    values: NDArray[np.float32] | None = None  # of further inputs of the network
     classes: tuple[int, ...] = ()
     queued_s: float = field(default_factory=time.monotonic)
     caller: tracing.LinkTarget | None = field(default_factory=tracing.link_target)

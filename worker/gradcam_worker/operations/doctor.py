@@ -123,6 +123,10 @@ def _check_own_network(row: NetworkRow, settings: Settings) -> Finding:
     layer = f"layer {explanation.layer} {rows}x{columns}"
     detail = f"{layer}, {len(network.labels)} classes ({facts.head}), {size} parameters"
     detail += f", sizing {facts.sizing.describe()}"
+    if row.inputs:
+        detail += f"; beside the image: {', '.join(one.describe() for one in row.inputs)}"
+    if row.imports:
+        detail += f"; with layers of {', '.join(row.imports)}"
     preprocessing = row.preprocessing
     scaled = any(preprocessing.mean) or any(deviation != 1 for deviation in preprocessing.std)
     if facts.rescales and scaled:

@@ -11,6 +11,7 @@ from gradcam_worker.execution.pipeline import run_job
 from gradcam_worker.execution.scoring import method_of
 from gradcam_worker.execution.services import Services
 from gradcam_worker.gradcam.classes import percent, versus
+from gradcam_worker.gradcam.explain import values_of
 from gradcam_worker.gradcam.methods import masking
 from gradcam_worker.operations import console
 from gradcam_worker.resilience.deadline import Deadline
@@ -47,8 +48,8 @@ def explain_files(
         The exit code: 1 if any file failed.
 
     Raises:
-        InvalidJob, UnknownNetwork, NetworkIncompatible, MethodNotSupported, WeightsUnavailable, UnknownClass:
-            No file can be explained.
+        InvalidJob, InvalidNetworkInput, UnknownNetwork, NetworkIncompatible, MethodNotSupported,
+            WeightsUnavailable, UnknownClass: No file can be explained.
         KeyboardInterrupt: After the results so far were printed.
     """
     output = output.absolute()
@@ -64,6 +65,7 @@ def explain_files(
     network = services.model_cache.load(services.networks.find(job.network))
     selected = network.labels.select(top_n=job.target.top_n, classes=job.target.classes)
     network.labels.select_against(job.target.against, selected)
+    values_of(network.facts, job.inputs)
     in_passes = masking.is_masking(method_of(job.method, network.facts))
     timeout_s = IN_PASSES_TIMEOUT_S if in_passes else TIMEOUT_S
     folders = _folders(images)

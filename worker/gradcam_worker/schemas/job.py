@@ -14,14 +14,22 @@ from pydantic import (
     AwareDatetime,
     BeforeValidator,
     Field,
+    SerializerFunctionWrapHandler,
     StringConstraints,
     ValidationError,
+    model_serializer,
     model_validator,
 )
 
 from gradcam_worker.errors import InvalidJob
 from gradcam_worker.schemas.ids import new_id
-from gradcam_worker.schemas.model import MAX_URI_BYTES, RequestModel, describe, describe_excess_length
+from gradcam_worker.schemas.model import (
+    MAX_URI_BYTES,
+    RequestModel,
+    describe,
+    describe_excess_length,
+    without_defaults,
+)
 from gradcam_worker.schemas.model import WEBHOOK_SECRET_PREFIX as SECRET
 from gradcam_worker.schemas.options import (
     WITHOUT_CLASS,
@@ -29,6 +37,7 @@ from gradcam_worker.schemas.options import (
     ArtifactSpec,
     GridSpec,
     HeatmapSpec,
+    Inputs,
     MethodSpec,
     Metric,
     Name,
@@ -46,6 +55,7 @@ __all__ = [
     "GridSpec",
     "HeatmapSpec",
     "ImageRef",
+    "Inputs",
     "Job",
     "JobDetails",
     "JobFields",
@@ -164,6 +174,7 @@ class JobDetails(TypedDict, total=False):
     idempotency_key: str | None
     network: Required[str]
     target: Required[Target | dict[str, Any]]
+    inputs: Mapping[str, float | str | Sequence[float]]
     method: MethodSpec | dict[str, Any]
     artifacts: Sequence[ArtifactSpec | dict[str, Any]]
     metrics: Sequence[Metric]
@@ -202,6 +213,8 @@ class Job(RequestModel):
     """a name of the catalog, or one that the operator registered"""
     target: Target
     """which classes to explain"""
+    inputs: Inputs = Field(default_factory=dict)
+    """what the network takes beside the image, by name, as the operator registered it"""
     method: MethodSpec = MethodSpec()
     """how to compute the heatmaps"""
     artifacts: Annotated[tuple[ArtifactSpec, ...], Field(min_length=1, max_length=8)] = (
@@ -231,6 +244,10 @@ class Job(RequestModel):
     if TYPE_CHECKING:
 
         def __init__(self, **fields: Unpack[JobFields]) -> None: ...
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without_defaults(self, serialize(self), ["inputs"])
 
     @model_validator(mode="after")
     def _check_distinct_artifacts(self) -> Self:

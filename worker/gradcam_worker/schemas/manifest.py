@@ -6,7 +6,7 @@ from pydantic import Field
 
 from gradcam_worker.schemas.job import JobId, Sha256
 from gradcam_worker.schemas.model import ResponseModel
-from gradcam_worker.schemas.options import MethodSpec
+from gradcam_worker.schemas.options import Inputs, MethodSpec
 from gradcam_worker.schemas.status import ClassScore, ResultWarning
 
 
@@ -127,6 +127,7 @@ class Manifest(ResponseModel):
     input: InputRecord
     network: NetworkRecord
     method: MethodRecord
+    inputs: Inputs = Field(default_factory=dict)  # beside the image: as given, or the registry's defaults
     predictions: tuple[ClassScore, ...]
     explanations: tuple[ExplainedClass, ...]
     against: tuple[ClassRef, ...] = ()  # each is explained against these: why it is that class and not one

@@ -44,7 +44,7 @@ def without_defaults(model: BaseModel, fields: dict[str, Any], names: Iterable[s
     """
     defaults = type(model).model_fields
     for name in names:
-        if getattr(model, name) == defaults[name].default:
+        if getattr(model, name) == defaults[name].get_default(call_default_factory=True):
             fields.pop(name, None)
     return fields
 

@@ -1,5 +1,6 @@
 """The wire format of a job's options: classes, method, artifacts and metrics."""
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -7,6 +8,7 @@ from pydantic import (
     BeforeValidator,
     Field,
     SerializerFunctionWrapHandler,
+    StrictFloat,
     StrictInt,
     StringConstraints,
     ValidationInfo,
@@ -27,6 +29,48 @@ MASKING_PARAMETERS = {  # of the methods that cover parts of the image
     "rise": ("masks", "cells", "seed"),
     "occlusion": ("window", "stride"),
 }
+MAX_INPUTS, MAX_INPUT_LENGTH, MAX_INPUT_NUMBERS = 64, 1024, 65_536  # of a network, beside the image
+
+
+def describe_input_problem(value: object) -> str | None:
+    """Describe why a value cannot be given to a network beside the image; None: it can.
+
+    Whether the network takes it is known where the network is registered.
+    """
+    if isinstance(value, list | tuple):
+        if len(value) > MAX_INPUT_NUMBERS:
+            return f"it is a list of {len(value):,}; at most {MAX_INPUT_NUMBERS:,} numbers are allowed"
+        strange = next((one for one in value if not _is_number(one)), None)
+        return None if strange is None else f"it is a list with {strange!r:.40}: it must hold numbers"
+    if isinstance(value, str):
+        if len(value) <= MAX_INPUT_LENGTH:
+            return None
+        return f"it is a text of {len(value):,} characters; at most {MAX_INPUT_LENGTH:,} are allowed"
+    return (
+        None
+        if _is_number(value)
+        else f"it is {value!r:.40}: it must be a number, a text or a list of numbers"
+    )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_input(value: object) -> object:
+    if problem := describe_input_problem(value):
+        raise ValueError(problem)
+    return value
+
+
+InputNumber = StrictInt | StrictFloat
+InputValue = Annotated[
+    InputNumber
+    | Annotated[str, StringConstraints(max_length=MAX_INPUT_LENGTH)]
+    | Annotated[tuple[InputNumber, ...], Field(max_length=MAX_INPUT_NUMBERS)],
+    BeforeValidator(_check_input),
+]
+Inputs = Annotated[dict[Name, InputValue], Field(max_length=MAX_INPUTS)]  # of a network, beside the image
 
 
 def _refuse_single_class(value: object, info: ValidationInfo) -> object:

@@ -9,7 +9,7 @@ from pydantic import Field, StringConstraints
 from gradcam_worker.schemas.ids import new_id
 from gradcam_worker.schemas.job import JobId, Sha256, ShortText
 from gradcam_worker.schemas.model import RequestModel
-from gradcam_worker.schemas.options import MethodSpec, Metric, Name, OverlaySpec, Target
+from gradcam_worker.schemas.options import Inputs, MethodSpec, Metric, Name, OverlaySpec, Target
 from gradcam_worker.schemas.status import Problem
 
 MAX_ROWS = 4096
@@ -25,6 +25,7 @@ class Row(RequestModel):
     id: ShortText | None = None  # the submitter's own id of the row
     sha256: Sha256 | None = None  # of the image
     version: ShortText | None = None  # changes with the content at the URI: an ETag, or size and time
+    inputs: Inputs | None = None  # what the network takes beside this image
     problem: Problem | None = None
 
 
@@ -45,6 +46,7 @@ class Shard(RequestModel):
     network: Name
     weights_sha256: Sha256 | None = None  # of the weights to use; None: those of the worker
     target: Target
+    inputs: Inputs = Field(default_factory=dict)  # beside each image; a row's own come first
     method: MethodSpec = MethodSpec()
     metrics: Annotated[tuple[Metric, ...], Field(max_length=2)] = ()
     artifacts: Annotated[tuple[OverlaySpec, ...], Field(max_length=3)] = ()

@@ -29,3 +29,11 @@ def abridged(text: str, limit: int = 600) -> str:
         return text
     head = (limit - len(ELLIPSIS)) // 2
     return text[:head] + ELLIPSIS + text[len(text) - (limit - head - len(ELLIPSIS)) :]
+
+
+def ending(text: str, limit: int = 400) -> str:
+    """Return the text on one line; of a longer one the end, from the beginning of a word on."""
+    text = " ".join(COLOR_CODES.sub("", text).split())
+    if len(text) <= limit:
+        return text
+    return f"{ELLIPSIS.strip()} {text[len(text) - limit :].partition(' ')[2]}"

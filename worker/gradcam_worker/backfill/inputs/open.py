@@ -12,7 +12,7 @@ import stat
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,15 @@ from typing import Any, BinaryIO, cast
 from urllib.parse import unquote
 
 from gradcam_worker.backfill.inputs.rows import RowParser
-from gradcam_worker.backfill.inputs.tables import columns, inventory_rows, json_rows, table_rows, text_rows
+from gradcam_worker.backfill.inputs.tables import (
+    NO_INPUTS,
+    columns,
+    input_columns,
+    inventory_rows,
+    json_rows,
+    table_rows,
+    text_rows,
+)
 from gradcam_worker.backfill.output import OwnFileFilter
 from gradcam_worker.errors import InvalidInput, WeightsUnavailable
 from gradcam_worker.schemas.shard import Row
@@ -117,6 +125,7 @@ def open_input(
     form: str = "auto",
     column: str | None = None,
     output: str | None = None,
+    inputs: Mapping[str, str] = NO_INPUTS,
 ) -> Iterator[Input]:
     """Open an input. Files compressed with gzip are recognized, whatever their name.
 
@@ -126,6 +135,7 @@ def open_input(
         form: One of FORMS; auto: by the suffix of the name.
         column: The column, or the field, with the URIs.
         output: This backfill's. Its files, and those of other backfills, are left out of a folder or prefix.
+        inputs: The columns, or the fields, with what the network takes beside the image, by its names.
 
     Yields:
         The input.
@@ -134,20 +144,23 @@ def open_input(
         InvalidInput: It cannot be read, or its format is unknown.
     """
     requested, form = form, _resolve_form(where, form)
+    if inputs and form not in {"jsonl", "csv", "tsv", "parquet"}:
+        message = f"{_display_name(where)} is read as {form}, which has no columns for {', '.join(inputs)}."
+        raise InvalidInput(message)
     with ExitStack() as stack:
         if form == "folder":
             yield _folder(where, settings, output, explicit=requested == "folder")
             return
         file = _open_file(where, settings, stack)
         if form == "parquet":
-            yield _parquet(file, _display_name(where), column, stack)
+            yield _parquet(file, _display_name(where), column, inputs, stack)
             return
         start = file.tell() if file.seekable() else None
         size = os.fstat(file.fileno()).st_size
         readers: dict[str, Callable[[BinaryIO, RowParser], Iterator[Row]]] = {
-            "jsonl": partial(json_rows, column=column),
-            "csv": partial(table_rows, delimiter=",", column=column),
-            "tsv": partial(table_rows, delimiter="\t", column=column),
+            "jsonl": partial(json_rows, column=column, inputs=inputs),
+            "csv": partial(table_rows, delimiter=",", column=column, inputs=inputs),
+            "tsv": partial(table_rows, delimiter="\t", column=column, inputs=inputs),
             "text": text_rows,
             "inventory": inventory_rows,
         }
@@ -297,7 +310,9 @@ def _decompressed(file: io.BufferedReader) -> BinaryIO:
     return io.BufferedReader(cast("Any", gzip.GzipFile(fileobj=file)))
 
 
-def _parquet(file: io.BufferedReader, name: str, column: str | None, stack: ExitStack) -> Input:
+def _parquet(
+    file: io.BufferedReader, name: str, column: str | None, inputs: Mapping[str, str], stack: ExitStack
+) -> Input:
     """The rows of a Parquet file, read in batches, without other columns. Raises InvalidInput."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -315,6 +330,7 @@ def _parquet(file: io.BufferedReader, name: str, column: str | None, stack: Exit
         names = table.schema_arrow.names
         try:
             positions = columns(names, column)
+            further = input_columns(names, inputs)
         except InvalidInput as error:
             message = f"{name} {error}"
             raise InvalidInput(message) from error
@@ -331,7 +347,7 @@ def _parquet(file: io.BufferedReader, name: str, column: str | None, stack: Exit
     if not any(is_type(kind) for is_type in text_types):
         message = f"{name} has a column {names[positions.image]!r} of {kind}: it must hold URIs, as strings."
         raise InvalidInput(message)
-    wanted = [names[position] for position in positions if position is not None]
+    wanted = [names[position] for position in (*positions, *further.values()) if position is not None]
 
     def read(parser: RowParser) -> Iterator[Row]:
         number = 0
@@ -342,8 +358,9 @@ def _parquet(file: io.BufferedReader, name: str, column: str | None, stack: Exit
                     cells[names[position]] if position is not None else [None] * len(batch)
                     for position in positions
                 ]
-                for uri, row_id, sha256 in zip(*values, strict=True):
-                    yield parser.parse(number, uri, row_id, sha256)
+                values += [cells[names[position]] for position in further.values()]
+                for uri, row_id, sha256, *given in zip(*values, strict=True):
+                    yield parser.parse(number, uri, row_id, sha256, dict(zip(further, given, strict=True)))
                     number += 1
         except pa.ArrowException as error:
             message = f"is damaged after {counted(number, 'row')}, or soon after: {error}"

@@ -4,13 +4,16 @@ Nothing here raises an error: ten thousand bad rows among ten million become ten
 """
 
 import json
+import math
 import re
 from array import array
 from bisect import bisect_left
 from collections.abc import Mapping
+from typing import Any
 
 from gradcam_worker.errors import DuplicateId, InvalidRow, PermanentError
 from gradcam_worker.schemas.model import describe_excess_length
+from gradcam_worker.schemas.options import MAX_INPUTS, describe_input_problem
 from gradcam_worker.schemas.shard import Row
 from gradcam_worker.schemas.status import Problem
 from gradcam_worker.text.urls import has_credentials, redacted, without_user
@@ -57,8 +60,18 @@ class RowParser:
         self._made += 1
         return Row(uri=uri, version=version)
 
-    def parse(self, number: int, uri: object, row_id: object = None, sha256: object = None) -> Row:
-        """Return the row of an input's values, of any type; with a problem if they are invalid."""
+    def parse(
+        self,
+        number: int,
+        uri: object,
+        row_id: object = None,
+        sha256: object = None,
+        inputs: Mapping[str, object] | None = None,
+    ) -> Row:
+        """Return the row of an input's values, of any type; with a problem if they are invalid.
+
+        `inputs` are for the network, beside the image; None and empty texts are left out.
+        """
         if (
             type(uri) is not str
             or len(uri) > MAX_URI
@@ -67,17 +80,25 @@ class RowParser:
             or describe_excess_length(uri)
         ):
             return self._row(number, uri, row_id, sha256, InvalidRow(_uri_problem(uri)))
-        if row_id is None and sha256 is None:
+        if row_id is None and sha256 is None and not inputs:
             self._made += 1
             return Row(uri=uri)
-        return self._row(number, uri, row_id, sha256, None)
+        given, problem = _valid_inputs(inputs or {})
+        error = InvalidRow(problem) if problem else None
+        return self._row(number, uri, row_id, sha256, error, given)
 
     def bad_row(self, number: int, received: object, reason: str) -> Row:
         """Return the row of something that cannot be read; `reason` completes the sentence "Line 3: ..."."""
         return self._row(number, received, None, None, InvalidRow(reason))
 
     def _row(
-        self, number: int, uri: object, row_id: object, sha256: object, error: PermanentError | None
+        self,
+        number: int,
+        uri: object,
+        row_id: object,
+        sha256: object,
+        error: PermanentError | None,
+        inputs: dict[str, Any] | None = None,
     ) -> Row:
         kept = uri if isinstance(uri, str) and (error is None) else displayable(uri)
         name, checksum = _valid_id(row_id), _valid_sha256(sha256)
@@ -96,7 +117,7 @@ class RowParser:
                 error = error or DuplicateId(f"its id {name!r} is the id of row {before}, too")
         self._made += 1
         if error is None:
-            return Row(uri=kept, id=name, sha256=checksum)
+            return Row(uri=kept, id=name, sha256=checksum, inputs=inputs)
         located = type(error)(f"{self._unit} {number}: {error}")
         problem = Problem.of(located, stage="plan", attempt=0)
         return Row(uri=kept, id=name, sha256=checksum, problem=problem)
@@ -163,6 +184,23 @@ def _scheme_problem(uri: str) -> str:
     if scheme.casefold() not in _EXAMPLES:
         return f"its scheme {scheme[:100]!r} is none of {', '.join(_EXAMPLES)}"
     return f"its URI must look like {_EXAMPLES[scheme.casefold()]}"
+
+
+def _valid_inputs(inputs: Mapping[str, object]) -> tuple[dict[str, Any] | None, str | None]:
+    """The values that are there, and what is wrong with one of them, if so."""
+    if len(inputs) > MAX_INPUTS:
+        return None, f"it has {len(inputs)} inputs for the network; at most {MAX_INPUTS} are allowed"
+    given: dict[str, Any] = {}
+    for name, value in inputs.items():
+        if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
+            continue  # tables write a missing number as NaN
+        one = str(value).lower() if isinstance(value, bool) else value
+        if not 0 < len(name) <= MAX_ID:
+            return None, f"its input {name[:40]!r} must have a name of at most {MAX_ID} characters"
+        if problem := describe_input_problem(one):
+            return None, f"its input {name!r}: {problem}"
+        given[name] = one
+    return given or None, None
 
 
 def _valid_id(row_id: object) -> str | None:

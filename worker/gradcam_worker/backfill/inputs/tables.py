@@ -6,8 +6,9 @@ next row is uncertain: a quote that is never closed, for example, would hide the
 
 import codecs
 import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any, BinaryIO, NamedTuple
 from urllib.parse import unquote_plus
 
@@ -28,6 +29,7 @@ _SIGNATURES = {  # first bytes of files that are not UTF-8 text, and their forma
     b"\x89PNG": "a PNG image",
     b"\xff\xd8\xff": "a JPEG image",
 }
+NO_INPUTS: Mapping[str, str] = MappingProxyType({})
 _TOO_LONG = f"it is longer than {MAX_LINE_BYTES:,} bytes"
 _MAX_NAMED = 20  # columns in an error message
 
@@ -61,8 +63,38 @@ def columns(names: Sequence[str], wanted: str | None, hint: str = "") -> Columns
     return Columns(positions[0], *others)
 
 
-def json_rows(file: BinaryIO, parser: RowParser, column: str | None) -> Iterator[Row]:
-    """Read a JSON value a line: a URI, or an object with one in `image`, `uri`, `url`, `path` or `column`."""
+def input_columns(names: Sequence[str], wanted: Mapping[str, str]) -> dict[str, int]:
+    """Find the columns with the inputs of the network, in any case.
+
+    Args:
+        names: Of all columns.
+        wanted: Column by input.
+
+    Returns:
+        Its position by input.
+
+    Raises:
+        InvalidInput: There is no such column, or more than one.
+    """
+    folded = [name.strip().casefold() for name in names]
+    positions = {}
+    for name, column in wanted.items():
+        count = folded.count(column.strip().casefold())
+        if count != 1:
+            shown = ", ".join(repr(one[:60].partition("?")[0]) for one in names[:_MAX_NAMED])
+            message = f"has {count or 'no'} columns {column!r} for the input {name!r}; it has {shown}."
+            raise InvalidInput(message)
+        positions[name] = folded.index(column.strip().casefold())
+    return positions
+
+
+def json_rows(
+    file: BinaryIO, parser: RowParser, column: str | None, inputs: Mapping[str, str] = NO_INPUTS
+) -> Iterator[Row]:
+    """Read a JSON value a line: a URI, or an object with one in `image`, `uri`, `url`, `path` or `column`.
+
+    An object may have `inputs` for the network, by name; those in fields of their own are named by `inputs`.
+    """
     fields = IMAGE_NAMES if column is None else (column,)
     for number, line in _lines(file):
         try:
@@ -73,14 +105,20 @@ def json_rows(file: BinaryIO, parser: RowParser, column: str | None) -> Iterator
         if isinstance(value, str):
             yield parser.parse(number, value)
         elif isinstance(value, dict):
-            yield _from_object(parser, number, value, fields)
+            yield _from_object(parser, number, value, fields, inputs)
         elif len(line) > MAX_LINE_BYTES:
             yield parser.bad_row(number, line, _TOO_LONG)
         else:
             yield parser.bad_row(number, line, "it is neither an object nor a URI")
 
 
-def _from_object(parser: RowParser, number: int, value: dict[str, Any], fields: Sequence[str]) -> Row:
+def _from_object(
+    parser: RowParser,
+    number: int,
+    value: dict[str, Any],
+    fields: Sequence[str],
+    inputs: Mapping[str, str],
+) -> Row:
     name = next((name for name in fields if value.get(name) is not None), None)
     if name is None:
         present = ", ".join(map(repr, value))[:300] or "no field"
@@ -93,7 +131,13 @@ def _from_object(parser: RowParser, number: int, value: dict[str, Any], fields: 
         if None not in (inner, sha256) and inner != sha256:
             return parser.bad_row(number, image.get("uri"), "it names two checksums of one image")
         image, sha256 = image.get("uri"), sha256 if inner is None else inner
-    return parser.parse(number, image, value.get("id", value.get("custom_id")), sha256)
+    given = value.get("inputs")
+    if not isinstance(given, dict | None):
+        return parser.bad_row(number, value, 'its inputs must be an object, as in {"age": 61}')
+    if inputs:
+        fields_given = {name: value[field] for name, field in inputs.items() if value.get(field) is not None}
+        given = {**(given or {}), **fields_given}
+    return parser.parse(number, image, value.get("id", value.get("custom_id")), sha256, given)
 
 
 def text_rows(file: BinaryIO, parser: RowParser) -> Iterator[Row]:
@@ -108,8 +152,14 @@ def text_rows(file: BinaryIO, parser: RowParser) -> Iterator[Row]:
             yield parser.bad_row(number, line, "it is not UTF-8")
 
 
-def table_rows(file: BinaryIO, parser: RowParser, delimiter: str, column: str | None) -> Iterator[Row]:
-    """Read CSV with a header. Raises InvalidInput if it has no column of images."""
+def table_rows(
+    file: BinaryIO,
+    parser: RowParser,
+    delimiter: str,
+    column: str | None,
+    inputs: Mapping[str, str] = NO_INPUTS,
+) -> Iterator[Row]:
+    """Read CSV with a header. Raises InvalidInput if it has no column of images, or none of an input."""
     records = _records(file, parser, delimiter)
     for first in records:
         if isinstance(first, Row):
@@ -120,6 +170,7 @@ def table_rows(file: BinaryIO, parser: RowParser, delimiter: str, column: str | 
     else:
         return
     positions = columns(header, column, ", or say --format inventory if it has bucket and key, and no header")
+    further = input_columns(header, inputs)
     for record in records:
         if isinstance(record, Row):
             yield record
@@ -137,7 +188,8 @@ def table_rows(file: BinaryIO, parser: RowParser, delimiter: str, column: str | 
         row_id, sha256 = (
             None if position is None else fields[position] or None for position in positions[1:]
         )
-        yield parser.parse(number, fields[positions.image], row_id, sha256)
+        given = {name: fields[position].strip() for name, position in further.items()}
+        yield parser.parse(number, fields[positions.image], row_id, sha256, given)
 
 
 def inventory_rows(file: BinaryIO, parser: RowParser) -> Iterator[Row]:

@@ -110,7 +110,8 @@ class Alignment:
         rows, columns, channels = graph.shapes[graph.input_slot][1:]
         at = np.stack(np.meshgrid(_centers(rows), _centers(columns), indexing="ij"))
         pixels = np.broadcast_to(at[:, None, :, :, None], (2, 1, rows, columns, channels))
-        self._positions = {graph.input_slot: Positions(pixels.astype(np.float32))}
+        self._positions = {one.slot: _unknown(graph.shapes[one.slot]) for one in graph.inputs.values()}
+        self._positions[graph.input_slot] = Positions(pixels.astype(np.float32))
         self._values: Values | None = None  # inputs of the steps that are measured
 
     def positions(self, slot: int) -> Positions:

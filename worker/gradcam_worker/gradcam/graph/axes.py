@@ -61,7 +61,8 @@ def _name(axis: Axis) -> str | None:
 
 def infer_axes(graph: Graph) -> dict[int, Axes]:
     """The meaning of each axis of every slot; `OTHER` where it is unknown."""
-    axes_of: dict[int, Axes] = {graph.input_slot: (IMAGES, ROWS, COLUMNS, CHANNELS)}
+    axes_of: dict[int, Axes] = {one.slot: _unknown(graph.shapes[one.slot]) for one in graph.inputs.values()}
+    axes_of[graph.input_slot] = (IMAGES, ROWS, COLUMNS, CHANNELS)
     for step in graph.steps:
         operands = _operands(step, graph, axes_of)
         for slot in step.writes:

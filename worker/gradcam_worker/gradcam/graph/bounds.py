@@ -27,7 +27,8 @@ ACTIVATIONS: dict[str, Bounds] = {
 
 def bounds_of(graph: Graph, slot: int) -> Bounds:
     """The lowest and the highest value possible at a slot; infinite where that is unknown."""
-    bounds: dict[int, Bounds] = {graph.input_slot: UNKNOWN}
+    bounds: dict[int, Bounds] = {one.slot: UNKNOWN for one in graph.inputs.values()}
+    bounds[graph.input_slot] = UNKNOWN
     for step in ending(graph, slot):
         operands = UNKNOWN if _is_unbounded(step) else _apply_rule(step, list(_operands(step, bounds)))
         bounds.update(dict.fromkeys(step.writes, _apply_activation(step, operands)))

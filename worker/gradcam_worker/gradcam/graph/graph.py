@@ -96,6 +96,14 @@ class _SingleTensorCall:
         return list(tensors.values()), {}
 
 
+@dataclass(frozen=True)
+class ModelInput:
+    """One input of a model."""
+
+    slot: int
+    dtype: str
+
+
 @dataclass
 class Graph:
     """The steps of a model, sorted topologically."""
@@ -106,13 +114,19 @@ class Graph:
     shapes: dict[int, tuple[int, ...]]  # slot -> shape; 0: any size, such as the number of images
     models: dict[str, int] = field(default_factory=dict)  # path of a nested model -> slot of its output
     input_dtype: str = "float32"
+    inputs: dict[str, ModelInput] = field(default_factory=dict)  # in the model's order, with the image
+
+    @property
+    def further_inputs(self) -> dict[str, ModelInput]:
+        """The inputs beside the image, by name."""
+        return {name: one for name, one in self.inputs.items() if one.slot != self.input_slot}
 
     @cached_property
     def _producers(self) -> dict[int, Step]:
         return {slot: step for step in self.steps for slot in step.writes}
 
     def producer(self, slot: int) -> Step | None:
-        """The step that writes a slot; None for the input slot."""
+        """The step that writes a slot; None for an input."""
         return self._producers.get(slot)
 
     def step_at(self, path: str) -> Step | None:
@@ -161,8 +175,8 @@ class Graph:
         return reached
 
     def depths(self) -> dict[int, int]:
-        """Slot -> number of steps on the longest path from the image."""
-        depth = {self.input_slot: 0}
+        """Slot -> number of steps on the longest path from an input."""
+        depth = {self.input_slot: 0} | {one.slot: 0 for one in self.inputs.values()}
         for step in self.steps:
             below = 1 + max((depth[slot] for slot in step.inputs), default=0)
             depth.update(dict.fromkeys(step.writes, below))

@@ -16,40 +16,54 @@ import numpy as np
 
 from gradcam_worker.errors import NetworkIncompatible
 from gradcam_worker.gradcam.backend import keras
-from gradcam_worker.gradcam.graph.graph import Graph, Step, Values, is_custom_layer
+from gradcam_worker.gradcam.graph.graph import Graph, ModelInput, Step, Values, is_custom_layer
 
 MAX_STEPS = 20_000  # the largest network of `keras.applications` has about 1,300
 ROOT = ""  # the path of the model itself
+IMAGE_RANK = 4  # images, rows, columns, channels
 
 
-def trace_model(model: Any, input_shape: tuple[int, int, int], *, renumber: bool = False) -> Graph:
+def trace_model(
+    model: Any,
+    input_shape: tuple[int, int, int],
+    *,
+    renumber: bool = False,
+    image_input: str | None = None,
+) -> Graph:
     """Trace a Keras model.
 
     Args:
         model: The model.
-        input_shape: (height, width, channels) of its input.
+        input_shape: (height, width, channels) of its image.
         renumber: Give operations that Keras named by a process-wide counter the numbers that they would have
             in a new process, so that `add_17` is the same layer wherever the model is built.
+        image_input: The name of the input for the image; None: the only one with rows, columns and channels.
 
     Returns:
         The graph of the model and of all models nested in it.
 
     Raises:
-        NetworkIncompatible: The model has no static graph, more than one input, another input shape, or
-            channels first.
+        NetworkIncompatible: The model has no static graph, no input that is certainly the image, an image of
+            another shape, or channels first.
     """
     _build(model, input_shape)
     with _restoring_nodes(model):
         opened = _with_graph(model, input_shape)
-        image = _image_input(opened, input_shape)
+        tensors = dict(zip(input_names(opened), keras.tree.flatten(opened.inputs), strict=True))
+        image = _image_input(opened, tensors, input_shape, image_input)
         tracer = _Tracer()
-        input_slot = tracer.new_slot(keras.KerasTensor((None, *input_shape), image.dtype))
+        slots = {id(image): tracer.new_slot(keras.KerasTensor((None, *input_shape), image.dtype))}
+        for tensor in tensors.values():
+            if tensor is not image:
+                slots[id(tensor)] = tracer.new_slot(keras.KerasTensor(tensor.shape, tensor.dtype))
+        inputs = {name: ModelInput(slots[id(one)], str(one.dtype)) for name, one in tensors.items()}
+        input_slot = slots[id(image)]
         counts: Counter[str] | None = Counter() if opened is not model else None
-        outputs = tracer.open(opened, {id(image): input_slot}, ROOT, counts)
+        outputs = tracer.open(opened, slots, ROOT, counts)
         names = _output_names(opened)
     shapes = {slot: tuple(size or 0 for size in spec.shape) for slot, spec in tracer.specs.items()}
     named_outputs = dict(zip(names, outputs, strict=True))
-    graph = Graph(input_slot, tracer.steps, named_outputs, shapes, tracer.models, str(image.dtype))
+    graph = Graph(input_slot, tracer.steps, named_outputs, shapes, tracer.models, str(image.dtype), inputs)
     return _renumbered(graph) if renumber else graph
 
 
@@ -135,13 +149,31 @@ def _as_functional(operation: Any, tensors: list[Any], args: Any, kwargs: Mappin
     return functional
 
 
-def _image_input(model: Any, input_shape: tuple[int, int, int]) -> Any:
-    inputs = keras.tree.flatten(model.inputs)
-    if len(inputs) > 1:
-        names = ", ".join(f"{tensor.name} {tensor.shape[1:]}" for tensor in inputs)
-        message = f"{model.name} takes {len(inputs)} inputs ({names}); a job has one image."
+def input_names(model: Any) -> list[str]:
+    """A name for each input of a model: its key in a dictionary of inputs, else its layer's name."""
+    struct = getattr(model, "_inputs_struct", None)
+    if isinstance(struct, dict):
+        return [".".join(map(str, path)) for path, _ in keras.tree.flatten_with_path(struct)]
+    return [str(tensor.name) for tensor in keras.tree.flatten(model.inputs)]
+
+
+def _image_input(
+    model: Any, tensors: Mapping[str, Any], input_shape: tuple[int, int, int], image_input: str | None
+) -> Any:
+    """The input of the model for the image. Raises NetworkIncompatible."""
+    names = ", ".join(f"{name} {tensor.shape[1:]}" for name, tensor in tensors.items())
+    if image_input is not None and image_input not in tensors:
+        message = f"{model.name} has no input {image_input!r} for the image; it takes {names}."
         raise NetworkIncompatible(message)
-    expected = inputs[0].shape[1:]
+    images = [name for name, tensor in tensors.items() if len(tensor.shape) == IMAGE_RANK]
+    if image_input is None and len(tensors) > 1 and len(images) != 1:
+        message = (
+            f"{model.name} takes {len(tensors)} inputs ({names}); a job has one image. "
+            "If only one of them is an image, name it: image_input."
+        )
+        raise NetworkIncompatible(message)
+    image = tensors[image_input or (images[0] if len(tensors) > 1 else next(iter(tensors)))]
+    expected = image.shape[1:]
     fits = len(expected) == len(input_shape) and all(
         size in {None, actual} for size, actual in zip(expected, input_shape, strict=True)
     )
@@ -151,7 +183,7 @@ def _image_input(model: Any, input_shape: tuple[int, int, int]) -> Any:
             "width x channels): set input_size, and the channels of its preprocessing, accordingly."
         )
         raise NetworkIncompatible(message)
-    return inputs[0]
+    return image
 
 
 def _sizes(shape: Iterable[int | None]) -> str:

@@ -40,8 +40,9 @@ class Parts:
     """A network cut in two, as functions of n images on the device.
 
     Attributes:
-        trunk: Pixels (n, height, width, channels) float32 -> activations of the target layer, values where
-            the backward pass stops, and everything else that the tail reads, as a list.
+        trunk: Pixels (n, height, width, channels) float32, and (n, `values`) if there are further inputs ->
+            activations of the target layer, values where the backward pass stops, and everything else that
+            the tail reads, as a list.
         tail: The latter two -> scores (n, classes).
         score_gradient: Scores, and k classes of each image one-hot (k, n, classes) -> derivative of what is
             explained by each score, (k, n, classes).
@@ -52,9 +53,10 @@ class Parts:
         variables: Read by trunk and tail.
         outputs: Scores (n, classes) -> the network's own outputs, where they are wanted.
         scaled: Whether the backward pass is scaled so that small gradients do not underflow, as in float16.
+        values: The number of values of further inputs for each image; 0: there are none.
     """
 
-    trunk: Callable[[Any], tuple[Any, Any, list[Any]]]
+    trunk: Callable[..., tuple[Any, Any, list[Any]]]
     tail: Callable[[Any, Any], Any]
     score_gradient: Callable[[Any, Any], Any]
     grid: Callable[[Any], Any]
@@ -63,6 +65,7 @@ class Parts:
     variables: list[Any]
     outputs: Callable[[Any], Any] | None = None
     scaled: bool = False
+    values: int = 0
 
 
 def one_pass(
@@ -86,18 +89,20 @@ def one_pass(
         forward: Computes the trunk, in place of `parts.trunk`.
 
     Returns:
-        A function of pixels (n, height, width, channels) uint8 and wanted classes (n, k); if `contrastive`,
-        and of `contrast_weights`. It launches the
-        computation, and returns a function that waits for (scores (n, classes), class ids (n, k), raw maps
-        (n, k, rows, columns)) and the network's own outputs where `parts.outputs` is set. Both raise
+        A function of pixels (n, height, width, channels) uint8, wanted classes (n, k); if `contrastive`, also
+        of `contrast_weights`; if there are further inputs, of their values (n, `parts.values`). It launches
+        the computation, and returns a function that waits for (scores (n, classes), class ids (n, k), raw
+        maps (n, k, rows, columns)) and the network's own outputs where `parts.outputs` is set. Both raise
         DeviceOutOfMemory.
     """
 
-    def compute(pixels: Any, wanted: Any, *against: Any) -> tuple[Any, ...]:
+    def compute(pixels: Any, wanted: Any, *more: Any) -> tuple[Any, ...]:
+        against, values = more[:contrastive], more[contrastive:]
         images = ops.cast(pixels, "float32")
         if flip:
             images = ops.concatenate([images, ops.flip(images, axis=2)])
-        activations, end, skipped = parts.trunk(images)
+            values = tuple(ops.concatenate([each, each]) for each in values)
+        activations, end, skipped = parts.trunk(images, *values)
         return behind_trunk(wanted, *against, activations, end, *skipped)
 
     def behind_trunk(wanted: Any, *values: Any) -> tuple[Any, ...]:
@@ -120,7 +125,9 @@ def one_pass(
 
     classes_signature: Signature = [((None, None), "int32"), *[((None,), "float32")] * contrastive]
     if forward is None:
-        return compiled(compute, [((None, *parts.pixels), "uint8"), *classes_signature], parts.variables)
+        further: Signature = [((None, parts.values), "float32")] if parts.values else []
+        signature = [((None, *parts.pixels), "uint8"), *classes_signature, *further]
+        return compiled(compute, signature, parts.variables)
     launch = compiled(behind_trunk, [*classes_signature, *forward.outputs], parts.variables)
 
     def run(pixels: NDArray[np.uint8], wanted: NDArray[np.int32], *against: NDArray[np.float32]) -> Wait:

@@ -68,6 +68,8 @@ def compile_forward(network: KerasNetwork, row: NetworkRow, forward: str, cache:
 
 def _obstacle(network: KerasNetwork) -> str | None:
     """Why OpenVINO cannot run a network in this process, if so."""
+    if network.facts.inputs:
+        return "the network takes further inputs beside the image"
     if backend.name() != "tensorflow":
         return f"the backend is {backend.name()}"
     if backend.device_name() != "cpu":

@@ -10,22 +10,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gradcam_worker.errors import GradcamError, NetworkIncompatible
+from gradcam_worker.errors import GradcamError, InvalidNetworkInput, NetworkIncompatible
 from gradcam_worker.gradcam import backend, catalog
 from gradcam_worker.gradcam.backend import keras
 from gradcam_worker.gradcam.catalog import HeadKind, NetworkRow, Preprocessing
 from gradcam_worker.gradcam.classes import ClassIndex, imagenet
 from gradcam_worker.gradcam.graph import shortcut
-from gradcam_worker.gradcam.graph.graph import run
+from gradcam_worker.gradcam.graph.graph import Values, run
 from gradcam_worker.gradcam.graph.head import ROUNDING, decide_kind, find_logits
 from gradcam_worker.gradcam.graph.shortcut import BackwardShortcut, itself
 from gradcam_worker.gradcam.graph.target_layer import LayerIndex, TargetLayer, has_preprocessing
 from gradcam_worker.gradcam.graph.trace import trace_model
 from gradcam_worker.gradcam.methods import cam, gradients
 from gradcam_worker.gradcam.methods.score_gradients import logit, score_gradient
-from gradcam_worker.gradcam.models import load_checks
+from gradcam_worker.gradcam.models import further_inputs, load_checks
 from gradcam_worker.gradcam.models.precision import policy_of
 from gradcam_worker.gradcam.network import GRADCAM, Computed, Method, NetworkFacts
+from gradcam_worker.gradcam.network_inputs import samples as sample_values
 
 MAX_GRADIENTS = 2**27  # float32 numbers held at once: 512 MB
 MAX_TRACED = 8  # compiled functions kept: jobs that name many layers must not fill the memory
@@ -52,8 +53,10 @@ class KerasNetwork:
             UnknownLayer: The row names a target layer that does not exist.
         """
         shape = (*row.input_size, row.preprocessing.input_channels)
-        graph = trace_model(model, shape, renumber=row.builder is not None)
+        graph = trace_model(model, shape, renumber=row.builder is not None, image_input=row.image_input)
         load_checks.check_input(row, graph)
+        self._further = further_inputs.assign(row, graph)
+        self._sample_values = np.array([sample_values(row.inputs)], np.float32)  # (1, width)
         self._row, self._model, self._exact_backward = row, model, exact_backward
         self._input_dtype = graph.input_dtype
         self._pixels = (*row.input_size, row.preprocessing.pixel_channels)
@@ -63,11 +66,11 @@ class KerasNetwork:
         self._passes: OrderedDict[tuple[Any, ...], tuple[gradients.Pass, int]] = OrderedDict()
         self._shortcuts: dict[TargetLayer, BackwardShortcut | None] = {}
         self._forward: gradients.Forward | None = None  # of Grad-CAM at the default layer
-        self._compiled_scores: Callable[[NDArray[np.uint8]], gradients.Wait] | None = None
+        self._compiled_scores: gradients.Compiled | None = None
         self._auto: TargetLayer | None = None  # the default target, once it has been looked for
         self._default: str | None = None
         layer = self._first_target(row.target_layer or AUTO)
-        samples = load_checks.SampleImages(self._input, self._pixels)
+        samples = load_checks.SampleImages(self._sample_inputs, self._pixels)
         self._observed = load_checks.observe(row, model, self._scores, samples)
         self._scores = decide_kind(self._scores, row.head, self._observed.outputs, self._observed.dtype)
         load_checks.check_alignment(row.name, self._layers, layer, self._observed)
@@ -89,27 +92,37 @@ class KerasNetwork:
             parameters=model.count_params(),
             rescales=has_preprocessing(graph),
             sizing=row.sizing,
+            inputs=row.inputs,
         )
 
     def compute(
-        self, pixels: NDArray[np.uint8], wanted: NDArray[np.int32], method: Method = GRADCAM
+        self,
+        pixels: NDArray[np.uint8],
+        wanted: NDArray[np.int32],
+        method: Method = GRADCAM,
+        values: NDArray[np.float32] | None = None,
     ) -> Computed:
-        """See `gradcam_worker.gradcam.network.Network.compute`."""
-        return self.begin(pixels, wanted, method)()
+        """See `gradcam_worker.gradcam.network.NetworkWithInputs.compute`."""
+        return self.begin(pixels, wanted, method, values)()
 
     def begin(
-        self, pixels: NDArray[np.uint8], wanted: NDArray[np.int32], method: Method = GRADCAM
+        self,
+        pixels: NDArray[np.uint8],
+        wanted: NDArray[np.int32],
+        method: Method = GRADCAM,
+        values: NDArray[np.float32] | None = None,
     ) -> Callable[[], Computed]:
-        """See `gradcam_worker.gradcam.network.Network.begin`."""
+        """See `gradcam_worker.gradcam.network.NetworkWithInputs.begin`."""
         layer = self._aligned_target(method.layer or self.facts.default_layer)
+        further = self._checked(pixels, values)
         if self._observed.samples.batch_of_one and (len(pixels) > 1 or method.flip):
-            return partial(self._compute_singly, pixels, wanted, method)
+            return partial(self._compute_singly, pixels, wanted, method, values)
         run_pass, size = self._pass(layer, method)
         # The maps of an early layer are large: the number of classes at once is limited by their gradients.
         at_once = max(MAX_GRADIENTS // (len(pixels) * size * (1 + method.flip)), 1)
         against = self._against(method)
         launched = [
-            run_pass(pixels, wanted[:, first : first + at_once], *against)
+            run_pass(pixels, wanted[:, first : first + at_once], *against, *further)
             for first in range(0, wanted.shape[1], at_once)
         ]
 
@@ -122,16 +135,35 @@ class KerasNetwork:
 
         return wait
 
+    def _checked(
+        self, pixels: NDArray[np.uint8], values: NDArray[np.float32] | None
+    ) -> tuple[NDArray[np.float32], ...]:
+        """The values of further inputs as arguments: none, or one array. Raises InvalidNetworkInput."""
+        width = self._sample_values.shape[1]
+        shape = None if values is None else values.shape
+        if shape != ((len(pixels), width) if width else None):
+            message = (
+                f"{self._row.name} takes {width or 'no'} values beside each of {len(pixels)} images, not an "
+                f"array of {shape}: see gradcam_worker.gradcam.network_inputs."
+            )
+            raise InvalidNetworkInput(message)
+        return () if values is None else (np.asarray(values, np.float32),)
+
     def _compute_singly(
-        self, pixels: NDArray[np.uint8], wanted: NDArray[np.int32], method: Method
+        self,
+        pixels: NDArray[np.uint8],
+        wanted: NDArray[np.int32],
+        method: Method,
+        values: NDArray[np.float32] | None,
     ) -> Computed:
         """`compute` for a network that takes one image at a time."""
         unflipped, results = replace(method, flip=False), []
         for index in range(len(pixels)):
             image = pixels[index : index + 1]
-            result = self.compute(image, wanted[index : index + 1], unflipped)
+            its_values = None if values is None else values[index : index + 1]
+            result = self.compute(image, wanted[index : index + 1], unflipped, its_values)
             if method.flip:
-                mirrored = self.compute(image[:, :, ::-1], result.class_ids, unflipped)
+                mirrored = self.compute(image[:, :, ::-1], result.class_ids, unflipped, its_values)
                 mean = (result.raw + mirrored.raw[..., ::-1]) / np.float32(2)
                 result = replace(result, raw=np.asarray(mean, np.float32))
             results.append(result)
@@ -144,18 +176,24 @@ class KerasNetwork:
             outputs=np.concatenate(outputs) if outputs else None,
         )
 
-    def scores(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """See `gradcam_worker.gradcam.network.Network.scores`."""
+    def scores(
+        self, pixels: NDArray[np.uint8], values: NDArray[np.float32] | None = None
+    ) -> NDArray[np.float32]:
+        """See `gradcam_worker.gradcam.network.NetworkWithInputs.scores`."""
         if self._compiled_scores is None:
             self._compiled_scores = self._compile_scores()
+        arrays: list[NDArray[Any]] = [pixels, *self._checked(pixels, values)]
         step = 1 if self._observed.samples.batch_of_one else max(len(pixels), 1)
-        groups = [pixels[first : first + step] for first in range(0, len(pixels), step)]
-        return np.concatenate([np.asarray(self._compiled_scores(group)(), np.float32) for group in groups])
+        groups = [[array[first : first + step] for array in arrays] for first in range(0, len(pixels), step)]
+        return np.concatenate([np.asarray(self._compiled_scores(*group)(), np.float32) for group in groups])
 
-    def _compile_scores(self) -> Callable[[NDArray[np.uint8]], gradients.Wait]:
+    def _compile_scores(self) -> gradients.Compiled:
         forward, parts = self._forward, self.trunk_and_tail()
         if forward is None or parts is None:
-            return gradients.compiled(self._scores_of, [((None, *self._pixels), "uint8")], self._variables())
+            width = self._sample_values.shape[1]
+            signature: list[tuple[tuple[int | None, ...], str]] = [((None, *self._pixels), "uint8")]
+            signature += [((None, width), "float32")] if width else []
+            return gradients.compiled(self._scores_of, signature, self._variables())
 
         def tail(values: Any, *skipped: Any) -> Any:
             return parts.tail(values, skipped)
@@ -163,11 +201,9 @@ class KerasNetwork:
         launch = gradients.compiled(tail, forward.outputs[1:], self._variables())
         return lambda pixels: launch(*forward(pixels)[1:])
 
-    def _scores_of(self, pixels: Any) -> Any:
-        graph = self._scores.graph
-        return self._as_scores(
-            run(graph.steps_to([self._scores.slot]), {graph.input_slot: self._input(pixels)})
-        )
+    def _scores_of(self, pixels: Any, *values: Any) -> Any:
+        steps = self._scores.graph.steps_to([self._scores.slot])
+        return self._as_scores(run(steps, self._inputs(pixels, *values)))
 
     def trunk_and_tail(self) -> gradients.Parts | None:
         """The parts that Grad-CAM at the default layer needs, if its backward pass is a short one."""
@@ -242,8 +278,8 @@ class KerasNetwork:
         skips = sorted(read)
         trunk = graph.steps_to([layer.slot, end, *skips])
 
-        def run_trunk(pixels: Any) -> tuple[Any, Any, list[Any]]:
-            inputs = {graph.input_slot: self._input(pixels, prepare=_prepares(method))}
+        def run_trunk(pixels: Any, *further: Any) -> tuple[Any, Any, list[Any]]:
+            inputs = self._inputs(pixels, *further, prepare=_prepares(method))
             values = run(trunk, inputs, keep=(layer.slot, end, *skips))
             return values[layer.slot], values[end], [values[slot] for slot in skips]
 
@@ -263,6 +299,7 @@ class KerasNetwork:
             scaled=any(
                 getattr(step.operation, "compute_dtype", None) == "float16" for step in (*trunk, *tail)
             ),
+            values=self._sample_values.shape[1],
         )
 
     @property
@@ -275,6 +312,18 @@ class KerasNetwork:
         outputs = self._scores.to_outputs(ops.reshape(scores[:, -units:], (-1, *shape)))
         outputs = ops.reshape(ops.cast(outputs, "float32"), (-1, units))
         return ops.exp(outputs) if (self._scores.activation or "").startswith("log_") else outputs
+
+    def _inputs(self, pixels: Any, *values: Any, prepare: bool = True) -> Values:
+        """All inputs of the model, by slot."""
+        image = {self._scores.graph.input_slot: self._input(pixels, prepare=prepare)}
+        return image | self._further.by_slot(*values) if values else image
+
+    def _sample_inputs(self, pixels: Any) -> Values:
+        """All inputs of the model for images that nobody gives further values for."""
+        if not self._sample_values.size:
+            return self._inputs(pixels)
+        values = np.repeat(self._sample_values, len(pixels), axis=0)
+        return self._inputs(pixels, ops.convert_to_tensor(values))
 
     def _input(self, pixels: Any, *, prepare: bool = True) -> Any:
         preprocessing = self._row.preprocessing
@@ -336,7 +385,8 @@ class KerasNetwork:
 
         def tail(added: Any, skipped: Sequence[Any]) -> Any:
             (pixels,) = skipped
-            values = {graph.input_slot: self._input(pixels)}
+            further = (ops.convert_to_tensor(self._sample_values),) if self._sample_values.size else ()
+            values = self._inputs(pixels, *further)
             for step in graph.steps_to([slot]):
                 step(values)
                 for written in parts_of.keys() & {*step.writes}:

@@ -36,7 +36,7 @@ ops = keras.ops
 class SampleImages:
     """Runs the steps of a network on pixels (n, height, width, channels)."""
 
-    prepare: Callable[[NDArray[np.uint8]], Any]
+    prepare: Callable[[NDArray[np.uint8]], Values]  # to the inputs, by slot
     size: tuple[int, int, int]
     batch_of_one: bool = False  # the network takes one image at a time: a reshape has its number built in
 
@@ -52,8 +52,17 @@ class SampleImages:
         return _run(graph, slots, self.prepare(_grey(self.size)[:1]))
 
 
-def _run(graph: Graph, slots: Collection[int], inputs: Any) -> Values:
-    return run(graph.steps_to(slots), {graph.input_slot: inputs}, keep=slots)
+def _run(graph: Graph, slots: Collection[int], inputs: Values) -> Values:
+    return run(graph.steps_to(slots), {**inputs}, keep=slots)
+
+
+def _call(model: Any, graph: Graph, inputs: Values) -> Any:
+    """What the model itself returns."""
+    if not graph.further_inputs:
+        return model(inputs[graph.input_slot], training=False)
+    ordered = [inputs[one.slot] for one in graph.inputs.values()]
+    struct = model._inputs_struct  # noqa: SLF001  # how the model takes its inputs: a list, or by name
+    return model(keras.tree.pack_sequence_as(struct, ordered), training=False)
 
 
 @dataclass
@@ -84,7 +93,8 @@ def observe(row: NetworkRow, model: Any, scores: Scores, samples: SampleImages) 
     graph, pixels, name = scores.graph, _grey(samples.size), row.name
     output = list(graph.outputs).index(row.head.output) if row.head.output else 0
     try:
-        expected = _flat(keras.tree.flatten(model(samples.prepare(pixels[:1]), training=False))[output])
+        returned = _call(model, graph, samples.prepare(pixels[:1]))
+        expected = _flat(keras.tree.flatten(returned)[output])
     except Exception as error:  # a custom layer's own code
         raise cannot_run(name, error) from error
     chosen, values = _run_like_the_model(name, scores, samples, pixels, expected)

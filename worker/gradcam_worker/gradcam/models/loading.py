@@ -15,13 +15,14 @@ from gradcam_worker.errors import NetworkIncompatible, WeightsUnavailable
 from gradcam_worker.gradcam import backend, catalog
 from gradcam_worker.gradcam.backend import keras
 from gradcam_worker.gradcam.catalog import PREPROCESSING, Head, NetworkRow, Preprocessing
-from gradcam_worker.gradcam.models import compiled_forward, label_file, model_file, weights
+from gradcam_worker.gradcam.graph.trace import IMAGE_RANK, input_names
+from gradcam_worker.gradcam.models import compiled_forward, label_file, model_file, own_layers, weights
 from gradcam_worker.gradcam.models.file_cache import FileCache
 from gradcam_worker.gradcam.models.keras_network import KerasNetwork
 from gradcam_worker.gradcam.models.precision import with_precision
 from gradcam_worker.gradcam.models.weights import WeightsFile
+from gradcam_worker.gradcam.network_inputs import NetworkInput
 from gradcam_worker.gradcam.sizing import Sizing, resolve_sizing
-from gradcam_worker.text.visible import abridged
 
 IMAGENET = "imagenet"  # weights that Keras downloads
 SAVED_MODEL_LAYER = (
@@ -104,7 +105,7 @@ def load_network(
         return loaded
 
 
-def wrap_model(
+def wrap_model(  # noqa: PLR0913  # all but the model are named by the caller
     model: Any,
     *,
     preprocessing: Preprocessing | str,
@@ -115,13 +116,15 @@ def wrap_model(
     head: Head | None = None,
     name: str | None = None,
     exact_backward: bool = False,
+    inputs: Sequence[NetworkInput] = (),
+    image_input: str | None = None,
 ) -> KerasNetwork:
     """Make a network for `explain_image` of any Keras image classifier. The model is not changed.
 
     Some weights are copied or summed: a model that is trained further must be wrapped again.
 
     Args:
-        model: A Keras model with one image input.
+        model: A Keras model that takes an image, and perhaps further inputs.
         preprocessing: Of the pixels before training: `caffe`, `tf`, `torch`, `lite`, `unit`, `none`, or a
             `Preprocessing`.
         labels: Names of the classes in the order of the outputs; or names with their ids, as Keras's
@@ -134,6 +137,8 @@ def wrap_model(
         head: How to read the outputs, if the graph does not show it.
         name: Of the network; default: that of the model.
         exact_backward: Run the whole backward pass, even if a shorter one gives the same result.
+        inputs: What the model takes beside the image: `explain_image` gets their values.
+        image_input: The name of the model's input for the image; default: found by its shape.
 
     Returns:
         A network for `explain_image`.
@@ -153,7 +158,7 @@ def wrap_model(
         raise NetworkIncompatible(message)
     preprocessing = PREPROCESSING[preprocessing] if isinstance(preprocessing, str) else preprocessing
     if input_size is None:
-        shapes = [tensor.shape[1:3] for tensor in keras.tree.flatten(getattr(model, "inputs", None) or [])]
+        shapes = _image_sizes(model, image_input)
         if len(shapes) != 1 or None in shapes[0]:
             message = f"{model.name} does not say how large its input is: give input_size (height, width)."
             raise NetworkIncompatible(message)
@@ -171,8 +176,21 @@ def wrap_model(
         labels=names,
         head=head or Head(),
         sizing=resolve_sizing(sizing, preprocessing.pixel_channels),
+        inputs=tuple(inputs),
+        image_input=image_input,
     )
     return KerasNetwork(row, model, weights_sha256=None, exact_backward=exact_backward)
+
+
+def _image_sizes(model: Any, image_input: str | None) -> list[Any]:
+    """(height, width) of each input of a model that may be the image; None where it is any."""
+    tensors = keras.tree.flatten(getattr(model, "inputs", None) or [])
+    named = zip(input_names(model), tensors, strict=True) if tensors else ()
+    return [
+        tensor.shape[1:3]
+        for name, tensor in named
+        if (name == image_input if image_input else len(tensors) == 1 or len(tensor.shape) == IMAGE_RANK)
+    ]
 
 
 def _build(row: NetworkRow, *, pretrained: bool = True, **options: Any) -> Any:
@@ -233,18 +251,19 @@ def load_operator_model(row: NetworkRow, file: WeightsFile) -> Any:
         if row.builder is not None:
             return _build_with_weights(row, file.path, name)
         _refuse_layers(row, model_file.read_config(file.path, name))
-        return keras.saving.load_model(file.path, compile=False, safe_mode=True)
+        own = own_layers.import_modules(row) if row.imports else {}
+        return keras.saving.load_model(file.path, custom_objects=own, compile=False, safe_mode=True)
     except NetworkIncompatible:
         raise
     except FileNotFoundError as error:  # another process has removed it from the cache
         message = f"{file.path} was there a moment ago and is gone: another process needed its room."
         raise WeightsUnavailable(message) from error
     except Exception as error:  # Keras, h5py and zipfile raise anything for an invalid file
-        message = f"{uri} cannot be loaded as {row.name}: {_reason(error, file.path, name)}"
+        message = f"{uri} cannot be loaded as {row.name}: {_reason(error, row, file.path, name)}"
         raise NetworkIncompatible(message) from error
 
 
-def _reason(error: Exception, path: Path, name: str) -> str:
+def _reason(error: Exception, row: NetworkRow, path: Path, name: str) -> str:
     """Why a file was not loaded; for one of an older Keras only how to convert it, as that is long."""
     if isinstance(error, model_file.Refused):
         return f"it {error}"
@@ -252,7 +271,7 @@ def _reason(error: Exception, path: Path, name: str) -> str:
     if re.match("[012][.]", version):
         line = model_file.CONVERT.format(shlex.quote(name))
         return f"Keras {version} saved it. Convert it with `{line}`"
-    return abridged(str(error)) or type(error).__name__
+    return own_layers.why_not_loaded(error, row)
 
 
 def _build_with_weights(row: NetworkRow, path: Path, name: str) -> Any:
@@ -325,7 +344,7 @@ def _load_catalog_model(row: NetworkRow, directory: Path | None) -> tuple[Any, s
     try:
         return _build_with_weights(row, file.path, file.path.name), file.sha256
     except Exception as error:  # Keras and h5py raise anything for an invalid file
-        reason = _reason(error, file.path, file.path.name)
+        reason = _reason(error, row, file.path, file.path.name)
         message = f"{file.path} does not hold the weights of {row.name}: {reason}"
         raise NetworkIncompatible(message) from error
 

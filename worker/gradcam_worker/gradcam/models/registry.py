@@ -187,6 +187,9 @@ def _row(name: str, table: OperatorNetwork, folder: Path, files: _Files) -> Netw
         target_layer=table.target_layer or row.target_layer,
         scores_only=table.only_gives_scores,
         layout=table.layout,
+        imports=table.imports,
+        inputs=table.to_inputs(),
+        image_input=table.image_input,
     )
 
 

@@ -4,6 +4,7 @@ import re
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Annotated, Any, Self
 
 from pydantic import (
@@ -14,6 +15,7 @@ from pydantic import (
     Discriminator,
     Field,
     StrictBool,
+    StrictFloat,
     StrictInt,
     StringConstraints,
     Tag,
@@ -21,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from gradcam_worker.errors import InvalidSettings
+from gradcam_worker.errors import InvalidNetworkInput, InvalidSettings
 from gradcam_worker.gradcam.catalog import (
     CATALOG,
     GREYS,
@@ -34,6 +36,7 @@ from gradcam_worker.gradcam.catalog import (
     Preprocessing,
 )
 from gradcam_worker.gradcam.models import model_file
+from gradcam_worker.gradcam.network_inputs import Encoding, InputKind, InputValue, NetworkInput
 from gradcam_worker.gradcam.sizing import MAX_LEVEL, Fit, Resize, Sizing, find_sizing
 from gradcam_worker.text.similar_names import nearest
 from gradcam_worker.text.urls import has_credentials, without_user
@@ -44,6 +47,7 @@ ARCHITECTURES = {
 }
 SCORE_FILES = (".onnx", ".tflite")  # models that only give scores
 CHANNEL_ORDERS, MAX_CHANNELS = ("rgb", "bgr", *GREYS), 4096
+MAX_INPUTS, MAX_INPUT_WIDTH = 64, 65_536  # beside an image: inputs, and numbers that one becomes
 NAME_TAG, VALUES_TAG = "<name>", "<values>"  # pydantic adds them to the path of an error
 
 
@@ -283,6 +287,16 @@ def _weights(uri: str) -> str:
     return _address(uri)
 
 
+def _module(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_]\w*([.][A-Za-z_]\w*)*", name, re.ASCII):
+        message = (
+            f"{name[:100]!r} is no name of a module: name one that is installed, as in my_package.layers, "
+            "not its path"
+        )
+        raise ValueError(message)
+    return name
+
+
 def _checksum(value: str) -> str:
     if not re.fullmatch("[0-9a-fA-F]{64}", value):
         message = "must be the 64 hexadecimal digits that `sha256sum FILE` prints"
@@ -297,7 +311,81 @@ class HeadTable(Table):
     output: str | None = None
 
 
+def _input_name(name: str) -> str:
+    if not re.fullmatch(NAME_PATTERN, name):
+        message = "an input's name is made of letters, digits and _ - . and starts with a letter or a digit"
+        raise ValueError(message)
+    return name
+
+
+def _category(value: Any) -> Any:
+    return str(value) if type(value) is int else value
+
+
 ShortText = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
+GivenValue = StrictInt | StrictFloat | ShortText | tuple[StrictInt | StrictFloat, ...]
+
+
+class InputTable(Table):
+    """`[networks.NAME.inputs.INPUT]`: an input beside the image, which jobs give by this name."""
+
+    type: InputKind = "number"
+    input: ShortText | None = None  # of the model
+    shape: Annotated[
+        tuple[Annotated[StrictInt, Field(ge=1, le=MAX_INPUT_WIDTH)], ...], Field(max_length=8)
+    ] = ()
+    default: GivenValue | None = None
+    constant: GivenValue | None = None
+    minimum: float | None = None
+    maximum: float | None = None
+    values: Annotated[
+        tuple[Annotated[ShortText, BeforeValidator(_category)], ...], Field(max_length=MAX_INPUT_WIDTH)
+    ] = ()
+    encoding: Encoding = "one_hot"
+    scale: float = 1.0
+    offset: float = 0.0
+
+    @model_validator(mode="after")
+    def _check_combination(self) -> Self:
+        is_category, given = self.type == "category", self.model_fields_set
+        numeric = [name for name in ("shape", "minimum", "maximum", "scale", "offset") if name in given]
+        low, high = self.minimum, self.maximum
+        for is_wrong, message in (
+            (
+                is_category and not self.values,
+                "values is needed: the categories, in the order of their encoding",
+            ),
+            (is_category and numeric, f"{', '.join(numeric)} is not for a category"),
+            (not is_category and self.values, 'values is for type = "category"'),
+            (not is_category and "encoding" in given, 'encoding is for type = "category"'),
+            (len({*self.values}) < len(self.values), "values has one category twice"),
+            (self.default is not None and self.constant is not None, "give either default or constant"),
+            (low is not None and high is not None and low > high, "minimum is larger than maximum"),
+            (self.scale == 0, "scale must not be 0: all values would be the same"),
+        ):
+            if is_wrong:
+                raise ValueError(message)
+        self.to_input("it")
+        return self
+
+    def to_input(self, name: str) -> NetworkInput:
+        """Return the input for a row. Raises ValueError if its default is not allowed."""
+        given = self.default if self.constant is None else self.constant
+        values: dict[str, Any] = self.model_dump(exclude={"type", "default", "constant"})
+        one = NetworkInput(name, self.type, constant=self.constant is not None, **values)
+        if one.width > MAX_INPUT_WIDTH:
+            message = f"it has {one.width:,} numbers; at most {MAX_INPUT_WIDTH:,} are allowed"
+            raise ValueError(message)
+        if given is None:
+            return one
+        try:
+            checked: InputValue = one.check(given)
+        except InvalidNetworkInput as error:
+            message = f"{'default' if self.constant is None else 'constant'}: {error}"
+            raise ValueError(message) from error
+        return replace(one, default=checked)
+
+
 Side = Annotated[StrictInt, Field(ge=8, le=8192)]  # pixels
 PreprocessingField = Annotated[
     Annotated[str, AfterValidator(_preprocessing), Tag(NAME_TAG)] | Annotated[Scaling, Tag(VALUES_TAG)],
@@ -330,6 +418,11 @@ class OperatorNetwork(Table):
     head: HeadTable = HeadTable()
     scores_only: StrictBool | None = None  # a Keras model that is not taken apart
     layout: Layout | None = None  # of an ONNX or TFLite file, where its input does not show it
+    imports: Annotated[tuple[Annotated[ShortText, AfterValidator(_module)], ...], Field(max_length=16)] = ()
+    image_input: ShortText | None = None
+    inputs: Annotated[
+        dict[Annotated[str, AfterValidator(_input_name)], InputTable], Field(max_length=MAX_INPUTS)
+    ] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _check_combination(self) -> Self:
@@ -360,6 +453,22 @@ class OperatorNetwork(Table):
             (
                 self.layout is not None and not self._is_score_file,
                 f"layout belongs to an {' or '.join(SCORE_FILES)} file",
+            ),
+            (
+                built and self.imports,
+                "imports belongs to model: an architecture has no layers but those of Keras",
+            ),
+            (
+                built and (self.inputs or self.image_input),
+                "inputs and image_input belong to model: an architecture takes an image alone",
+            ),
+            (
+                self._is_score_file and self.imports,
+                f"imports belongs to a Keras model, not to an {' or '.join(SCORE_FILES)} file",
+            ),
+            (
+                self.only_gives_scores and (self.inputs or self.image_input),
+                "inputs and image_input belong to a Keras model with gradients: this one only gives scores",
             ),
         ):
             if is_wrong:
@@ -396,6 +505,10 @@ class OperatorNetwork(Table):
         """How images are brought to the input size."""
         return find_sizing(self.sizing) if isinstance(self.sizing, str) else self.sizing.sizing()
 
+    def to_inputs(self) -> tuple[NetworkInput, ...]:
+        """The further inputs for a row."""
+        return tuple(table.to_input(name) for name, table in self.inputs.items())
+
     def to_head(self) -> Head:
         """The head for a row."""
         return Head(self.head.kind, self.head.output)
@@ -408,7 +521,12 @@ class RegistryFile(Table):
 
 
 ERROR_TEXTS = {"model_type": "must be a name or a table", "tuple_type": "must be a list"}
-INNER_TABLES: dict[str, type[Table]] = {"head": HeadTable, "preprocessing": Scaling, "sizing": SizingTable}
+INNER_TABLES: dict[str, type[Table]] = {
+    "head": HeadTable,
+    "preprocessing": Scaling,
+    "sizing": SizingTable,
+    "inputs": InputTable,
+}
 
 
 def describe_errors(error: ValidationError) -> list[str]:

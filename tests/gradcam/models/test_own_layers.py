@@ -1,0 +1,141 @@
+"""Layers that a model brings: modules that the registry names, in a real package that only a child sees."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gradcam_worker.gradcam.catalog import PREPROCESSING, NetworkRow
+from gradcam_worker.text.visible import ending
+
+pytestmark = pytest.mark.tensorflow
+
+TIMEOUT_S = 120
+LAYERS = """
+import keras
+from keras.layers import Dense  # not its own
+
+@keras.saving.register_keras_serializable(package="moles")
+class Scale(keras.layers.Layer):
+    def __init__(self, factor=2.0, **options):
+        super().__init__(**options)
+        self.factor = factor
+
+    def call(self, values):
+        return values * self.factor
+
+    def get_config(self):
+        return {**super().get_config(), "factor": self.factor}
+
+class Shift(keras.layers.Layer):  # not registered
+    def call(self, values):
+        return values + 1.0
+"""
+SAVE = """
+import warnings, keras
+from mole_layers.layers import Scale, Shift
+warnings.simplefilter("ignore")
+inputs = keras.Input((32, 32, 3))
+x = Shift(name="shift")(Scale(3.0, name="scale")(keras.layers.Conv2D(4, 3, name="last")(inputs)))
+x = keras.layers.Dense(3, "softmax")(keras.layers.GlobalAveragePooling2D()(x))
+keras.Model(inputs, x).save("own.keras")
+"""
+LOAD = """
+import sys
+from pathlib import Path
+from gradcam_worker.errors import GradcamError
+from gradcam_worker.gradcam.models.loading import load_network
+from gradcam_worker.gradcam.models.registry import Registry
+from gradcam_worker.gradcam.models.weights import WeightsFile, file_sha256
+for name, row in Registry(Path("networks.toml")).rows().items():
+    if row.file:
+        assert not any(module.startswith("mole_layers") for module in sys.modules), "imported too early"
+for row in Registry(Path("networks.toml")).operator_networks():
+    try:
+        network = load_network(row, file=WeightsFile(Path("own.keras"), row.file.sha256))
+        print(row.name, "layer", network.facts.default_layer)
+    except GradcamError as error:
+        print(row.name, error.code, error)
+"""
+TABLE = """
+[networks.{name}]
+model = "own.keras"
+sha256 = "{sha256}"
+preprocessing = "unit"
+input_size = [32, 32]
+"""
+
+
+def run(folder: Path, program: str) -> str:
+    """Run a program in a child process that finds the package."""
+    environment = os.environ | {"PYTHONPATH": str(folder)}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_layers_of_a_package_that_the_registry_names_are_found_and_else_the_reason_is_told(
+    tmp_path: Path,
+) -> None:
+    from gradcam_worker.gradcam.models.weights import file_sha256
+
+    package = tmp_path / "mole_layers"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "layers.py").write_text(LAYERS)
+    (package / "broken.py").write_text(
+        "import keras\nraise OSError('no licence' + ' for this' * 90 + ', END')"
+    )
+    run(tmp_path, SAVE)
+    sha256 = file_sha256(tmp_path / "own.keras")
+    imports = {
+        "without": "",
+        "absent": 'imports = ["mole_layers.lairs"]',
+        "broken": 'imports = ["mole_layers.broken"]',
+        "other": 'imports = ["json"]',
+        "named": 'imports = ["mole_layers.layers"]',
+    }
+    tables = (f"{TABLE.format(name=name, sha256=sha256)}{line}\n" for name, line in imports.items())
+    (tmp_path / "networks.toml").write_text("".join(tables))
+    told = dict(line.split(" ", 1) for line in run(tmp_path, LOAD).splitlines())
+    assert told["named"] == "layer shift/add"
+    assert told["without"].startswith("network_incompatible ")
+    assert "it has 'Scale', which is no part of Keras" in told["without"]
+    assert told["without"].endswith('as in imports = ["my_package.layers"]')
+    assert "neither part of Keras nor defined in json" in told["other"]
+    assert told["absent"].endswith(
+        "needs mole_layers.lairs (imports in its table), which cannot be imported: ModuleNotFoundError: No "
+        "module named 'mole_layers.lairs'"
+    )
+    assert told["broken"].endswith(", END")
+    assert len(told["broken"]) < 600
+
+
+def test_a_reason_of_keras_is_told_by_its_end_without_configurations() -> None:
+    from gradcam_worker.gradcam.models.own_layers import why_not_loaded
+
+    row = NetworkRow("own", (8, 8), PREPROCESSING["unit"])
+    configuration = {"name": 'a {brace} and "it\'s" quoted', "layers": [{"units": n} for n in range(99)]}
+    text = (
+        f"could not be deserialized properly. config={configuration}.\n\nException encountered: units is -1"
+    )
+    assert why_not_loaded(TypeError(text), row) == (
+        "could not be deserialized properly. config={...}. Exception encountered: units is -1"
+    )
+    assert why_not_loaded(TypeError(), row) == "TypeError"
+    assert why_not_loaded(TypeError("an open { bracket " + "x" * 99), row).startswith("an open { bracket")
+
+
+def test_of_a_long_text_the_end_is_kept_from_a_word_on() -> None:
+    assert ending("one\n two", 20) == "one two"
+    assert ending("aaaa bbbb cccc dddd", 12) == "[...] cccc dddd"
