@@ -62,6 +62,17 @@ class TestExplain:
         assert main(["explain", image, "--classes", "281", "--against", "tabby", "-o", str(tmp_path)]) == 1
         assert "against itself" in capsys.readouterr().err
 
+    def test_rise_is_chosen_with_its_parameters_and_these_are_refused_for_other_methods(
+        self, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        image = str(photos / "coffee.jpg")
+        chosen = ["--method", "rise", "--masks", "31", "--mask-cells", "5", "--seed", "4", "--classes", "967"]
+        assert main(["explain", image, *chosen, "-o", str(tmp_path)]) == 0
+        method = Manifest.model_validate_json((tmp_path / "coffee" / "manifest.json").read_bytes()).method
+        assert (method.name, method.masks, method.cells, method.seed) == ("rise", 31, 5, 4)
+        assert main(["explain", image, "--occlusion-window", "9", "-o", str(tmp_path)]) == 1
+        assert "window is a parameter of occlusion, not of gradcam" in capsys.readouterr().err
+
     def test_a_bad_image_changes_the_exit_code_and_no_other_result(
         self, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -118,6 +118,22 @@ shape = [2, 3]
         assert across.validate_json(across.dump_json(row)) == row, "as an engine process gets it"
 
     @pytest.mark.parametrize(
+        ("file", "line", "scores_only", "layout"),
+        [
+            ("t.keras", "", False, None),
+            ("t.keras", "scores_only = true", True, None),
+            ("s3://m/t.onnx", "", True, None),
+            ("t.onnx", 'layout = "nchw"', True, "nchw"),
+            ("t.tflite", "scores_only = true", True, None),
+        ],
+    )
+    def test_onnx_and_tflite_files_only_give_scores_and_others_if_that_is_said(
+        self, file: str, line: str, scores_only: bool, layout: str | None, tmp_path: Path
+    ) -> None:
+        row = read(tmp_path, MODEL.replace("tumours.keras", file) + line)
+        assert (row.scores_only, row.layout) == (scores_only, layout)
+
+    @pytest.mark.parametrize(
         ("written", "expected"),
         [
             ("s3://models/a/b.keras", "s3://models/a/b.keras"),

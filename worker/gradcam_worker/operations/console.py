@@ -256,7 +256,8 @@ def show_networks(rows: Iterable[NetworkRow], settings: Settings) -> None:
             source = "folder"
         sources.add(source)
         sizes = ["x".join(map(str, size)) if size else "" for size in (row.input_size, row.map_size)]
-        layer = plain(row.target_layer) if row.target_layer else Text("found in its graph", "dim")
+        found = "only gives scores" if row.scores_only else "found in its graph"
+        layer = plain(row.target_layer) if row.target_layer else Text(found, "dim")
         millions = f"{row.parameters / 1e6:.1f} M" if row.parameters else ""
         networks.add_row(row.name, sizes[0], layer, sizes[1], millions, source)
     out.print(networks)

@@ -104,6 +104,7 @@ def _check_own_network(row: NetworkRow, settings: Settings) -> Finding:
     import numpy as np
 
     from gradcam_worker.gradcam.explain import check_channels
+    from gradcam_worker.gradcam.methods import masking
     from gradcam_worker.inference.model_cache import ModelCache
     from gradcam_worker.runtime import service_factory
     from gradcam_worker.storage.s3 import S3
@@ -120,8 +121,11 @@ def _check_own_network(row: NetworkRow, settings: Settings) -> Finding:
     facts, explanation = network.facts, warm_up.explanation
     rows, columns = explanation.heatmaps.shape[1:]
     size = f"{facts.parameters / 1e6:.1f} M" if facts.parameters > MILLION else f"{facts.parameters:,}"
+    size = f"{size} parameters" if facts.parameters else f"{facts.weight_bytes / 1e6:.1f} MB"
     layer = f"layer {explanation.layer} {rows}x{columns}"
-    detail = f"{layer}, {len(network.labels)} classes ({facts.head}), {size} parameters"
+    if facts.scores_only:
+        layer = f"explained by its scores alone ({' or '.join(masking.METHODS)})"
+    detail = f"{layer}, {len(network.labels)} classes ({facts.head}), {size}"
     detail += f", sizing {facts.sizing.describe()}"
     if row.inputs:
         detail += f"; beside the image: {', '.join(one.describe() for one in row.inputs)}"

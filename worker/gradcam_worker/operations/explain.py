@@ -18,6 +18,7 @@ from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.runtime import service_factory
 from gradcam_worker.schemas.job import Job
 from gradcam_worker.schemas.manifest import Manifest
+from gradcam_worker.schemas.status import PassState
 from gradcam_worker.settings import Settings
 from gradcam_worker.text.log_events import EventLogger
 
@@ -74,8 +75,17 @@ def explain_files(
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=console.err, transient=True) as progress:
         try:
-            for image in progress.track(images, description=f"explaining with {job.network}"):
-                results[image] = _explain_file(job, image, services, folders[image], output, timeout_s)
+            description = f"explaining with {job.network}"
+            task = progress.add_task(description, total=len(images))
+
+            def show(passes: PassState | None) -> None:
+                part = f", pass {passes.done} of {passes.total}" if passes else ""
+                progress.update(task, description=description + part)
+
+            for image in images:
+                context = JobContext(Deadline(timeout_s), lambda stage: show(stage.passes))
+                results[image] = _explain_file(job, image, services, folders[image], output, context)
+                progress.advance(task)
         except KeyboardInterrupt:
             interrupted = True
     if as_json:
@@ -103,9 +113,8 @@ def _folders(images: tuple[Path, ...]) -> dict[Path, str]:
 
 
 def _explain_file(
-    job: Job, image: Path, services: Services, folder: str, output: Path, timeout_s: float
+    job: Job, image: Path, services: Services, folder: str, output: Path, context: JobContext
 ) -> Manifest | GradcamError:
-    context = JobContext(Deadline(timeout_s), lambda _: None)
     file_job = job.model_copy(
         update={"image": job.image.model_copy(update={"uri": image.absolute().as_uri()})}
     )

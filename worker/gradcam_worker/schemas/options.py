@@ -163,6 +163,8 @@ class MethodSpec(RequestModel):
 
     @model_validator(mode="after")
     def _check_parameters(self) -> Self:
+        if not self.is_named:  # the network's default is known where the job runs
+            return self
         for owner, names in MASKING_PARAMETERS.items():
             for name in names:
                 if owner != self.name and getattr(self, name) is not None:
