@@ -156,7 +156,8 @@ def test_an_own_network_is_fetched_checked_and_explained_once(
     assert cached - {".openvino"} == {".keras"}
     finding = own_network(tmp_path, settings, f"{body}\nscores_only = true")
     assert finding.detail == (
-        "explained by its scores alone (rise or occlusion), 3 classes (probabilities), 127 parameters"
+        "explained by its scores alone (rise or occlusion), 3 classes (probabilities), 127 parameters, "
+        "sizing area, squash"
     )
 
 

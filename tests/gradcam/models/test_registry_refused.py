@@ -113,7 +113,7 @@ def test_the_number_of_labels_must_be_that_of_classes(tmp_path: Path) -> None:
         (MODEL.replace("s.keras", "s.onnx") + 'layout = "chw"', "networks.tumours.layout: Input should be"),
         (MODEL.replace("s.keras", "s.onnx") + "scores_only = false", "scores_only cannot be false"),
         (MODEL.replace("s.keras", "s.tflite") + 'target_layer = "a"', "this one only gives scores"),
-        (MODEL + 'scores_only = true\ntarget_layer = "a"', "target_layer belongs to a network with gradients"),
+        (MODEL + 'scores_only = true\ntarget_layer = "a"', "target_layer belongs to a network with"),
         (WEIGHTS.replace("s.weights.h5", "s.onnx"), "must end in .weights.h5"),
         (MODEL + "labels = 3", "networks.tumours.labels: must be a list"),
         (MODEL + 'labels = ["a", 3]', "networks.tumours.labels.1: Input should be a valid string"),

@@ -60,7 +60,7 @@ def trace_model(
         input_slot = slots[id(image)]
         counts: Counter[str] | None = Counter() if opened is not model else None
         outputs = tracer.open(opened, slots, ROOT, counts)
-        names = _output_names(opened)
+        names = output_names(opened)
     shapes = {slot: tuple(size or 0 for size in spec.shape) for slot, spec in tracer.specs.items()}
     named_outputs = dict(zip(names, outputs, strict=True))
     graph = Graph(input_slot, tracer.steps, named_outputs, shapes, tracer.models, str(image.dtype), inputs)
@@ -190,8 +190,15 @@ def _sizes(shape: Iterable[int | None]) -> str:
     return " x ".join("any" if size is None else str(size) for size in shape)
 
 
-def _output_names(model: Any) -> list[str]:
-    """A name for each output: its key in a dictionary of outputs, else its layer's name."""
+def output_names(model: Any) -> list[str]:
+    """Name each output of a Keras model.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Its key in a dictionary of outputs, else its layer's name.
+    """
     struct = getattr(model, "output", None)
     if isinstance(struct, dict):
         return [".".join(map(str, path)) for path, _ in keras.tree.flatten_with_path(struct)]

@@ -121,6 +121,7 @@ def load_file(row: NetworkRow, file: WeightsFile, *, threads: int = 0) -> ScoreN
 def _keras(row: NetworkRow, file: WeightsFile) -> ScoreNetwork:
     """A Keras model that is not taken apart. Keras is imported here."""
     from gradcam_worker.gradcam import backend
+    from gradcam_worker.gradcam.graph.trace import output_names
     from gradcam_worker.gradcam.models import loading
 
     with backend.default_configuration():
@@ -130,7 +131,7 @@ def _keras(row: NetworkRow, file: WeightsFile) -> ScoreNetwork:
             raise NetworkIncompatible(message)
         dtype = backend.keras.backend.standardize_dtype(model.inputs[0].dtype)
         check_whole_numbers(row, dtype)
-        names = [*model.output_names]
+        names = output_names(model)
         output = names.index(choose_output(row, names))
 
         def run(images: NDArray[np.float32]) -> Any:
