@@ -3,7 +3,7 @@
 import re
 import shlex
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -14,12 +14,13 @@ from typing import Any
 from gradcam_worker.errors import NetworkIncompatible, WeightsUnavailable
 from gradcam_worker.gradcam import backend, catalog
 from gradcam_worker.gradcam.backend import keras
-from gradcam_worker.gradcam.catalog import PREPROCESSING, Head, NetworkRow, Preprocessing
+from gradcam_worker.gradcam.catalog import Head, NetworkRow, Preprocessing
 from gradcam_worker.gradcam.graph.trace import IMAGE_RANK, input_names
-from gradcam_worker.gradcam.models import compiled_forward, label_file, model_file, own_layers, weights
+from gradcam_worker.gradcam.models import compiled_forward, model_file, own_layers, weights
 from gradcam_worker.gradcam.models.file_cache import FileCache
 from gradcam_worker.gradcam.models.keras_network import KerasNetwork
 from gradcam_worker.gradcam.models.precision import with_precision
+from gradcam_worker.gradcam.models.score_network import Labels, find_labels, find_preprocessing
 from gradcam_worker.gradcam.models.weights import WeightsFile
 from gradcam_worker.gradcam.network_inputs import NetworkInput
 from gradcam_worker.gradcam.sizing import Sizing, resolve_sizing
@@ -109,7 +110,7 @@ def wrap_model(  # noqa: PLR0913  # all but the model are named by the caller
     model: Any,
     *,
     preprocessing: Preprocessing | str,
-    labels: Sequence[str] | Mapping[str, int] | Mapping[int, str] | Path = (),
+    labels: Labels = (),
     input_size: tuple[int, int] | None = None,
     sizing: Sizing | str = "area",
     target_layer: str | None = None,
@@ -153,27 +154,19 @@ def wrap_model(  # noqa: PLR0913  # all but the model are named by the caller
         network = wrap_model(model, preprocessing="tf", labels=["benign", "malignant"])
         ```
     """
-    if isinstance(preprocessing, str) and preprocessing not in PREPROCESSING:
-        message = f"There is no preprocessing {preprocessing!r}; there are {', '.join(PREPROCESSING)}."
-        raise NetworkIncompatible(message)
-    preprocessing = PREPROCESSING[preprocessing] if isinstance(preprocessing, str) else preprocessing
+    preprocessing = find_preprocessing(preprocessing)
     if input_size is None:
         shapes = _image_sizes(model, image_input)
         if len(shapes) != 1 or None in shapes[0]:
             message = f"{model.name} does not say how large its input is: give input_size (height, width)."
             raise NetworkIncompatible(message)
         input_size = shapes[0]
-    try:
-        names = label_file.given(labels)
-    except (OSError, ValueError) as error:
-        message = f"The labels cannot be used: {label_file.describe(error)}."
-        raise NetworkIncompatible(message) from error
     row = NetworkRow(
         name=name or model.name,
         input_size=input_size,
         preprocessing=preprocessing,
         target_layer=target_layer,
-        labels=names,
+        labels=find_labels(labels),
         head=head or Head(),
         sizing=resolve_sizing(sizing, preprocessing.pixel_channels),
         inputs=tuple(inputs),

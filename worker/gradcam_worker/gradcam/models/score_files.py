@@ -1,7 +1,6 @@
 """Loads files of networks that only give scores: ONNX, TFLite, and Keras models that are not taken apart."""
 
 import hashlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from numpy.typing import NDArray
 from gradcam_worker.errors import NetworkIncompatible, WeightsChecksumMismatch, WeightsUnavailable
 from gradcam_worker.gradcam.catalog import Head, Layout, ModelFile, NetworkRow, Preprocessing
 from gradcam_worker.gradcam.models.onnx_scores import OnnxModel
-from gradcam_worker.gradcam.models.score_network import ScoreNetwork, find_preprocessing
+from gradcam_worker.gradcam.models.score_network import Labels, ScoreNetwork, find_labels, find_preprocessing
 from gradcam_worker.gradcam.models.tensor_layout import check_whole_numbers, choose_output, to_type
 from gradcam_worker.gradcam.models.tflite_scores import TfliteModel
 from gradcam_worker.gradcam.models.weights import WeightsFile, file_sha256
@@ -27,7 +26,7 @@ def load_score_network(
     input_size: tuple[int, int],
     preprocessing: Preprocessing | str,
     sizing: Sizing | str = "area",
-    labels: Sequence[str] = (),
+    labels: Labels = (),
     head: Head | None = None,
     layout: Layout | None = None,
     name: str | None = None,
@@ -40,7 +39,7 @@ def load_score_network(
         input_size: (height, width) of its images, in pixels.
         preprocessing: As for `wrap_model`.
         sizing: As for `wrap_model`.
-        labels: Names of the classes; default: their numbers.
+        labels: As for `wrap_model`.
         head: What its outputs are, or which of them to take; default: found out with sample images.
         layout: Order of the input's dimensions, `nchw` or `nhwc`; default: read from the file.
         name: Of the network; default: that of the file.
@@ -70,7 +69,7 @@ def load_score_network(
         preprocessing=found,
         sizing=resolve_sizing(sizing, found.pixel_channels),
         file=ModelFile(str(path), sha256),
-        labels=tuple(labels),
+        labels=find_labels(labels),
         head=head or Head(),
         scores_only=True,
         layout=layout,

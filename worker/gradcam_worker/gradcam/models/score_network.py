@@ -3,7 +3,8 @@
 Nothing here imports Keras or a backend.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from gradcam_worker.errors import GradcamError, MethodNotSupported, NetworkIncom
 from gradcam_worker.gradcam.catalog import PREPROCESSING, Head, HeadKind, NetworkRow, Preprocessing
 from gradcam_worker.gradcam.classes import ClassIndex, imagenet
 from gradcam_worker.gradcam.methods import masking
+from gradcam_worker.gradcam.models import label_file
 from gradcam_worker.gradcam.models.sample_images import varied_images
 from gradcam_worker.gradcam.network import GRADCAM, Computed, Method, NetworkFacts
 from gradcam_worker.gradcam.sizing import Sizing, resolve_sizing
@@ -30,6 +32,7 @@ WAY_OUT = (
 )
 
 Pixels = NDArray[np.uint8]
+Labels = Sequence[str] | Mapping[str, int] | Mapping[int, str] | Path
 Run = Callable[[NDArray[Any]], Any]  # images (n, height, width, channels) -> (n, units)
 
 
@@ -158,7 +161,7 @@ def wrap_callable(
     input_size: tuple[int, int],
     preprocessing: Preprocessing | str | None = None,
     sizing: Sizing | str = "area",
-    labels: Sequence[str] = (),
+    labels: Labels = (),
     head: Head | None = None,
     name: str | None = None,
 ) -> ScoreNetwork:
@@ -172,7 +175,7 @@ def wrap_callable(
         preprocessing: None: the function is given the pixels, uint8, RGB. Else, as for `wrap_model`: it is
             given what this makes of them, float32.
         sizing: As for `wrap_model`.
-        labels: Names of the classes; default: their numbers.
+        labels: As for `wrap_model`.
         head: What the outputs are; default: found out with a few sample images.
         name: Of the network; default: that of the function.
 
@@ -195,11 +198,20 @@ def wrap_callable(
         input_size=input_size,
         preprocessing=found,
         sizing=resolve_sizing(sizing, found.pixel_channels),
-        labels=tuple(labels),
+        labels=find_labels(labels),
         head=head or Head(),
         scores_only=True,
     )
     return ScoreNetwork(row, function, prepares=preprocessing is not None, backend="a Python function")
+
+
+def find_labels(labels: Labels) -> tuple[str, ...] | None:
+    """The names of classes, as a row has them. Raises NetworkIncompatible."""
+    try:
+        return label_file.given(labels)
+    except (OSError, ValueError) as error:
+        message = f"The labels cannot be used: {label_file.describe(error)}."
+        raise NetworkIncompatible(message) from error
 
 
 def find_preprocessing(preprocessing: Preprocessing | str) -> Preprocessing:
