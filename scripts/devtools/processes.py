@@ -54,6 +54,12 @@ def resident_bytes(pids: Iterable[int]) -> int:
     return PAGE_BYTES * sum(map(int, sizes))
 
 
+def proportional_bytes(pids: Iterable[int]) -> int:
+    """Return the memory of processes that is in RAM. What several share is divided among them."""
+    texts = ((PROC / str(pid) / "smaps_rollup").read_text(encoding="ascii") for pid in pids)
+    return 1024 * sum(int(re.findall(r"^Pss:\s+(\d+) kB", text, re.MULTILINE)[0]) for text in texts)
+
+
 def peak_resident_mb() -> float:
     """Return the most resident memory of this process, MiB: `ru_maxrss` would be its parent's at first."""
     match = re.search(r"VmHWM:\s+(\d+) kB", (PROC / "self" / "status").read_text("ascii"))

@@ -285,7 +285,7 @@ class TestRendered:
 
     def test_the_scaler_counts_the_slots_that_a_worker_has(self) -> None:
         cases = [
-            ("gpu-keda", (), 3 * 22 + 3 * 2),  # as the supervisor divides 64 threads
+            ("gpu-keda", (), 6 * 11 + 6 * 2),  # as the supervisor divides 64 threads
             ("gpu-keda", ("settings.job_processes=0",), 64 + 2),
             ("gpu-keda", ("settings.job_processes=32",), 32 * 4 + 32 * 2),
             ("everything", (), 48 + 3),

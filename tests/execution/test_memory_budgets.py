@@ -100,7 +100,7 @@ def test_bytes_are_reserved_until_they_are_decoded_and_pixels_until_artifacts_ar
             held.append(("uploads", budgets.bytes.held, budgets.pixels.held))
             return super().put_many(*args)
 
-    run(budgets, model_cache=ModelCache(lambda _: RecordingNetwork()), stores=Store())
+    run(budgets, inference=ModelCache(lambda _: RecordingNetwork()), stores=Store())
     assert ("computes", 0, PIXELS) in held
     assert held[-1] == ("uploads", 0, 0)
     assert budgets.bytes.held == budgets.pixels.held == 0
@@ -136,7 +136,7 @@ def test_however_many_jobs_run_no_more_pixels_are_in_memory_than_allowed() -> No
 
     def run_job_thread() -> None:
         try:
-            run(budgets, model_cache=model_cache)
+            run(budgets, inference=model_cache)
         except Exception as error:  # noqa: BLE001  # shown by the test
             errors.append(error)
 

@@ -37,7 +37,7 @@ class Networks:
 
 def services(network: TinyNetwork, images: Any, **others: Any) -> Any:
     cache = ModelCache(lambda _: network, max_batch=4)
-    return fake_services(images, networks=Networks(), model_cache=cache, **others)
+    return fake_services(images, networks=Networks(), inference=cache, **others)
 
 
 def run(job: Job, network: TinyNetwork, store: MemoryStore) -> Manifest:

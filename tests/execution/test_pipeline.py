@@ -288,7 +288,7 @@ def test_measuring_stops_at_the_deadline() -> None:
 
     job = make_job(metrics=["deletion"], timeout_s=0.35, target={"top_n": 3})
     with pytest.raises(JobTimeout, match="waiting for the device"):
-        run(job, model_cache=ModelCache(lambda _: Slow()))
+        run(job, inference=ModelCache(lambda _: Slow()))
 
 
 def test_the_job_schema_offers_all_methods_scores_normalizations_and_metrics() -> None:
@@ -376,7 +376,7 @@ def test_a_job_uses_the_row_of_its_network_at_the_time_of_loading() -> None:
         loaded.append(row)
         return TinyNetwork()
 
-    result, _, _ = run(make_job(network="tumours"), networks=networks, model_cache=ModelCache(load))
+    result, _, _ = run(make_job(network="tumours"), networks=networks, inference=ModelCache(load))
     assert result.network.name == "tumours"
     assert loaded == [networks.rows[-1]]
 
@@ -386,7 +386,7 @@ def test_loading_a_network_does_not_count_towards_the_deadline() -> None:
         time.sleep(0.5)
         return TinyNetwork()
 
-    result, _, context = run(make_job(timeout_s=0.4), model_cache=ModelCache(load))
+    result, _, context = run(make_job(timeout_s=0.4), inference=ModelCache(load))
     assert result.predictions
     assert context.metrics["load_s"] >= 0.5
 
@@ -457,7 +457,7 @@ class TestSizing:
             ],
         )
         network = SizedNetwork(sizing)
-        _, store, _ = run(job, model_cache=ModelCache(lambda _: network))
+        _, store, _ = run(job, inference=ModelCache(lambda _: network))
         manifest = Manifest.model_validate_json(store.objects[f"{job.id}/manifest.json"])
         assert manifest.network.sizing == sizing.describe()
         assert manifest.network.shown_xyxy == shown
@@ -484,7 +484,7 @@ class TestSizing:
         job, store = make_job(), MemoryStore()
         network = SizedNetwork(Sizing())
         network.facts = replace(network.facts, weights_sha256="ab" * 32, preprocessing="lite")
-        run(job, store, model_cache=ModelCache(lambda _: network))
+        run(job, store, inference=ModelCache(lambda _: network))
 
         def found(row: NetworkRow) -> bool:
             return find_manifest(store, job.id, job, None, row, Deadline(9)) is not None

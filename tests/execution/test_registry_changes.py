@@ -72,7 +72,7 @@ class Harness:
     def services(self) -> Services:
         image = cv2.imencode(".png", np.full((16, 16, 3), (0, 0, 255), np.uint8))[1].tobytes()
         networks = Registry(self.registry)
-        return fake_services({"s3://in/a.png": image}, networks=networks, model_cache=ModelCache(self.load))
+        return fake_services({"s3://in/a.png": image}, networks=networks, inference=ModelCache(self.load))
 
 
 def run(services: Services) -> JobResult:

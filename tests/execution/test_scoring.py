@@ -57,7 +57,7 @@ def run(
 ) -> tuple[JobResult, Manifest, MemoryStore]:
     store = MemoryStore()
     if network:
-        others["model_cache"] = ModelCache(lambda _: network)
+        others["inference"] = ModelCache(lambda _: network)
     services = fake_services({URI: patch()}, store=store, **others)
     result = run_job(job, services, JobContext(Deadline(job.timeout_s), report))
     return result, Manifest.model_validate_json(store.objects[f"{job.id}/manifest.json"]), store
@@ -132,10 +132,10 @@ def test_a_job_whose_deadline_passes_ends_after_the_pass_that_runs_and_says_how_
 
     def report(progress: Progress) -> None:
         if progress.passes and progress.passes.done == 2:
-            context.deadline.extend(-2 * WAIT_S)
+            context.deadline._end_s -= 2 * WAIT_S
 
     context.report_progress = report
-    services = fake_services({URI: patch()}, model_cache=ModelCache(lambda _: network))
+    services = fake_services({URI: patch()}, inference=ModelCache(lambda _: network))
     with pytest.raises(JobTimeout, match="pass 3 of 4"):
         run_job(make_job(), services, context)
     assert network.passes == 2
@@ -170,7 +170,7 @@ def test_job_shard_engine_and_library_give_the_same_map_to_the_last_digit(
     in_library = explain_image(TinyNetwork(), patch(), classes=["red", "blue"], method=chosen)
     np.testing.assert_array_equal(in_library.heatmaps, expected)
     with engine(tmp_path / "engine", TinyNetwork) as client:
-        _, _, store = run(job, model_cache=client)
+        _, _, store = run(job, inference=client)
     np.testing.assert_array_equal(heatmaps(store, job), expected)
 
 
@@ -194,7 +194,7 @@ def run_rows(work: Shard, images: dict[str, Any], network: Network | None = None
     context = JobContext(Deadline(WAIT_S), lambda _: None, progressed=lambda: alive.append(None))
     store = MemoryStore()
     cache = ModelCache(lambda _: network or TinyNetwork())
-    run_shard(work, fake_services(images, store=store, model_cache=cache), context)
+    run_shard(work, fake_services(images, store=store, inference=cache), context)
     assert bool(alive) == any(isinstance(data, bytes) and data != NO_IMAGE for data in images.values())
     return pq.read_table(io.BytesIO(store.objects[data_key(work.key)])), context
 
@@ -319,7 +319,7 @@ def test_jobs_by_gradcam_that_come_later_are_computed_before_the_next_pass_of_ri
             assert time.monotonic() < end_s
             time.sleep(0.001)
 
-    rise = threading.Thread(target=run, args=[make_job()], kwargs={"model_cache": cache, "report": report})
+    rise = threading.Thread(target=run, args=[make_job()], kwargs={"inference": cache, "report": report})
     rise.start()
     assert network.at_device.wait(WAIT_S)
     wait_for(1)  # the second pass

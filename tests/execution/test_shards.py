@@ -113,7 +113,7 @@ class Harness:
     def __post_init__(self) -> None:
         self.model_cache = ModelCache(lambda _: self.network, max_batch=self.group)
         self.services = fake_services(
-            self.images, **{"store": self.store, "model_cache": self.model_cache, **self.others}
+            self.images, **{"store": self.store, "inference": self.model_cache, **self.others}
         )
         if self.fetcher:
             self.services = replace(self.services, images=self.fetcher)
@@ -559,7 +559,7 @@ def test_the_file_is_written_last_and_a_shard_whose_file_exists_is_done() -> Non
         raise AssertionError(message)
 
     store.order = []
-    idle = Harness({}, store=store, others={"model_cache": ModelCache(never)})
+    idle = Harness({}, store=store, others={"inference": ModelCache(never)})
     again = idle.run(shard)
     assert not store.order
     assert (again.result, again.network) == (first.result, first.network)
@@ -770,7 +770,7 @@ def test_a_shard_that_has_to_stop_computes_no_further_groups_and_writes_nothing(
             if error:
                 deadline.cancel(error("to stop"))
             else:
-                deadline.extend(-120)
+                deadline._end_s -= 120
 
     network = FaultyNetwork(before=stop)
     images = {f"s3://in/{index}": IMAGES[uri(0)] for index in range(20 * GROUP)}

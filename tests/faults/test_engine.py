@@ -22,7 +22,15 @@ def test_no_fault_of_an_engine_or_a_job_process_loses_doubles_or_changes_anythin
     kept: Callable[[Verdict], Verdict],
 ) -> None:
     verdict = kept(engine.attack(SHORT, seed=1))
-    for fault in ("kill", "hang", "kill_jobs", "suspend_jobs"):
+    for fault in (
+        "kill",
+        "hang",
+        "kill_jobs",
+        "suspend_jobs",
+        "fill_pools",
+        "kill_in_write",
+        "suspend_in_write",
+    ):
         assert verdict.figures[fault] == SHORT
     assert verdict.figures["objects_compared"] >= verdict.jobs
 

@@ -451,7 +451,7 @@ class TestLeavingTheQueue:
         deadline = Deadline(0.2)
         with busy(jobs, device):
             waiting_job = jobs.submit(device, deadline=deadline)
-            deadline.extend(WAIT_S)
+            deadline._end_s += WAIT_S
             time.sleep(0.3)
         assert color_of(waiting_job) == "r"
 

@@ -9,7 +9,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -21,6 +21,7 @@ import pytest
 
 from gradcam_worker import __version__
 from gradcam_worker.errors import (
+    EngineUnavailable,
     GradcamError,
     InternalError,
     InvalidSettings,
@@ -381,13 +382,132 @@ def test_requests_of_one_job_get_the_time_back_once(path: Path) -> None:
             kill(server)
             first.may_go_on.set()
         wait_for(lambda: remote.not_ready)
-        assert remote._absent_since_s
-        absent_s, remote._absent_since_s = 500.0, remote._absent_since_s - 500.0
-        for request in remote._requests.values():
-            request.counted_s -= absent_s
+        pass_time(remote, 100.0)
         with engine(path, ModelCache(lambda _: TinyNetwork())):
             assert all(future.result(WAIT_S) for future in asked)
-        assert absent_s < deadline.left_s() < absent_s + WAIT_S + 60
+        assert WAIT_S / 2 < deadline.left_s() <= WAIT_S, "what was lost, and nothing of it twice"
+
+
+def pass_time(remote: EngineClient, seconds: float) -> None:
+    """Let time pass for the jobs that wait while there is no engine."""
+    with remote._lock:
+        assert remote._absent_since_s
+        remote._absent_since_s -= seconds
+        for deadline in {wait.deadline for wait in remote._waits}:
+            deadline._end_s -= seconds
+            deadline._given_back_until_s -= seconds
+        for wait in remote._waits:
+            wait.since_s -= seconds
+
+
+def test_a_job_waits_for_its_network_while_there_is_no_engine_and_loses_no_time(path: Path) -> None:
+    with client(path) as remote, ThreadPoolExecutor(1) as pool:
+        with engine(path, ModelCache(lambda _: TinyNetwork())):
+            remote.connect(WAIT_S)
+        wait_for(lambda: remote.not_ready)
+        deadline = Deadline(WAIT_S)
+        asked = pool.submit(remote.load, ROW, deadline)
+        wait_for(lambda: remote.in_flight)
+        pass_time(remote, 100.0)
+        assert not deadline.left_s()
+        with engine(path, ModelCache(lambda _: TinyNetwork())):
+            assert asked.result(WAIT_S).row is ROW
+        assert WAIT_S / 2 < deadline.left_s() <= WAIT_S
+
+
+def test_loading_takes_no_time_of_a_job(path: Path) -> None:
+    may_go_on = threading.Event()
+
+    def load(_: NetworkRow) -> TinyNetwork:
+        assert may_go_on.wait(WAIT_S)
+        return TinyNetwork()
+
+    with engine(path, ModelCache(load)), client(path) as remote, ThreadPoolExecutor(1) as pool:
+        remote.connect(WAIT_S)
+        deadline = Deadline(0.2)
+        asked = pool.submit(remote.load, ROW, deadline)
+        time.sleep(0.5)
+        assert not asked.done()
+        may_go_on.set()
+        assert asked.result(WAIT_S)
+        assert deadline.left_s() > 0
+
+
+def test_a_job_waits_for_no_engine_for_ever_and_may_be_tried_elsewhere(path: Path) -> None:
+    small = HEADER_BYTES + RED.nbytes + ALIGNMENT
+    with client(path, pool_bytes=small) as remote, ThreadPoolExecutor(3) as pool:
+        with engine(path, ModelCache(lambda _: TinyNetwork())):
+            remote.connect(WAIT_S)
+            network = remote.load(ROW)
+        wait_for(lambda: remote.not_ready)
+        remote._pool.reserve(RED.nbytes, Deadline(WAIT_S))
+        deadlines = [Deadline(WAIT_S) for _ in range(2)]
+        asked: list[Future[Any]] = [
+            pool.submit(remote.load, CATALOG["vgg16"], deadlines[0]),
+            pool.submit(remote.compute, network, RED, (-1,), GRADCAM, deadlines[1]),  # waits for memory
+        ]
+        wait_for(lambda: len(remote._waits) == 2)
+        pass_time(remote, engine_client.MAX_ABSENCE_S + 2 * WAIT_S)
+        for future in asked:
+            error = future.exception(WAIT_S)
+            assert isinstance(error, EngineUnavailable)
+            assert "has not answered for 30" in str(error)
+            assert error.retryable
+        assert remote.in_flight == 0
+
+
+def test_a_job_that_waits_for_memory_gets_the_time_back_for_which_there_was_no_engine(path: Path) -> None:
+    first = Blocking()
+    small = HEADER_BYTES + RED.nbytes + ALIGNMENT
+    with client(path, pool_bytes=small) as remote, ThreadPoolExecutor(2) as pool:
+        with engine(path, ModelCache(lambda _: first)) as server:
+            remote.connect(WAIT_S)
+            network, deadlines = remote.load(ROW), [Deadline(2 * WAIT_S), Deadline(WAIT_S)]
+            asked = [pool.submit(remote.compute, network, RED, (-1,), GRADCAM, deadlines[0])]
+            assert first.is_busy.wait(WAIT_S)
+            asked.append(pool.submit(remote.compute, network, RED, (-1,), GRADCAM, deadlines[1]))
+            wait_for(lambda: len(remote._waits) == 2)
+            kill(server)
+            first.may_go_on.set()
+        wait_for(lambda: remote.not_ready)
+        pass_time(remote, 100.0)
+        assert not deadlines[1].left_s()
+        with engine(path, ModelCache(lambda _: TinyNetwork())):
+            assert all(future.result(WAIT_S).batch_size == 1 for future in asked)
+        assert WAIT_S / 2 < deadlines[1].left_s() <= WAIT_S
+
+
+def test_a_cancelled_job_waits_for_no_network(path: Path) -> None:
+    with client(path) as remote, ThreadPoolExecutor(1) as pool:
+        with engine(path, ModelCache(lambda _: TinyNetwork())):
+            remote.connect(WAIT_S)
+        wait_for(lambda: remote.not_ready)
+        deadline = Deadline(WAIT_S)
+        asked = pool.submit(remote.load, ROW, deadline)
+        wait_for(lambda: remote.in_flight)
+        deadline.cancel(JobCanceled("no longer wanted"))
+        with pytest.raises(JobCanceled, match="no longer wanted"):
+            asked.result(WAIT_S / 2)
+        assert remote.in_flight == 0
+
+
+def test_a_job_gets_the_time_back_for_which_its_engine_was_silent(path: Path) -> None:
+    network = Blocking()
+    with engine(path, ModelCache(lambda _: network)) as server, client(path) as remote:
+        remote.connect(WAIT_S)
+        loaded, report = remote.load(ROW), threading.Event()
+        server._report_state = report.set  # type: ignore[method-assign]  # it says nothing any more
+        assert report.wait(WAIT_S)
+        with remote._lock:
+            remote._heard_s -= engine_client.SILENT_AFTER_S
+        deadline = Deadline(0.5)
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(remote.compute, loaded, RED, (-1,), GRADCAM, deadline)
+            assert network.is_busy.wait(WAIT_S)
+            time.sleep(1.0)
+            network.may_go_on.set()
+            assert asked.result(WAIT_S).batch_size == 1
+        assert deadline.left_s() > 0
 
 
 def test_a_changed_network_is_loaded_beside_the_old_one_which_is_kept_while_it_is_used(path: Path) -> None:
@@ -791,3 +911,18 @@ def test_the_memory_of_a_client_that_is_no_longer_used_is_closed(path: Path) -> 
     gc.collect()
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(fd)
+
+
+def test_whoever_waits_for_memory_holds_no_lock_while_it_asks_how_long_it_may() -> None:
+    pool = PixelPool(HEADER_BYTES + 2 * ALIGNMENT)
+    block = pool.reserve(ALIGNMENT, Deadline(WAIT_S))
+
+    class Limit:
+        def left_s(self) -> float:
+            return WAIT_S
+
+        def check(self, _: str) -> None:
+            with ThreadPoolExecutor(1) as other:
+                other.submit(block.release).result(WAIT_S / 2)
+
+    assert pool.reserve(ALIGNMENT, Limit()).offset == block.offset

@@ -65,7 +65,7 @@ def images() -> Mapping[str, bytes]:
 def store(images: Mapping[str, bytes]) -> testing.MemoryStore:
     """The dataset, made as a worker makes it."""
     store = testing.MemoryStore()
-    services = testing.fake_services(images, store=store, model_cache=ModelCache(lambda _: Hostile()))
+    services = testing.fake_services(images, store=store, inference=ModelCache(lambda _: Hostile()))
     shard = Shard(
         backfill=new_id(),
         index=0,

@@ -132,7 +132,7 @@ class Shop:
         self.leases = LeaseManager(self.ledger, ME.id, 15, observer=self.counted)
         self.model_cache = ModelCache(lambda _: TinyNetwork(), observer=self.counted)
         self.breaker = CircuitBreaker(lambda: None)
-        around = fake_services(self.images, store=self.store, model_cache=self.model_cache)
+        around = fake_services(self.images, store=self.store, inference=self.model_cache)
         self.handler = JobHandler(
             Settings(), self.ledger, around, ME, self.leases, self.breaker, observer=self.counted
         )

@@ -54,6 +54,7 @@
     │   ├── DeviceOutOfMemory          device_out_of_memory      retried
     │   ├── WorkerLost                 worker_lost               retried
     │   ├── NetworkCrashed             network_crashed           fails
+    │   ├── EngineUnavailable          engine_unavailable        retried
     │   └── WorkerUnfit                worker_unfit              raised
     ├── InvalidSettings                invalid_settings          raised
     ├── MissingExtra                   missing_extra             raised
@@ -77,9 +78,9 @@ class GradcamError(Exception):
     """The root of all errors.
 
     Attributes:
-        code: what machines go by. It keeps its meaning.
-        retryable: whether the same request, made again later, may succeed.
-        public_message: what an end user may be told: what is wrong with the image or the request.
+        code: The name of the error for programs. It keeps its meaning.
+        retryable: Whether the same request, made again later, may succeed.
+        public_message: What an end user may be told: what is wrong with the image or the request.
 
     Examples:
         >>> try:
@@ -361,9 +362,9 @@ class RedisUnavailable(GradcamError):
     """The Redis server of the queue or of the ledger cannot be reached, or refuses.
 
     Args:
-        message: what was asked of which server, and what it said.
-        retryable: False where the server will refuse again: a wrong password, user or database, say.
-        changed_nothing: whether it is certain that nothing was changed there: what was asked did not reach
+        message: What was asked of which server, and what it answered.
+        retryable: False if the server will refuse again, because of a wrong password, user or database.
+        changed_nothing: Whether it is certain that nothing was changed there: what was asked did not reach
             the server, or was refused by it.
     """
 
@@ -498,6 +499,13 @@ class NetworkCrashed(WorkerError, PermanentError):
     public_message = "The model cannot process this image. Trying again does not help."
 
 
+class EngineUnavailable(WorkerError, RetryableError):
+    """There was no engine process that could compute, for longer than the job could wait."""
+
+    code = "engine_unavailable"
+    public_message = "The model cannot be used just now. Please try again later."
+
+
 class WorkerUnfit(WorkerError, LocalError):
     """This worker takes no jobs just now."""
 
@@ -553,8 +561,8 @@ def with_sentence(error: E, sentence: str) -> E:
     """The same error, its class and its attributes, with one more sentence at its end.
 
     Args:
-        error: one whose class can be made of a message alone, as all of this module can.
-        sentence: what more there is to say.
+        error: The error. Its class must take a message alone, as all classes of this module do.
+        sentence: The sentence to add.
 
     Returns:
         A new error.
@@ -577,7 +585,7 @@ def error_class(code: str) -> type[GradcamError]:
     """The class of an error, by its code.
 
     Args:
-        code: Of an error of this version or of a later one.
+        code: The code of an error of this version or of a later one.
 
     Returns:
         The class; `InternalError` where this version does not know the code.
@@ -589,7 +597,7 @@ def public_message(code: str) -> str:
     """What an end user may be told of an error, by its code.
 
     Args:
-        code: of an error of this version or of a later one.
+        code: The code of an error of this version or of a later one.
 
     Returns:
         The `public_message` of the class; that of `GradcamError` where this version does not know the code.

@@ -236,7 +236,7 @@ def fake_services(
     defaults: dict[str, Any] = {
         "images": MemoryImageFetcher(images),
         "networks": Registry(),
-        "model_cache": ModelCache(load),
+        "inference": ModelCache(load),
         "stores": store or MemoryStore(),
         "webhooks": RecordingWebhookSender(),
         "limits": Limits(),
@@ -313,8 +313,8 @@ def eager_client(
     uploads = settings.uploads or "s3://uploads"
     settings = settings.model_copy(update={"retry_backoff_s": 1e-6, "uploads": uploads})
     image_data, store, ledger = dict(images or {}), MemoryStore(), MemoryLedger()
-    model_cache = ModelCache(lambda _: network or TinyNetwork())
-    services = fake_services(image_data, store=store, **{"model_cache": model_cache, **others})
+    inference = ModelCache(lambda _: network or TinyNetwork())
+    services = fake_services(image_data, store=store, **{"inference": inference, **others})
     worker = WorkerRef(id="eager", device="cpu")
 
     def run(job: Job) -> None:

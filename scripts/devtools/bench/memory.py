@@ -1,6 +1,8 @@
 """Ten thousand mixed jobs in a seeded random order: most of a simulated network, with every kind of artifact;
 some of EfficientNet-Lite0 with several methods, some photos of 4000 x 3000, some broken images that have to
-fail. Growth of the resident set is from the second quarter of the jobs to the last.
+fail. Growth of the resident set is from the second quarter of the jobs to the last. Then two thousand of them
+with one process, and two thousand with an engine process and two job processes: the most memory that all
+processes of the worker had together. What they share counts once.
 """
 
 import time
@@ -13,20 +15,24 @@ from typing import Any
 import numpy as np
 
 from devtools.bench import simulated_network, testbed
-from devtools.bench.report import Figures, Requirement, table
+from devtools.bench.report import Figures, Requirement, at_most, table
 from devtools.bench.testbed import Testbed
-from devtools.processes import Meter
+from devtools.processes import Meter, proportional_bytes, repeating
 from gradcam_worker.errors import WorkerLost
 from gradcam_worker.schemas.job import Job
 from gradcam_worker.schemas.status import FINAL
 
 TITLE = "Memory"
 JOBS, QUICK_JOBS = 10_000, 300
+TOGETHER = 2000  # jobs of each arrangement
+JOB_PROCESSES = 2
 PHOTOS = 100
 LARGE = (3000, 4000)  # (height, width)
+WEIGHED_EVERY_S = 1.0
 WAITING = 200  # jobs in the queue at any time, as a backfill keeps them
 SHOWN = 10  # points of the curve
 REQUIRED_GROWTH = 0.05
+REQUIRED_TOGETHER = 1.35  # times the memory of one process
 NETWORKS = ("no_time", "efficientnet_lite0")
 PACKAGES = ("celery", "kombu", "redis", "boto3", "tensorflow", "keras", "opencv-python-headless")
 
@@ -86,18 +92,15 @@ def measure(*, quick: bool) -> dict[str, Any]:
         jobs = list(mixed(bed, count))
         begun = time.time()
         with Meter({"worker": bed.processes["worker"]}).running(testbed.READ_INTERVAL_S) as meter:
-            for number, (_, job) in enumerate(jobs):
-                bed.client.submit(job)
-                while number % WAITING == 0 and bed.ledger.count_jobs()[0] > WAITING:
-                    bed.check()
-                    time.sleep(testbed.POLL_INTERVAL_S)
-            bed.drain()
+            _run(bed, jobs)
         ended = _ended(bed, {job.id: kind for kind, job in jobs})
         passes = [entry for entry in simulated_network.Passes.read(bed.passes) if entry.device_bytes]
     quarters = [float(at_s) for at_s in np.quantile(ended, [0.25, 0.5, 0.75, 1])]
     resident, sizes = meter.resident["worker"], [entry.device_bytes for entry in passes]
     step = max(len(resident) // SHOWN, 1)
+    together = {} if quick else {number: _together_mb(number) for number in (0, JOB_PROCESSES)}
     return {
+        "together_mb": together,
         "device": bed.device,
         "growth": growth(meter.times, resident, quarters),
         "device_growth": growth([entry.ended for entry in passes], sizes, quarters) if sizes else None,
@@ -110,6 +113,30 @@ def measure(*, quick: bool) -> dict[str, Any]:
         "resident_peak_mb": max(resident) / 1e6,
         "device_peak_mb": max(sizes, default=0) / 1e6,
     }
+
+
+def _run(bed: Testbed, jobs: Sequence[tuple[str, Job]]) -> None:
+    """Run jobs, with a queue that never runs dry. Raises WorkerLost."""
+    for number, (_, job) in enumerate(jobs):
+        bed.client.submit(job)
+        while number % WAITING == 0 and bed.ledger.count_jobs()[0] > WAITING:
+            bed.check()
+            time.sleep(testbed.POLL_INTERVAL_S)
+    bed.drain()
+
+
+def _together_mb(job_processes: int) -> float:
+    """The most memory that the processes of a worker have together."""
+    sizes = [0]
+    with testbed.running(NETWORKS, testbed.photographs(PHOTOS), job_processes=job_processes) as bed:
+
+        def read() -> None:
+            sizes.append(proportional_bytes(bed.processes["worker"]))
+
+        with repeating(read, WEIGHED_EVERY_S):
+            _run(bed, [*mixed(bed, TOGETHER)])
+        read()
+    return max(sizes) / 1e6
 
 
 def _ended(bed: Testbed, kinds: dict[str, str]) -> list[float]:
@@ -136,6 +163,9 @@ def requirements(figures: Figures) -> Iterator[Requirement]:
         if measured is not None and not figures.get("quick"):
             most = f"at most {REQUIRED_GROWTH:.0%}"
             yield Requirement(f"{what}: growth", most, f"{measured:+.1%}", measured <= REQUIRED_GROWTH)
+    if together := figures["together_mb"]:
+        what = f"engine and {JOB_PROCESSES} job processes: memory, by that of one process"
+        yield at_most(what, REQUIRED_TOGETHER, together[JOB_PROCESSES] / together[0], " times")
 
 
 def blocks(figures: Figures) -> Iterator[str]:
@@ -150,3 +180,8 @@ def blocks(figures: Figures) -> Iterator[str]:
         ("second", *(f"{point['second']:.0f}" for point in curve)),
         [("MB", *(f"{point['mb']:.0f}" for point in curve))],
     )
+    if together := figures["together_mb"]:
+        yield (
+            f"Of {TOGETHER:,} jobs: one process took {together[0]:,.0f} MB at most, an engine process and "
+            f"{JOB_PROCESSES} job processes together {together[JOB_PROCESSES]:,.0f} MB."
+        )

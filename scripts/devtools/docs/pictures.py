@@ -76,7 +76,7 @@ def gallery_page() -> bytes:
     photos = enumerate(testbed.photographs(40))
     images: dict[str, bytes | Exception] = {f"s3://photos/{number}.jpg": photo for number, photo in photos}
     store, cache = testing.MemoryStore(), ModelCache(lambda _: load_network(NETWORK), max_batch=8)
-    services = testing.fake_services(images, store=store, model_cache=cache)
+    services = testing.fake_services(images, store=store, inference=cache)
     shard = Shard(
         backfill=new_id(),
         index=0,

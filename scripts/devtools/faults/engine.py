@@ -1,26 +1,36 @@
 """Faults of an engine process and of job processes, one after the other, while jobs stream.
 
 The engine is killed, and is suspended until its supervisor replaces it; a job process is killed, and is
-suspended for longer than a lease lasts, which may be in the middle of a message. Only the supervisor, and
-what was not hit, go on.
+suspended for longer than a lease lasts, at any moment and when half of an image is in the memory that it
+shares with the engine. That memory has room for few images: the engine is also suspended until it is full in
+every job process, and then goes on. Only the supervisor, and what was not hit, go on.
 """
 
 import contextlib
+import json
 import os
 import random
+import re
 import signal
 import time
 from collections import Counter
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 
-from devtools.faults import undisturbed_run
-from devtools.faults.cluster import START_S, Worker, running_cluster, suspended, wait_for
+from devtools.faults import tiny_worker, undisturbed_run
+from devtools.faults.cluster import START_S, Cluster, Worker, running_cluster, suspended, wait_for
 from devtools.faults.job_stream import JobStream
 from devtools.faults.observer import JobObserver
 from devtools.faults.verdict import Verdict
 from devtools.processes import children
+from gradcam_worker.observability import health
+from gradcam_worker.operations.servers import free_port
 
 JOB_PROCESSES = 2
+THREADS = tiny_worker.IMAGES_IN_POOL + 2  # of a job process: more than its pool has room for
 JOBS_A_FAULT = 25  # at least
 AHEAD = 40  # jobs that wait or run at a time; once as many have ended, an engine has computed again
 EVERY_S = 0.06  # between two submissions
@@ -29,6 +39,10 @@ SUSPENDED_S = 4.5  # longer than a lease
 LATER_S = 0.5  # at most, after jobs are running
 BACK_S = 15.0  # within which jobs end again, besides the time that a start takes
 DRAINS_S = 120.0  # all is final so long after the last fault, or never
+ANSWER_S = 1.0  # of a process that is asked for its metrics
+IN_WRITE = {"killed": tiny_worker.KILLED, "suspended": tiny_worker.SUSPENDED}
+UNLIKE_OTHERS = 1_000_000  # numbers of jobs from which on the stream has none
+THREE_CLASSES: dict[str, Any] = {"target": {"top_n": 3}, "artifacts": [{"kind": "overlay"}]}
 
 
 def processes_of(worker: Worker, role: str) -> list[int]:
@@ -45,11 +59,23 @@ def processes_of(worker: Worker, role: str) -> list[int]:
 def attack(count: int, seed: int) -> Verdict:
     """Make `count` faults of each kind."""
     draw = random.Random(seed)  # noqa: S311  # repeatable, not secret
-    settings = {"job_processes": JOB_PROCESSES, "stalled_after_s": STALLED_AFTER_S}
+    settings = {"job_processes": JOB_PROCESSES, "threads": THREADS, "stalled_after_s": STALLED_AFTER_S}
     with running_cluster("engine", seed, **settings) as cluster, JobObserver(cluster) as observer:
+        # The S3 server does not see at once what is stored later.
+        images = {colour: cluster.store(f"{name}.jpg", colour) for name, colour in IN_WRITE.items()}
         begun_s = time.monotonic()
-        worker = cluster.work()
-        faults = [fault for _ in range(count) for fault in (kill, hang, kill_jobs, suspend_jobs)]
+        worker = cluster.work(cluster.settings.model_copy(update={"metrics_port": free_port()}))
+        hits = Faults(cluster, worker, observer, images)
+        kinds = (
+            hits.kill,
+            hits.hang,
+            hits.kill_jobs,
+            hits.suspend_jobs,
+            hits.fill_pools,
+            hits.kill_in_write,
+            hits.suspend_in_write,
+        )
+        faults = [fault for _ in range(count) for fault in kinds]
         jobs = JOBS_A_FAULT * len(faults)
         back_s: list[float] = []
         done: Counter[str] = Counter()
@@ -60,7 +86,7 @@ def attack(count: int, seed: int) -> Verdict:
                 wait_for(lambda: observer.running, START_S, "the worker has jobs in hand")
                 time.sleep(draw.uniform(0, LATER_S))
                 fault_s = time.monotonic()
-                fault(worker, observer)
+                fault()
                 done[fault.__name__] += 1
                 finished = len(cluster.accepted) - observer.unfinished()
                 wait_for(
@@ -70,8 +96,10 @@ def attack(count: int, seed: int) -> Verdict:
                 )
                 back_s.append(time.monotonic() - fault_s)
             stream.join()
+        hits.submit_again()
         observer.drain(DRAINS_S)
         verdict = observer.verdict(faults=len(faults))
+        verdict.forbid(hits.changed(), "jobs that were hit while they wrote pixels differ from others")
         undisturbed_run.compare(cluster, verdict, len(stream.made))
     worst_s = max(back_s)
     verdict.require(
@@ -82,31 +110,116 @@ def attack(count: int, seed: int) -> Verdict:
     return verdict
 
 
-def kill(worker: Worker, _: JobObserver) -> None:
-    """Kill the engine process. No job loses an attempt."""
-    os.kill(wait_for_one(worker, "engine"), signal.SIGKILL)
+@dataclass
+class Faults:
+    """The faults, each a method that returns when it is over."""
 
+    cluster: Cluster
+    worker: Worker
+    observer: JobObserver
+    images: dict[tuple[int, int, int], str]  # colour -> URI
+    in_write: list[tuple[str, str]] = field(default_factory=list)  # ids of jobs, URIs of their images
+    again: list[str] = field(default_factory=list)  # ids of the same jobs, which nothing has hit
 
-def hang(worker: Worker, _: JobObserver) -> None:
-    """Suspend the engine process until its supervisor has killed it."""
-    pid = wait_for_one(worker, "engine")
-    os.kill(pid, signal.SIGSTOP)
-    wait_for(lambda: pid not in processes_of(worker, "engine"), START_S, "a hung engine is replaced")
+    def kill(self) -> None:
+        """Kill the engine process. No job loses an attempt."""
+        os.kill(wait_for_one(self.worker, "engine"), signal.SIGKILL)
 
+    def hang(self) -> None:
+        """Suspend the engine process until its supervisor has killed it."""
+        pid = wait_for_one(self.worker, "engine")
+        os.kill(pid, signal.SIGSTOP)
+        wait_for(lambda: pid not in processes_of(self.worker, "engine"), START_S, "a hung engine is replaced")
 
-def kill_jobs(worker: Worker, observer: JobObserver) -> None:
-    """Kill a job process. Its jobs run again in another."""
-    pid = wait_for_one(worker, "jobs")
-    os.kill(pid, signal.SIGKILL)
-    observer.hit(pid)
+    def kill_jobs(self) -> None:
+        """Kill a job process. Its jobs run again in another."""
+        pid = wait_for_one(self.worker, "jobs")
+        os.kill(pid, signal.SIGKILL)
+        self.observer.hit(pid)
 
+    def suspend_jobs(self) -> None:
+        """Suspend a job process for longer than a lease, then let it go on."""
+        pid = wait_for_one(self.worker, "jobs")
+        with suspended(pid):
+            self.observer.hit(pid)
+            time.sleep(SUSPENDED_S)
 
-def suspend_jobs(worker: Worker, observer: JobObserver) -> None:
-    """Suspend a job process for longer than a lease, then let it go on."""
-    pid = wait_for_one(worker, "jobs")
-    with suspended(pid):
-        observer.hit(pid)
-        time.sleep(SUSPENDED_S)
+    def fill_pools(self) -> None:
+        """Suspend the engine process until no job process has room for another image, then let it go on.
+
+        If the supervisor is faster and replaces it, once more.
+        """
+
+        def is_full_or_replaced() -> bool:
+            return self._free_pools() == [0] * JOB_PROCESSES or pid not in processes_of(self.worker, "engine")
+
+        while True:
+            ended = len(self.observer.finals)
+            wait_for(lambda: len(self.observer.finals) > ended, START_S, "the engine computes")  # noqa: B023
+            pid = wait_for_one(self.worker, "engine")
+            with suspended(pid):
+                wait_for(is_full_or_replaced, START_S, "the memory of all job processes is full")
+            if pid in processes_of(self.worker, "engine"):
+                return
+
+    def _free_pools(self) -> list[int]:
+        """Free bytes of shared memory, as each job process says."""
+        found = []
+        for socket in (self.cluster.folder / "tmp").glob("gradcam-*/jobs-*.http"):
+            with contextlib.suppress(OSError, HTTPException):
+                status, body = health.ask(socket, "/metrics", ANSWER_S)
+                free = re.search(
+                    rb"^gradcam_pixel_pool_free_bytes(?:{[^}]*})? ([0-9.e+]+)$", body, re.MULTILINE
+                )
+                if status == HTTPStatus.OK and free:
+                    found.append(int(float(free[1])))
+        return found
+
+    def kill_in_write(self) -> None:
+        """Kill a job process when half of an image is in its shared memory."""
+        self.observer.hit(self._hit_in_write(tiny_worker.KILLED))
+
+    def suspend_in_write(self) -> None:
+        """Suspend a job process when half of an image is in its shared memory, for longer than a lease."""
+        pid = self._hit_in_write(tiny_worker.SUSPENDED)
+        stat = Path(f"/proc/{pid}/stat")
+        wait_for(lambda: stat.read_text("ascii").rpartition(")")[2].split()[0] == "T", START_S, "it stops")
+        with suspended(pid):
+            self.observer.hit(pid)
+            time.sleep(SUSPENDED_S)
+
+    def _hit_in_write(self, colour: tuple[int, int, int]) -> int:
+        """Submit a job with such an image; return the process that was hit."""
+        folder, name = self.cluster.folder / "tmp", tiny_worker.ARMED
+        for mark in folder.glob(f"{name}*"):
+            mark.unlink()
+        (folder / name).touch()
+        image = self.images[colour]
+        self.in_write.append((self._submit(image), image))
+        wait_for(lambda: [*folder.glob(f"{name}-*")], START_S, "a job process writes the pixels of the image")
+        (mark,) = folder.glob(f"{name}-*")
+        return int(mark.name.removeprefix(f"{name}-"))
+
+    def _submit(self, image: str) -> str:
+        number = UNLIKE_OTHERS + len(self.in_write) + len(self.again)
+        job = self.cluster.job(number, image=image, priority="high", **THREE_CLASSES)
+        self.cluster.submit(job)
+        return job.id
+
+    def submit_again(self) -> None:
+        """Submit the jobs that were hit while they wrote pixels once more, and nothing hits them."""
+        for _, image in self.in_write:
+            self.again.append(self._submit(image))
+
+    def changed(self) -> list[str]:
+        """Ids of jobs that were hit while they wrote pixels, and whose scores differ from another run's."""
+        hit = [job_id for job_id, _ in self.in_write]
+        pairs = zip(hit, self.again, strict=True)
+        return [job_id for job_id, again in pairs if self._scores(job_id) != self._scores(again)]
+
+    def _scores(self, job_id: str) -> Any:
+        path = self.cluster.manifest(job_id)
+        return json.loads(path.read_text(encoding="utf-8"))["predictions"] if path.exists() else None
 
 
 def wait_for_one(worker: Worker, role: str) -> int:

@@ -20,8 +20,8 @@ def make_app(settings: Settings, *, timeout_s: float = 10) -> "Celery":
     """Return the Celery app, configured to lose no message that it can keep.
 
     Args:
-        settings: the worker's settings.
-        timeout_s: how long one answer of the broker may take: its connection may be half open.
+        settings: The worker's settings.
+        timeout_s: How long one answer of the broker may take: its connection may be half open.
     """
     from celery import Celery
     from kombu import Queue

@@ -63,16 +63,16 @@ def parse_message(item: bytes, queue: str, max_job_bytes: int, task: str) -> dic
     """Parse an item of a queue.
 
     Args:
-        item: as it was received.
-        queue: the queue that it was in.
-        max_job_bytes: the size limit of the job in it, as JSON.
-        task: the only task that this queue accepts.
+        item: The item as it was received.
+        queue: The queue that it was in.
+        max_job_bytes: The size limit of the job in it, as JSON.
+        task: The only task that this queue accepts.
 
     Returns:
         The message, as kombu expects it.
 
     Raises:
-        Unreadable: the item is no message of this task. The error is the reason, as part of a sentence.
+        Unreadable: The item is no message of this task. The error is the reason, as part of a sentence.
     """
     if len(item) > max_item_bytes(max_job_bytes):
         raise Unreadable(_too_large(len(item), max_item_bytes(max_job_bytes), "it"))
@@ -119,13 +119,13 @@ def parse_inspection(item: bytes) -> bytes:
     no pattern of workers, and its reply goes to the caller.
 
     Args:
-        item: as it was received.
+        item: The item as it was received.
 
     Returns:
         The command, as kombu expects it.
 
     Raises:
-        Unreadable: it is no such command.
+        Unreadable: The item is no such command.
     """
     if len(item) > MAX_HEADER_BYTES:
         message = f"it has {len(item):,} bytes; at most {MAX_HEADER_BYTES:,} are allowed"
@@ -174,11 +174,11 @@ def check_job(text: bytes, max_job_bytes: int) -> None:
     """Check, before a job is published, that a worker will read it.
 
     Args:
-        text: the job as JSON.
-        max_job_bytes: its size limit.
+        text: The job as JSON.
+        max_job_bytes: The size limit of the job.
 
     Raises:
-        InvalidJob: no worker would read it.
+        InvalidJob: No worker would read it.
     """
     if len(text) > max_job_bytes:
         message = f"No worker would take this job: {_too_large(len(text), max_job_bytes, 'it')}."
@@ -226,9 +226,9 @@ def parse_unacknowledged(
     It may hold an item that was never checked: the process that took it may have died before.
 
     Args:
-        entry: as kombu or the script `receive` wrote it.
-        max_job_bytes: the size limit of a job, as JSON.
-        tasks: the only task of each queue.
+        entry: The entry as kombu or the script `receive` wrote it.
+        max_job_bytes: The size limit of a job, as JSON.
+        tasks: The only task of each queue.
 
     Returns:
         The message, its exchange and its queue; None where the entry is no message.

@@ -50,8 +50,8 @@ class Publisher:
         """Nothing is connected yet.
 
         Args:
-            settings: the broker's address and the prefix of its keys.
-            timeout_s: how long one answer may take. No call is retried.
+            settings: The broker's address and the prefix of its keys.
+            timeout_s: How long one answer may take. No call is retried.
         """
         self._prefix = settings.key_prefix
         self._clients = RedisClients(
@@ -63,12 +63,11 @@ class Publisher:
         """Publish jobs in order.
 
         Args:
-            jobs: each with the time at which it was entered in the ledger, if that is known. The time saves
-            the
-                worker a query: see `Ledger.claim_fresh`.
+            jobs: The jobs, each with the time at which it was entered in the ledger, if that is known. The
+                time saves the worker a query: see `Ledger.claim_fresh`.
 
         Raises:
-            BrokerUnavailable: some of the messages may have been published.
+            BrokerUnavailable: Some of the messages may have been published.
         """
         routed = ((terms_of(job).route, job, at) for job, at in jobs)
         self._push((route, _message(job.id, route, job.to_json(), at)) for route, job, at in routed)

@@ -36,12 +36,12 @@ class QueueWatch:
         """Start the threads. They wait for messages only after `start_waiting`.
 
         Args:
-            pool: connections for these threads alone; `close` disconnects them.
-            lists: the key of each list, with its queue.
-            has_room: whether a message of this queue could be received now.
-            on_message: called, from any thread, when a list has a message, or when the threads end because
+            pool: Connections for these threads alone; `close` disconnects them.
+            lists: The key of each list, with its queue.
+            has_room: Whether a message of this queue could be received now.
+            on_message: Called, from any thread, when a list has a message, or when the threads end because
                 the server does not allow BLMOVE.
-            on_read_only: called when the server takes no writes: it is a replica since a failover.
+            on_read_only: Called when the server takes no writes: it is a replica since a failover.
         """
         self.usable = True
         self._pool, self._redis = pool, redis.Redis(connection_pool=pool)

@@ -21,11 +21,11 @@ def set_aside(pool: redis.ConnectionPool, key_prefix: str, item: bytes, source: 
     """Log an item, and keep its beginning in Redis. Never raises.
 
     Args:
-        pool: connections to the broker.
-        key_prefix: of all keys.
-        item: as it was received.
-        source: the queue or key that it was in.
-        reason: why it is no message, as part of a sentence.
+        pool: Connections to the broker.
+        key_prefix: The prefix of all keys.
+        item: The item as it was received.
+        source: The queue or key that it was in.
+        reason: Why it is no message, as part of a sentence.
     """
     sha256 = hashlib.sha256(item).hexdigest()  # the log must not repeat the content
     log.error("queue_item_unreadable", queue=source, reason=reason, bytes=len(item), sha256=sha256)

@@ -48,7 +48,7 @@ def _explain(
 ) -> JobResult:
     store = admit(job, services)
     bulk = job.priority == "bulk"
-    with services.model_cache.reserve() as slot:
+    with services.inference.reserve() as slot:
         with context.enter_stage("fetch"):
             find_result = partial(_find_result, job, services, context, store, folder)
             if job.image.sha256 and (result := find_result(job.image.sha256)):
@@ -67,12 +67,11 @@ def _explain(
             record = image.record
             tracing.annotate(media_type=record.media_type, width=record.width, height=record.height)
         with context.enter_stage("load"):
-            network = services.model_cache.load(services.networks.find(job.network))
+            network = services.inference.load(services.networks.find(job.network), context.deadline)
             classes = network.labels.select(top_n=job.target.top_n, classes=job.target.classes)
             against = network.labels.select_against(job.target.against, classes)
             method = replace(method_of(job.method, network.facts), against=against)
             values = values_of(network.facts, job.inputs)
-        context.deadline.extend(context.metrics["load_s"])  # weights may have to be downloaded
         with context.enter_stage("explain"):
             pixels, placement = image.fit(network.facts), image.placement(network.facts)
             inferred = None
@@ -90,7 +89,7 @@ def _explain(
     else:  # no batch waits for this job any more
         with context.enter_stage("explain"):
             explanation = explain_in_passes(
-                services.model_cache,
+                services.inference,
                 network,
                 pixels,
                 classes,
@@ -103,7 +102,7 @@ def _explain(
         explanation = replace(explanation, placement=placement)
     if job.metrics:
         with context.enter_stage("measure"):
-            explanation = services.model_cache.measure(
+            explanation = services.inference.measure(
                 network, pixels, explanation, job.metrics, context.deadline, bulk=bulk, values=values
             )
     with context.enter_stage("render"):

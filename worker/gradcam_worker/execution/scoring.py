@@ -41,7 +41,7 @@ def spec_of(method: Method) -> MethodSpec:
 
 
 def explain_in_passes(
-    model_cache: InferenceClient[Any],
+    inference: InferenceClient[Any],
     network: Classifier,
     pixels: NDArray[np.uint8],
     classes: tuple[int, ...],
@@ -53,7 +53,7 @@ def explain_in_passes(
     """Explain one image.
 
     Args:
-        model_cache: Scores the images.
+        inference: Scores the images.
         network: The network.
         pixels: The image (height, width, channels), at the network's input size.
         classes: From `ClassIndex.select`.
@@ -76,5 +76,5 @@ def explain_in_passes(
         report(PassState(done=done, total=total))
         context.deadline.check(f"pass {done + 1} of {total}" if done < total else "explain")
 
-    score = partial(model_cache.scores, network, deadline=context.deadline, bulk=True, values=values)
+    score = partial(inference.scores, network, deadline=context.deadline, bulk=True, values=values)
     return explain_by_scores(network, score, pixels, classes, method, passed)

@@ -47,7 +47,7 @@ class Services:
 
     images: ImageFetcher
     networks: ModelRegistry
-    model_cache: InferenceClient[Any]
+    inference: InferenceClient[Any]
     stores: StorageProvider
     webhooks: WebhookSender
     limits: Limits

@@ -14,6 +14,7 @@ from gradcam_worker.artifacts.dataset import ExplainedRow, Outcome
 from gradcam_worker.artifacts.render import render
 from gradcam_worker.errors import (
     AttemptFenced,
+    EngineUnavailable,
     GradcamError,
     ImageFetchFailed,
     InternalError,
@@ -42,7 +43,15 @@ from gradcam_worker.storage.stores import Store
 T = TypeVar("T")
 
 # Errors that end the whole shard, whichever row raises them.
-SHARD_ERRORS = (AttemptFenced, JobCanceled, JobTimeout, OutputNotAllowed, StorageUnavailable, UnknownLayer)
+SHARD_ERRORS = (
+    AttemptFenced,
+    EngineUnavailable,
+    JobCanceled,
+    JobTimeout,
+    OutputNotAllowed,
+    StorageUnavailable,
+    UnknownLayer,
+)
 
 
 @dataclass(frozen=True)
@@ -111,7 +120,7 @@ class ShardRows:
         if loaded.placement:
             explanation = replace(explanation, placement=loaded.placement)
         if self._shard.metrics:
-            explanation = self._services.model_cache.measure(
+            explanation = self._services.inference.measure(
                 self._network,
                 loaded.pixels,
                 explanation,

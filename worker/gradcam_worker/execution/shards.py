@@ -153,12 +153,11 @@ class _ShardRun:
     """One attempt at computing the rows of a shard."""
 
     def __init__(self, shard: Shard, services: Services, context: JobContext, store: Store) -> None:
-        self.shard, self.model_cache, self.context = shard, services.model_cache, context
+        self.shard, self.inference, self.context = shard, services.inference, context
         self._grid: dataset.Grid | None = None
         self._layer = ""
-        begun_s = time.monotonic()
-        self.network: Classifier = services.model_cache.load(services.networks.find(shard.network))
-        context.deadline.extend(time.monotonic() - begun_s)  # weights may have to be downloaded
+        row = services.networks.find(shard.network)
+        self.network: Classifier = services.inference.load(row, context.deadline)
         weights_sha256 = self.network.facts.weights_sha256
         if shard.weights_sha256 not in {None, weights_sha256}:
             message = (
@@ -175,7 +174,7 @@ class _ShardRun:
         if self.in_passes:  # what the shard leaves open is written into its file
             self.shard = shard = shard.model_copy(update={"method": spec_of(self.method)})
         self.rows = ShardRows(shard, services, context, store, self.network)
-        self.batch_size = 1 if self.in_passes else services.model_cache.shard_batch_size(self.network)
+        self.batch_size = 1 if self.in_passes else services.inference.shard_batch_size(self.network)
 
     def grid_and_layer(self) -> tuple[dataset.Grid, str]:
         """Return the grid and the layer of the heatmaps. If no row was explained, explain a grey image."""
@@ -383,12 +382,12 @@ class _ShardRun:
     ) -> list[Explanation | GradcamError]:
         network, method, context = self.network, self.method, self.context
         if not self.in_passes:
-            return self.model_cache.infer_many(
+            return self.inference.infer_many(
                 network, batch, self.classes, method, context.deadline, alone=alone, values=further
             )
         return [
             explain_in_passes(
-                self.model_cache,
+                self.inference,
                 network,
                 pixels,
                 self.classes,

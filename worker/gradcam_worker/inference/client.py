@@ -57,7 +57,7 @@ class InferenceClient(Protocol[C]):
         """Moving average of the number of images in a batch; 0 before the first one."""
         ...
 
-    def load(self, row: NetworkRow) -> C:
+    def load(self, row: NetworkRow, deadline: Deadline | None = None) -> C:
         """See `gradcam_worker.inference.model_cache.ModelCache.load`."""
         ...
 

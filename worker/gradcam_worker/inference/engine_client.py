@@ -2,6 +2,10 @@
 
 If the engine ends, its successor gets all requests that were not answered. One that was at the device when an
 engine ended is suspected: it is sent to run alone. If the engine ends again meanwhile, the request fails.
+
+A job gets the time back for which it waited and no engine answered, up to `MAX_ABSENCE_S` at a time. When it
+has no time left and there is still no engine, it fails with `EngineUnavailable`, which another worker may
+retry.
 """
 
 import hashlib
@@ -23,9 +27,11 @@ from numpy.typing import NDArray
 
 from gradcam_worker import __version__
 from gradcam_worker.errors import (
+    EngineUnavailable,
     GradcamError,
     InternalError,
     InvalidSettings,
+    JobTimeout,
     NetworkCrashed,
     error_class,
 )
@@ -71,7 +77,8 @@ SEND_BUFFER_BYTES = 1024 * 1024
 SEND_TIMEOUT_S = 5  # of one message: a hung engine reads none, and its supervisor replaces it
 WAITING_FOR_ENGINE = "waiting for the engine process"
 MAX_LOSSES = 10  # of the connection, before a request that never reached the device fails
-MAX_ABSENCE_S = 600.0  # of the engine, for which jobs get their time back
+MAX_ABSENCE_S = 180.0  # of the engine, for which jobs get their time back: it starts in less
+SILENT_AFTER_S = 5.0  # an engine that hangs; one that works reports its state every second
 READY_POLL_INTERVAL_S = 0.1
 CANCEL_POLL_INTERVAL_S = 1.0  # between two checks whether the job of a request was cancelled
 NO_BLOCK = -1
@@ -92,9 +99,7 @@ class _Request:
     """A request that the engine has not answered."""
 
     message: Infer | Score | Load
-    deadline: Deadline
     block: Block | None = None
-    counted_s: float = field(default_factory=time.monotonic)  # until when its time has counted
     done: threading.Event = field(default_factory=threading.Event)
     answer: Any = None
     error: GradcamError | None = None
@@ -107,6 +112,44 @@ class _Request:
         if self.block:
             self.block.release()
         self.done.set()
+
+
+@dataclass(eq=False)
+class _Wait:
+    """The wait of a job, for memory or for an answer."""
+
+    client: "EngineClient"
+    deadline: Deadline
+    counts: bool  # whether time counts for which an engine was there; loading does not count
+    since_s: float = field(default_factory=time.monotonic)
+
+    def left_s(self) -> float:
+        """Seconds that are left to the job: see `EngineClient.give_back`."""
+        if left_s := self.deadline.left_s():
+            return left_s
+        self.client.give_back(self)
+        return self.deadline.left_s()
+
+    def check(self, doing: str) -> None:
+        """Raise where the job may not wait any longer.
+
+        Args:
+            doing: What it waits for.
+
+        Raises:
+            EngineUnavailable: No time is left, and there is no engine.
+            JobTimeout: No time is left.
+            GradcamError: The job was cancelled.
+        """
+        if self.left_s():
+            return
+        try:
+            self.deadline.check(doing)
+        except JobTimeout as error:
+            if (absent_s := self.client.absent_s()) is None:
+                raise
+            message = f"The engine process has not answered for {absent_s:.0f} s."
+            raise EngineUnavailable(message) from error
 
 
 @dataclass(frozen=True)
@@ -133,6 +176,7 @@ class EngineClient:
         self._path, self._observer = path, observer
         self._pool = PixelPool(pool_bytes, observer)
         self._requests: dict[int, _Request] = {}
+        self._waits = set[_Wait]()
         self._numbers = itertools.count(1)
         self._slots = 0  # reserved, and not yet used
         self._networks: dict[str, RemoteNetwork] = {}  # by name: the latest version
@@ -145,7 +189,8 @@ class EngineClient:
         self._fatal: str | None = None
         self._thread: threading.Thread | None = None
         self._closed = False
-        self._absent_since_s: float | None = None  # when the connection to the last engine ended
+        self._absent_since_s: float | None = time.monotonic()  # None: there is a connection
+        self._heard_s = 0.0  # when the engine last sent something
         self.resent = 0  # number of requests that were sent again to another engine
 
     def connect(self, timeout_s: float) -> Welcome:
@@ -182,7 +227,7 @@ class EngineClient:
     @property
     def not_ready(self) -> str | None:
         """Why no job should be taken yet; None if the engine is reachable and warm."""
-        if self._fatal or not self._connected.is_set():
+        if self._fatal or not self._connected.is_set() or self.absent_s():
             return self._fatal or "the engine process does not answer"
         return self._state.not_ready
 
@@ -221,14 +266,14 @@ class EngineClient:
         """The name of the engine's device."""
         return self._welcome.device if self._welcome else ""
 
-    def load(self, row: NetworkRow) -> RemoteNetwork:
+    def load(self, row: NetworkRow, deadline: Deadline | None = None) -> RemoteNetwork:
         """See `InferenceClient.load`."""
         with self._lock:
             network = self._networks.get(row.name)
         if network and (network.row is row or network.row == row):
             return network
-        key, deadline = self._register(row), Deadline(float("inf"))
-        loaded: Loaded = self._ask(lambda number, _: Load(number, key), deadline)
+        key, deadline = self._register(row), deadline or Deadline(float("inf"))
+        loaded: Loaded = self._ask(lambda number, _: Load(number, key), deadline, counts=False)
         network = RemoteNetwork(
             key, row, FACTS.validate_json(loaded.facts), LABELS.validate_json(loaded.labels)
         )
@@ -356,6 +401,8 @@ class EngineClient:
         pixels: NDArray[np.uint8] | None = None,
         submitted: Callable[[], None] = lambda: None,
         values: NDArray[np.float32] | None = None,
+        *,
+        counts: bool = True,
     ) -> Any:
         """Send a request and wait for its answer.
 
@@ -365,21 +412,38 @@ class EngineClient:
             pixels: Copied into the shared memory.
             submitted: Called when the request is sent, or will be when there is an engine.
             values: Of further inputs, (n, width): copied into the shared memory, after the pixels.
+            counts: Whether time counts for which an engine was there.
 
         Raises:
             JobTimeout: The deadline passed.
+            EngineUnavailable: The deadline passed, and there was no engine.
             GradcamError: The engine answered with this error.
         """
         deadline.check(WAITING_FOR_ENGINE)
+        wait = _Wait(self, deadline, counts)
+        self._waits.add(wait)
+        try:
+            return self._ask_and_wait(make, wait, pixels, values, submitted)
+        finally:
+            if not counts:
+                self.give_back(wait)
+            self._waits.discard(wait)
+
+    def _ask_and_wait(
+        self,
+        make: Callable[[int, int], Infer | Score | Load],
+        wait: _Wait,
+        pixels: NDArray[np.uint8] | None,
+        values: NDArray[np.float32] | None,
+        submitted: Callable[[], None],
+    ) -> Any:
         block = None
         if pixels is not None:
             size = pixels.nbytes if values is None else aligned(pixels.nbytes) + values.nbytes
-            block = self._pool.reserve(size, deadline)
-            block.pixels(pixels.shape)[...] = pixels
-            if values is not None:
-                block.values(pixels.nbytes, values.shape)[...] = values
+            block = self._pool.reserve(size, wait)
+            block.write(pixels, values)
         number = next(self._numbers)
-        request = _Request(make(number, block.offset if block else NO_BLOCK), deadline, block)
+        request = _Request(make(number, block.offset if block else NO_BLOCK), block)
         with self._lock:
             if self._closed:
                 request.complete(error=InternalError("The connection to the engine process was closed."))
@@ -387,16 +451,35 @@ class EngineClient:
                 self._requests[number] = request
                 self._send(request.message)
                 submitted()
-        while not request.done.wait(min(deadline.left_s(), CANCEL_POLL_INTERVAL_S)):
-            if not deadline.left_s() and not self._extend_deadline(request):
-                try:
-                    deadline.check(WAITING_FOR_ENGINE)
-                except GradcamError:
-                    self._abandon(number)
-                    raise
+        while not request.done.wait(min(wait.left_s(), CANCEL_POLL_INTERVAL_S)):
+            try:
+                wait.check(WAITING_FOR_ENGINE)
+            except GradcamError:
+                self._abandon(number)
+                raise
         if request.error is not None:
             raise request.error
         return request.answer
+
+    def give_back(self, wait: _Wait) -> None:
+        """Give a job the time back for which it waited and no engine answered, or that does not count.
+
+        Args:
+            wait: The job's wait.
+        """
+        with self._lock:
+            now_s, absent_s = time.monotonic(), self.absent_s()
+            since_s = now_s - (absent_s or 0.0) if wait.counts else wait.since_s
+            until_s = now_s - max((absent_s or 0.0) - MAX_ABSENCE_S, 0.0)
+            wait.deadline.give_back(max(since_s, wait.since_s), until_s)
+
+    def absent_s(self) -> float | None:
+        """For how long there has been no engine, or a silent one. None: there is one."""
+        with self._lock:
+            now_s, since_s = time.monotonic(), self._absent_since_s
+            if since_s is None and now_s - self._heard_s > SILENT_AFTER_S:
+                since_s = self._heard_s
+            return None if since_s is None else now_s - since_s
 
     def _abandon(self, number: int) -> None:
         """Give up a request. The engine may read its block until it answers."""
@@ -461,10 +544,19 @@ class EngineClient:
     def _read(self, stream: socket.socket) -> None:
         receiver = Receiver()
         while not self._closed and (data := stream.recv(RECEIVE_BYTES)):
+            self._engine_answers()
             for message, body in receiver.feed(data):
                 self._handle(stream, message, body)
                 if self._fatal:
                     return
+
+    def _engine_answers(self) -> None:
+        """Note that the engine has sent something."""
+        with self._lock:
+            if self._absent_since_s is None and self.absent_s() is not None:  # it was silent
+                for wait in [*self._waits]:
+                    self.give_back(wait)
+            self._heard_s = time.monotonic()
 
     def _handle(self, stream: socket.socket, message: Message, body: memoryview) -> None:
         if isinstance(message, Results):
@@ -493,8 +585,8 @@ class EngineClient:
             self._welcome = welcome
             self._state = replace(self._state, not_ready=welcome.not_ready)
             self._stream = stream
-            for request in self._requests.values():
-                self._extend_deadline(request)
+            for wait in [*self._waits]:
+                self.give_back(wait)
             self._absent_since_s = None
             waiting = [request.message for request in self._requests.values()]
             announced = [
@@ -508,21 +600,11 @@ class EngineClient:
         self._connected.set()
         log.info("engine_connected", pid=welcome.pid, device=welcome.device)
 
-    def _extend_deadline(self, request: _Request) -> bool:
-        """Give a job the time back for which there was no engine. Returns whether it has time left."""
-        with self._lock:
-            now_s = time.monotonic()
-            if self._absent_since_s is not None and now_s - self._absent_since_s < MAX_ABSENCE_S:
-                request.deadline.extend(now_s - max(self._absent_since_s, request.counted_s))
-                for other in (request, *self._requests.values()):
-                    if other.deadline is request.deadline:  # of the same shard
-                        other.counted_s = now_s
-        return request.deadline.left_s() > 0
-
     def _disconnect(self) -> None:
         with self._lock:
             stream, self._stream = self._stream, None
-            self._absent_since_s = self._absent_since_s or time.monotonic()
+            if self._absent_since_s is None:
+                self._absent_since_s = time.monotonic() - (self.absent_s() or 0.0)
             if not self._fatal:  # which `connect` reports
                 self._connected.clear()
         if stream:
@@ -539,7 +621,7 @@ class EngineClient:
                 request.losses += 1
                 if request.losses >= MAX_LOSSES:
                     text = f"The connection to the engine process was lost {request.losses} times."
-                    self._complete(number, error=InternalError(text))
+                    self._complete(number, error=EngineUnavailable(text))
                 elif request.is_abandoned:
                     self._complete(number, error=InternalError("Nobody waits for this request."))
                 elif at_device and not isinstance(message, Load):

@@ -169,17 +169,30 @@ class ModelCache:
         """Moving average of the number of images in a batch; 0 before the first one."""
         return self._batcher.mean_batch_size
 
-    def load(self, row: NetworkRow) -> Network:
+    def load(self, row: NetworkRow, deadline: Deadline | None = None) -> Network:
         """Return the network of this row, in exactly this version; load it if necessary.
 
         After a permanent error the row is refused for `RETRY_LOAD_AFTER_S` without another try, so that not
         every job downloads its file in vain.
+
+        Args:
+            row: The row.
+            deadline: The job's deadline. Loading does not count: weights may have to be downloaded.
 
         Raises:
             GradcamError: Whatever the constructor's `load` raises.
         """
         if network := self._cached(row):
             return network  # without a wait for a thread that loads another version
+        since_s = time.monotonic()
+        try:
+            return self._load_once(row)
+        finally:
+            if deadline:
+                deadline.give_back(since_s, time.monotonic())
+
+    def _load_once(self, row: NetworkRow) -> Network:
+        """Load a network, or wait for the thread that does."""
         with self._lock:
             lock = self._loading.setdefault(row.name, threading.Lock())
         with lock:

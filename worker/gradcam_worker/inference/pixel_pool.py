@@ -17,13 +17,13 @@ import threading
 import time
 import weakref
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gradcam_worker.errors import InternalError
 from gradcam_worker.observability.events import NULL_OBSERVER, Observer
-from gradcam_worker.resilience.deadline import Deadline
 
 HEADER_BYTES = 4096
 ALIGNMENT = 64  # of blocks, and size of the state before the pixels
@@ -34,6 +34,18 @@ WAITING_FOR_MEMORY = "waiting for shared memory"
 def aligned(size: int) -> int:
     """Round a number of bytes up to a multiple of `ALIGNMENT`."""
     return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+class TimeLimit(Protocol):
+    """How long a job may wait: see `gradcam_worker.resilience.deadline.Deadline`."""
+
+    def left_s(self) -> float:
+        """Seconds left, never below zero."""
+        ...
+
+    def check(self, doing: str) -> None:
+        """Raise where the job may not continue."""
+        ...
 
 
 @dataclass(eq=False)
@@ -51,6 +63,12 @@ class Block:
     def values(self, pixel_bytes: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
         """Return its memory after the pixels as an array of this shape."""
         return np.ndarray(shape, np.float32, self.pool.memory, self.offset + ALIGNMENT + aligned(pixel_bytes))
+
+    def write(self, pixels: NDArray[np.uint8], values: NDArray[np.float32] | None = None) -> None:
+        """Copy pixels, and the values of further inputs, of the request into its memory."""
+        self.pixels(pixels.shape)[...] = pixels
+        if values is not None:
+            self.values(pixels.nbytes, values.shape)[...] = values
 
     def take_mark(self) -> bool:
         """Whether the engine that ended had started to compute the request. Its successor has not."""
@@ -97,16 +115,16 @@ class PixelPool:
         """Change the number of announced requests. Not thread-safe: the client has a lock."""
         self._announced[0] += change
 
-    def reserve(self, pixel_bytes: int, deadline: Deadline) -> Block:
+    def reserve(self, pixel_bytes: int, limit: TimeLimit) -> Block:
         """Reserve memory for the pixels of a request; wait until there is room.
 
         Args:
             pixel_bytes: Number of bytes.
-            deadline: The job's deadline.
+            limit: How long the job may wait.
 
         Raises:
             InternalError: The whole pool is smaller.
-            JobTimeout: The deadline passed.
+            GradcamError: The job may not wait any longer.
         """
         size = ALIGNMENT + aligned(pixel_bytes)
         if size > self.size - HEADER_BYTES:
@@ -117,19 +135,24 @@ class PixelPool:
             raise InternalError(message)
         with self._changed:
             offset = self._take(size)
-            if offset is None:
-                offset = self._wait_for(size, deadline)
+        if offset is None:
+            offset = self._wait_for(size, limit)
         self.memory[offset] = WAITING
         return Block(offset, size, self)
 
-    def _wait_for(self, size: int, deadline: Deadline) -> int:
+    def _wait_for(self, size: int, limit: TimeLimit) -> int:
         """Wait until there is room, and take it; return its offset."""
         since_s = time.monotonic()
         try:
             while True:
-                deadline.check(WAITING_FOR_MEMORY)
-                self._changed.wait(min(deadline.left_s(), 1.0))  # the deadline may be cancelled meanwhile
-                if (offset := self._take(size)) is not None:
+                # Without the lock: whoever completes a request may hold another one, and wait for this.
+                limit.check(WAITING_FOR_MEMORY)
+                pause_s = min(limit.left_s(), 1.0)  # the job may be cancelled meanwhile
+                with self._changed:
+                    if (offset := self._take(size)) is None:
+                        self._changed.wait(pause_s)
+                        offset = self._take(size)
+                if offset is not None:
                     return offset
         finally:
             self._observer.pixel_pool_waited(time.monotonic() - since_s)

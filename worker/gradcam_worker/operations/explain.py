@@ -63,7 +63,7 @@ def explain_files(
     service_factory.prepare(settings)
     services = service_factory.build_services(settings.model_copy(update=changes))
     job = Job.parse({"image": "file:///", "timeout_s": TIMEOUT_S, **spec})
-    network = services.model_cache.load(services.networks.find(job.network))
+    network = services.inference.load(services.networks.find(job.network))
     selected = network.labels.select(top_n=job.target.top_n, classes=job.target.classes)
     network.labels.select_against(job.target.against, selected)
     values_of(network.facts, job.inputs)

@@ -1,6 +1,7 @@
 """The deadline of a job, which can be extended and cancelled."""
 
 import math
+import threading
 import time
 
 from gradcam_worker.errors import GradcamError, JobTimeout
@@ -13,14 +14,26 @@ class Deadline:
 
     def __init__(self, seconds: float) -> None:
         """The deadline is `seconds` from now."""
+        now_s = time.monotonic()
         self._allowed_s = seconds
-        self._end_s = time.monotonic() + seconds
+        self._end_s = now_s + seconds
+        self._given_back_until_s = now_s
+        self._lock = threading.Lock()
         self._lease_end_s = math.inf
         self._cancelled: GradcamError | None = None
 
-    def extend(self, seconds: float) -> None:
-        """Move the deadline, by time that was lost without the job's fault."""
-        self._end_s += seconds
+    def give_back(self, since_s: float, until_s: float) -> None:
+        """Move the deadline, by time that was lost without the job's fault. No time is given back twice.
+
+        Args:
+            since_s: When that began, by `time.monotonic`.
+            until_s: Until when it is given back.
+        """
+        with self._lock:
+            since_s = max(since_s, self._given_back_until_s)
+            if until_s > since_s:
+                self._end_s += until_s - since_s
+                self._given_back_until_s = until_s
 
     def cancel(self, error: GradcamError) -> None:
         """Make the job stop now.

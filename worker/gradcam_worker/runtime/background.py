@@ -50,17 +50,17 @@ def build(
     """Build the loops. None is started.
 
     Args:
-        settings: of this process.
-        publisher: publishes lost jobs again.
-        ledger: the jobs, and the outbox of their events.
-        send: sends a webhook, as `Webhooks.send` does.
-        worker_id: the name of this process.
-        observer: counts what the loops do.
-        spans: traces of deliveries.
-        outages: the outages of this process.
+        settings: The settings of this process.
+        publisher: Publishes lost jobs again.
+        ledger: Holds the jobs, and the outbox of their events.
+        send: Sends a webhook, as `Webhooks.send` does.
+        worker_id: The name of this process.
+        observer: Counts what the loops do.
+        spans: Traces of deliveries.
+        outages: Logs the outages of this process.
 
     Raises:
-        InvalidSettings: the database of `GRADCAM_STATUS_SQL_URL` cannot be used.
+        InvalidSettings: The database of `GRADCAM_STATUS_SQL_URL` cannot be used.
     """
     outages = outages or Outages()
     reaper = Reaper(

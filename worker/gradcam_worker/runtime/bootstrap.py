@@ -53,8 +53,8 @@ def build_worker(
             "device": worker.device,
             "since": started_at.isoformat(),
             "running": len(leases.jobs()),
-            "batch": round(services.model_cache.mean_batch_size, 1),
-            "trouble": breaker.open_reason or services.model_cache.failure,
+            "batch": round(services.inference.mean_batch_size, 1),
+            "trouble": breaker.open_reason or services.inference.failure,
         }
         return json.dumps(state)
 

@@ -49,7 +49,7 @@ def choose(settings: Settings) -> list[Device]:
         The devices in order, at least one.
 
     Raises:
-        InvalidSettings: a GPU is named that does not exist, or twice.
+        InvalidSettings: A GPU is named that does not exist, or twice.
     """
     environment = {**FEW_THREADS, **settings.environment_for_child()}
     if settings.devices == "cpu":
@@ -84,7 +84,7 @@ def usable_cores(root: Path = Path("/")) -> int:
     """Return the number of cores that this process may use: its affinity, and the quota of its cgroup.
 
     Args:
-        root: the folder of `proc` and `sys`.
+        root: The folder of `proc` and `sys`.
 
     Returns:
         At least 1. A quota of 2.5 cores is 2.
@@ -129,13 +129,13 @@ def use_single_device(settings: Settings) -> Settings:
     """Restrict this process to the one device that the settings name. Call it before a backend is imported.
 
     Args:
-        settings: those of this process.
+        settings: The settings of this process.
 
     Returns:
         The settings with what the device changes.
 
     Raises:
-        InvalidSettings: they name several devices.
+        InvalidSettings: The settings name several devices.
     """
     first, *others = choose(settings)
     if others:
@@ -152,8 +152,8 @@ def visible_gpus(environment: Mapping[str, str], dev: Path = Path("/dev")) -> li
     """Return the names by which `CUDA_VISIBLE_DEVICES` can select the GPUs that a process sees.
 
     Args:
-        environment: of that process.
-        dev: the folder of device files.
+        environment: The environment of that process.
+        dev: The folder of device files.
 
     Returns:
         UUIDs or numbers, in order.

@@ -33,10 +33,10 @@ class LivenessReporter:
         """Nothing is written yet.
 
         Args:
-            fd: the file descriptor to write to; None where nobody reads.
-            broker_answers: whether the broker is reachable; None where the process has no consumer.
-            other_reason: another reason to restart the process, if any.
-            starts: whether the process does not take jobs yet.
+            fd: The file descriptor to write to; None where nobody reads.
+            broker_answers: Whether the broker is reachable; None where the process has no consumer.
+            other_reason: Another reason to restart the process, if any.
+            starts: Whether the process does not take jobs yet.
         """
         self._fd, self._broker_answers, self._other_reason = fd, broker_answers, other_reason
         self._starts = starts

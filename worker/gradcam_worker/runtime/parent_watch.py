@@ -26,10 +26,10 @@ def spawn(
     """Run a program that ends at SIGTERM, or when this process has ended.
 
     Args:
-        command: the program and its arguments.
-        log: a file to which its output is appended; None: the output of this process.
-        environment: variables in addition to those of this process.
-        grace_s: seconds between asking it to end and killing it.
+        command: The program and its arguments.
+        log: A file to which its output is appended; None: the output of this process.
+        environment: Variables in addition to those of this process.
+        grace_s: Seconds between asking it to end and killing it.
 
     Returns:
         The keeper of the program: end it with `stop`.

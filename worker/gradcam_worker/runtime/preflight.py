@@ -57,11 +57,11 @@ def check(settings: Settings, *, stores: bool = True) -> None:
     The checks run in parallel: together they take at most 15 s, where storage does not answer.
 
     Args:
-        settings: of the process.
-        stores: whether the process explains images and writes to storage.
+        settings: The settings of the process.
+        stores: Whether the process explains images and writes to storage.
 
     Raises:
-        InvalidSettings: a fault is permanent.
+        InvalidSettings: A fault is permanent.
     """
     checks = [check_broker, check_ledger, check_eviction]
     if stores:
@@ -96,8 +96,8 @@ def check_ledger(settings: Settings) -> str:
         Its URL, and the number of queued and running jobs, for the operator.
 
     Raises:
-        LedgerUnavailable: it does not answer.
-        InvalidSettings: it refuses this process.
+        LedgerUnavailable: The ledger does not answer.
+        InvalidSettings: The ledger refuses this process.
     """
     name = "GRADCAM_LEDGER_URL" if settings.ledger_url else "GRADCAM_BROKER_URL"
     ledger = RedisLedger(settings, timeout_s=ANSWER_TIMEOUT_S, retries=0)
@@ -117,7 +117,7 @@ def check_eviction(settings: Settings) -> str:
         The policy of each server, for the operator.
 
     Raises:
-        InvalidSettings: accepted jobs would be evicted.
+        InvalidSettings: Accepted jobs would be evicted.
     """
     policies = []
     for policy in EvictionMonitor(settings, timeout_s=ANSWER_TIMEOUT_S).read_policies():
@@ -145,8 +145,8 @@ def check_storage(settings: Settings) -> str:
         The URI that was written.
 
     Raises:
-        StorageUnavailable: the fault is temporary.
-        InvalidSettings: it is permanent.
+        StorageUnavailable: The fault is temporary.
+        InvalidSettings: The fault is permanent.
     """
     try:
         return probe_storage(settings)
@@ -271,7 +271,7 @@ def check_device(settings: Settings) -> str:
         The name of the device.
 
     Raises:
-        InvalidSettings: it is a CPU, and a GPU is needed.
+        InvalidSettings: The device is a CPU, and a GPU is needed.
     """
     from gradcam_worker.runtime import service_factory
 

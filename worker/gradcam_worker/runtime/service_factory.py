@@ -32,12 +32,12 @@ def build_services(
     """Build the services that jobs use. Nothing is connected yet.
 
     Args:
-        settings: of this process.
-        inference: loads networks and computes, here or in an engine process; None: a new ModelCache.
-        observer: counts what the services do.
+        settings: The settings of this process.
+        inference: Loads networks and computes, here or in an engine process; None: a new ModelCache.
+        observer: Counts what the services do.
 
     Raises:
-        InvalidSettings: a setting cannot be used.
+        InvalidSettings: A setting cannot be used.
     """
     if settings.forward == "openvino":
         openvino_forward.require()
@@ -45,7 +45,7 @@ def build_services(
     return Services(
         images=UriFetcher(settings, s3, observer=observer),
         networks=Registry(settings.networks),
-        model_cache=inference or build_model_cache(settings, observer=observer),
+        inference=inference or build_model_cache(settings, observer=observer),
         stores=Stores(settings, s3, observer),
         webhooks=Webhooks(settings),
         limits=Limits(
@@ -70,9 +70,9 @@ def build_model_cache(
     """Build what loads networks and computes in this process. Nothing is loaded yet.
 
     Args:
-        settings: of this process.
-        load_row: replaces `load`, so that a custom program can run other networks than Keras's.
-        observer: counts what it does.
+        settings: The settings of this process.
+        load_row: Replaces `load`, so that a custom program can run other networks than Keras's.
+        observer: Counts what it does.
     """
     return ModelCache(
         load_row or partial(load, settings, S3(settings)),
@@ -96,9 +96,9 @@ def load(settings: Settings, s3: S3, row: NetworkRow) -> Network:
     The file of an operator's own network is downloaded, and its checksum verified, before anything reads it.
 
     Args:
-        settings: of this process.
-        s3: downloads the file.
-        row: the network's row in the registry.
+        settings: The settings of this process.
+        s3: Downloads the file.
+        row: The network's row in the registry.
 
     Returns:
         The network, ready to compute.

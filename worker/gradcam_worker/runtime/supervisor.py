@@ -146,11 +146,11 @@ class Supervisor:
         """No process is started yet.
 
         Args:
-            settings: of the supervisor; a worker process gets them in its environment.
-            command: starts a worker process. The file descriptor for its signs of life is added to it.
+            settings: The settings of the supervisor; a worker process gets them in its environment.
+            command: Starts a worker process. The file descriptor for its signs of life is added to it.
 
         Raises:
-            InvalidSettings: a device does not exist, or there are too few ports for metrics.
+            InvalidSettings: A device does not exist, or there are too few ports for metrics.
         """
         self._timeout_s = settings.shutdown_timeout_s
         self._stalled_after_s = settings.stalled_after_s

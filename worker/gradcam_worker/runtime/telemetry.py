@@ -78,9 +78,9 @@ class Telemetry:
         """Add the checks and gauges of a worker process.
 
         Args:
-            loaded_networks: the number of networks in memory.
-            breaker: the circuit breaker of the storage.
-            eviction: why Redis may lose accepted jobs, if so.
+            loaded_networks: The number of networks in memory.
+            breaker: The circuit breaker of the storage.
+            eviction: Why Redis may lose accepted jobs, if so.
         """
         self.health.ready["storage"] = lambda: breaker.open_reason
         self.health.ready["eviction"] = eviction
@@ -101,7 +101,7 @@ class Telemetry:
         """Add the gauges of the device, and of the networks in its process.
 
         Args:
-            loaded_networks: the number of networks in memory.
+            loaded_networks: The number of networks in memory.
         """
         if not self._metrics:
             return

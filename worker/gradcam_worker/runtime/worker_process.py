@@ -63,9 +63,9 @@ def register(app: Celery, handler: JobHandler, ledger_outage: Outage) -> None:
     """Register our tasks with the app, and remove all others.
 
     Args:
-        app: the worker's Celery app.
-        handler: handles the job of each message.
-        ledger_outage: notified when the ledger is unreachable.
+        app: The worker's Celery app.
+        handler: Handles the job of each message.
+        ledger_outage: Notified when the ledger is unreachable.
     """
 
     def explain(self: Any, *args: object) -> None:
@@ -123,17 +123,16 @@ def run(settings: Settings, *, ready_fd: int | None = None, load: service_factor
     """Handle jobs in this process until it is asked to stop.
 
     Args:
-        settings: of this process.
-        ready_fd: the file descriptor for signs of life, where a supervisor started this process. It writes
-        there
-            while it takes jobs and is healthy, and ends cleanly when its standard input is closed.
-        load: loads a network, instead of `service_factory.load`.
+        settings: The settings of this process.
+        ready_fd: The file descriptor for signs of life, if a supervisor started this process. It writes
+            there while it takes jobs and is healthy, and ends cleanly when its standard input is closed.
+        load: Loads a network, instead of `service_factory.load`.
 
     Returns:
         The exit code.
 
     Raises:
-        InvalidSettings: the process cannot work with its settings.
+        InvalidSettings: The process cannot work with its settings.
     """
     configure_logging(settings.log_format, settings.log_level)
     _quiet_libraries()
