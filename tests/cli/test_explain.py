@@ -73,6 +73,22 @@ class TestExplain:
         assert main(["explain", image, "--occlusion-window", "9", "-o", str(tmp_path)]) == 1
         assert "window is a parameter of occlusion, not of gradcam" in capsys.readouterr().err
 
+    def test_integrated_gradients_fill_all_artifacts_and_the_manifest_says_how_they_were_made(
+        self, photos: Path, tmp_path: Path
+    ) -> None:
+        how = ["--method", "integrated_gradients", "--steps", "8", "--baseline", "blurred", "--top-n", "1"]
+        kinds = ["--artifact", "heatmap", "--artifact", "report", "--artifact", "overlay"]
+        assert main(["explain", str(photos / "coffee.jpg"), *how, *kinds, "-o", str(tmp_path)]) == 0
+        manifest = Manifest.model_validate_json((tmp_path / "coffee" / "manifest.json").read_bytes())
+        assert (manifest.method.steps, manifest.method.baseline) == (8, "blurred")
+        assert (manifest.method.layer, manifest.network.layer) == (None, "input")
+        [explained] = manifest.explanations
+        assert explained.completeness_error is not None
+        arrays = np.load(tmp_path / "coffee" / "heatmaps.npz")
+        assert arrays["heatmaps"].shape == (1, 224, 224)
+        assert arrays["raw_min"][0] < 0
+        assert "8 steps from blurred" in (tmp_path / "coffee" / "report.html").read_text()
+
     def test_a_bad_image_changes_the_exit_code_and_no_other_result(
         self, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -317,6 +317,17 @@ def test_only_a_network_that_crops_or_pads_has_the_column_that_says_what_it_saw(
     assert None not in shown[4:]
 
 
+def test_integrated_gradients_of_a_shard_have_the_size_of_the_input() -> None:
+    harness = Harness({uri(0): png((20, 220, 200)), uri(1): png((220, 20, 20))})
+    harness.run(shard_of(harness.images, target={"top_n": 1}, method={"name": "integrated_gradients"}))
+    assert harness.table.column("class_name").to_pylist() == ["green", "red"]
+    assert harness.table.schema.field("heatmap").type.list_size == 16 * 16
+    metadata = json.loads(harness.table.schema.metadata[dataset.METADATA_KEY])
+    assert metadata["grid"] == [16, 16]
+    assert (metadata["method"]["steps"], metadata["method"]["baseline"]) == (64, "black")
+    assert metadata["network"]["layer"] == "input"
+
+
 def test_boxes_and_peaks_are_in_pixels_of_the_full_size_of_an_image_decoded_at_a_smaller_scale() -> None:
     large = np.full((960, 1280, 3), 20, np.uint8)
     large[:480, 640:] = (0, 0, 255)

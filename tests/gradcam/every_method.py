@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from gradcam_worker.gradcam.classes import DATA
 from gradcam_worker.gradcam.decoding.decode import decode
 from gradcam_worker.gradcam.imaging.resize import fit
-from gradcam_worker.gradcam.methods import cam
+from gradcam_worker.gradcam.methods import cam, integrated
 from gradcam_worker.gradcam.network import Method, Network
 
 PHOTO, CLASSES = "astronaut", (812, 560)
@@ -26,9 +26,10 @@ SMALL = (20, 24)  # height, width
 # Of the deep network, whose passes take seconds to compile: one method for each kind of gradient that is
 # computed (means, all values, none).
 DEEP = [*map(Method, ("gradcam", "gradcam++", "eigencam"))]
-FEW = [*map(Method, cam.METHODS), Method(flip=True), Method(score="probability")]
+FEW = [*map(Method, cam.METHODS), Method(flip=True), Method(score="probability"), Method(integrated.NAME)]
 ALL = [Method(name, flip=flip) for name in cam.METHODS for flip in (False, True)]
 ALL += [Method(name, score="probability") for name in cam.METHODS if name != "notebook"]
+ALL += [Method(integrated.NAME), Method(integrated.NAME, against=(4,)), Method(against=(4, 5))]
 
 
 def by_hand() -> Network:
@@ -77,6 +78,7 @@ def computed() -> dict[str, NDArray[Any]]:
         for method in methods:
             seen = network.compute(pixels, np.array(wishes, np.int32), method)
             case = f"{name} {method.name}{' flip' * method.flip}{' probability' * (method.score != 'logit')}"
+            case += f" against {method.against}" * bool(method.against)
             found[f"{case} ids"] = seen.class_ids
             found[f"{case} heatmaps"] = np.stack([cam.heatmaps(raw) for raw in seen.raw])
     return found

@@ -17,7 +17,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from numpy.typing import NDArray
 
-from gradcam_worker.gradcam.methods import cam
+from gradcam_worker.gradcam.methods import cam, integrated
 
 pytestmark = pytest.mark.tensorflow
 log = logging.getLogger(__name__)
@@ -61,7 +61,10 @@ def test_heatmaps_of_all_methods_agree_with_and_without_flip_and_for_the_probabi
     assert set(on_other_backend) == set(on_tensorflow)
     cases = [name.removesuffix(" ids") for name in on_tensorflow if name.endswith(" ids")]
     for network in ("by_hand", "flattened"):
-        assert {case.split()[1] for case in cases if case.startswith(network)} == set(cam.METHODS)
+        assert {case.split()[1] for case in cases if case.startswith(network)} == {
+            *cam.METHODS,
+            integrated.NAME,
+        }
     assert sum(case.startswith("efficientnet_lite0") for case in cases) == 3
     apart = {
         name: float(np.abs(on_other_backend[name] - array).max()) for name, array in on_tensorflow.items()

@@ -33,7 +33,7 @@ from gradcam_worker.errors import (
     WeightsUnavailable,
 )
 from gradcam_worker.gradcam.catalog import CATALOG, NetworkRow
-from gradcam_worker.gradcam.explain import Explanation
+from gradcam_worker.gradcam.explain import Explanation, explain_pixels
 from gradcam_worker.gradcam.network import GRADCAM, Computed, Method
 from gradcam_worker.inference import engine_client, messages
 from gradcam_worker.inference.engine_client import EngineClient
@@ -185,6 +185,36 @@ def test_images_with_different_values_share_a_batch(path: Path) -> None:
         answers = [*threads.map(ask, ages)]
     np.testing.assert_allclose(answers, [AgedNetwork().scores(RED[None])[0, 1] + age for age in ages], 1e-6)
     assert [len(one) for one in network.seen] == [4]
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_integrated_gradients_cross_the_border_in_parts_which_other_jobs_may_share(
+    path: Path, flip: bool
+) -> None:
+    here = ModelCache(lambda _: TinyNetwork())
+    method = Method("integrated_gradients", flip=flip, baseline="blurred", steps=20)
+    images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)
+    expected = explain_pixels(TinyNetwork(), images, [(-1, -2)] * 3, method)
+    with engine(path, ModelCache(lambda _: TinyNetwork())) as server, client(path) as remote:
+        remote.connect(WAIT_S)
+        both: tuple[Any, ...] = here, remote
+        for inference in both:
+            network = inference.load(ROW)
+            found = inference.infer_many(network, images, (-1, -2), method, Deadline(WAIT_S))
+
+            def one(pixels: Any, inference: Any = inference, network: Any = network) -> Any:
+                with inference.reserve() as slot:
+                    return slot.infer(network, pixels, (-1, -2), method, Deadline(WAIT_S)).explanation
+
+            with ThreadPoolExecutor(3) as pool:
+                found += pool.map(one, images)
+            for index, explanation in enumerate(found):
+                assert isinstance(explanation, Explanation)
+                assert explanation.explained == expected[index % 3].explained
+                np.testing.assert_allclose(explanation.heatmaps, expected[index % 3].heatmaps, atol=1e-5)
+                assert explanation.completeness_error is not None
+                assert explanation.completeness_error.max() < 1e-3
+        assert remote.in_flight == server._expected() == 0
 
 
 def test_only_this_user_can_open_the_socket(path: Path) -> None:

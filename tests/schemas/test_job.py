@@ -100,6 +100,13 @@ def test_the_example_of_the_contract_is_a_job() -> None:
         ({"target": {"classes": []}}, "at least 1 item"),
         ({"target": {"top_n": 1, "against": []}}, "at least 1 item"),
         ({"target": {"top_n": 1, "against": "dog"}}, "target.against: against is a list, as in ['dog']"),
+        (
+            {"method": {"name": "gradcam", "steps": 64}},
+            "steps is a parameter of integrated_gradients, not of gradcam",
+        ),
+        ({"method": {"name": "integrated_gradients", "layer": "top"}}, "which explains the pixels"),
+        ({"method": {"name": "integrated_gradients", "steps": 7}}, "greater than or equal to 8"),
+        ({"method": {"name": "integrated_gradients", "baseline": "red"}}, "'black', 'grey' or 'blurred'"),
         ({"target": {"classes": ["cat", 3], "against": [3]}}, "3 is both in classes and in against"),
         (
             {"target": {"top_n": 1, "against": [3]}, "method": {"name": "eigencam"}},

@@ -35,7 +35,7 @@ with extras.required("gradcam_worker.testing"):
     from gradcam_worker.gradcam.catalog import NetworkRow
     from gradcam_worker.gradcam.classes import ClassIndex, Label
     from gradcam_worker.gradcam.decoding.decode import Limits
-    from gradcam_worker.gradcam.methods import cam
+    from gradcam_worker.gradcam.methods import cam, integrated
     from gradcam_worker.gradcam.models.registry import Registry
     from gradcam_worker.gradcam.network import GRADCAM, Computed, Method, Network, NetworkFacts
     from gradcam_worker.images.fetch import FetchedBytes
@@ -184,17 +184,36 @@ class TinyNetwork:
         if method.layer not in {None, "auto", "blocks"}:
             message = f"Layer {method.layer!r} does not exist; there is 'blocks'."
             raise UnknownLayer(message)
+        if method.name == integrated.NAME:
+            return self._integrate(pixels, wanted, method)
         cells, blocks, scores = self.CELLS, self._blocks(pixels), self.scores(pixels)
+        class_ids, weights = self._explained(scores, wanted, method)
+        weights = weights / np.float32(cells**2)
+        gradients = np.broadcast_to(weights[:, :, None, None], (*weights.shape[:2], cells, cells, 3))
+        return Computed("blocks", scores, class_ids, cam.METHODS[method.name](np, blocks, gradients))
+
+    def _explained(
+        self, scores: NDArray[np.float32], wanted: NDArray[np.int32], method: Method
+    ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """Class ids (n, k), and how what is explained rises with the mean of each colour (k, n, channels)."""
         ranked_scores = scores.copy()
         ranked_scores[:, [*method.against]] = -np.inf
         order = np.argsort(-ranked_scores, axis=1, kind="stable")
         ranked = np.take_along_axis(order, np.maximum(-wanted - 1, 0), axis=1)
         class_ids = np.where(wanted < 0, ranked, wanted).astype(np.int32)
-        weights = self.KERNEL.T[class_ids.T] / cells**2  # (k, n, channels)
+        slopes: NDArray[Any] = self.KERNEL.T[class_ids.T]
         if method.against:
-            weights = weights - self.KERNEL.T[[*method.against]].mean(axis=0) / cells**2
-        gradients = np.broadcast_to(weights[:, :, None, None], (*weights.shape[:2], cells, cells, 3))
-        return Computed("blocks", scores, class_ids, cam.METHODS[method.name](np, blocks, gradients))
+            slopes = slopes - self.KERNEL.T[[*method.against]].mean(axis=0)
+        return class_ids, np.asarray(slopes, np.float32)
+
+    def _integrate(self, pixels: NDArray[np.uint8], wanted: NDArray[np.int32], method: Method) -> Computed:
+        """Integrated Gradients: the scores are linear, so that the slopes are the same at every step."""
+        scores = self.scores(pixels)
+        class_ids, slopes = self._explained(scores, wanted, method)
+        _, shares = integrated.positions_and_shares(method)
+        apart = pixels.astype(np.float32) - integrated.baseline(pixels, method.baseline)
+        raw = np.einsum("nhwc,knc->nkhw", apart, slopes) * shares.sum() / (255 * self.SIDE**2)
+        return Computed(integrated.LAYER, scores, class_ids, raw.astype(np.float32))
 
     def begin(
         self, pixels: NDArray[np.uint8], wanted: NDArray[np.int32], method: Method = GRADCAM

@@ -161,11 +161,10 @@ def method_record(method: MethodSpec, explanation: Explanation) -> MethodRecord:
     computed = explanation.method
     if computed is None:
         return MethodRecord(**{**dict(method), "layer": explanation.layer})
-    return MethodRecord(
-        **vars(computed),
-        baseline=masking.BASELINE,
-        scored_images=masking.image_count(computed, explanation.network.input_size),
-    )
+    if not masking.is_masking(computed):
+        return MethodRecord(**vars(computed))
+    scored_images = masking.image_count(computed, explanation.network.input_size)
+    return MethodRecord(**{**vars(computed), "baseline": masking.BASELINE, "scored_images": scored_images})
 
 
 def shown_xyxy(placement: Placement | None, image: InputRecord) -> tuple[float, float, float, float] | None:
@@ -201,6 +200,9 @@ def _explained_class(
         peak_xy=peak_xy(explanation.heatmaps[index], image_size, explanation.placement),
         hot=salient_region,
         metrics=dict(explanation.metrics[index]) if explanation.metrics else {},
+        completeness_error=(
+            None if explanation.completeness_error is None else float(explanation.completeness_error[index])
+        ),
         artifacts=records,
     )
 
@@ -246,10 +248,16 @@ def class_scores(predictions: tuple[Prediction, ...]) -> tuple[ClassScore, ...]:
 
 
 def result_warnings(image: InputRecord, explanation: Explanation) -> tuple[ResultWarning, ...]:
-    """List what a reader of this explanation should know: a damaged image, heatmaps that are zero."""
+    """List what a reader should know: a damaged image, heatmaps that are zero, sums that are wrong."""
     warnings = [
         ResultWarning(code="zero_heatmap", class_id=class_id) for class_id in explanation.zero_heatmaps
     ]
+    for class_id in explanation.incomplete:
+        detail = (
+            "The attributions do not sum to the difference between the scores of image and baseline: take "
+            "more steps."
+        )
+        warnings.append(ResultWarning(code="incomplete_attributions", class_id=class_id, detail=detail))
     if image.damage:
         warnings.insert(0, ResultWarning(code="image_damaged", **dict(image.damage)))
     return tuple(warnings)

@@ -14,6 +14,7 @@ from gradcam_worker.gradcam.decoding.decode import Decoded
 from gradcam_worker.gradcam.explain import Explanation, file_name
 from gradcam_worker.gradcam.imaging import animation, overlay, region, sheet
 from gradcam_worker.gradcam.imaging.resize import Pixels, shrink_to_edge
+from gradcam_worker.gradcam.methods import integrated
 from gradcam_worker.images.prepare import DecodedImage
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.schemas.manifest import SalientRegion
@@ -215,6 +216,7 @@ def _method_text(method: MethodSpec) -> str:
     details = {
         "rise": f", {method.masks} masks of {method.cells} x {method.cells} cells, seed {method.seed}",
         "occlusion": f", a square of {method.window} pixels every {method.stride} pixels",
+        integrated.NAME: f", {method.steps} steps from {method.baseline}",
     }.get(method.name, "")
     return f"{method.name}{score}{details}" + (", with the mirror image" if method.flip else "")
 

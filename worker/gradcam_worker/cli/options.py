@@ -15,6 +15,7 @@ METHOD_OPTIONS = ("layer", "score", "normalize", "flip")
 METHODS, SCORES, NORMALIZE = (
     get_args(MethodSpec.model_fields[name].annotation) for name in ("name", "score", "normalize")
 )
+BASELINES = get_args(get_args(MethodSpec.model_fields["baseline"].annotation)[0])
 
 MASKING_OPTIONS = {  # of the methods that cover parts of the image: option, least value, help
     "masks": ("--masks", 2, "Of rise: number of masks, each of which costs a forward pass. [1024]"),
@@ -89,7 +90,8 @@ def explanation_options(command: Command) -> Command:
         **others: Any,
     ) -> Any:
         how = {name: others.pop(name) for name in METHOD_OPTIONS}
-        chosen = {name: others.pop(f"method_{name}") for name in MASKING_OPTIONS} | {"name": method}
+        parameters = (*MASKING_OPTIONS, "steps", "baseline")
+        chosen = {name: others.pop(f"method_{name}") for name in parameters} | {"name": method}
         against = others.pop("against")
         spec: dict[str, Any] = {
             "network": network,
@@ -163,6 +165,18 @@ def explanation_options(command: Command) -> Command:
             "--layer",
             help="Layer whose feature maps are used: a name, or auto to find one in the model. "
             "[the network's own]",
+        ),
+        click.option(
+            "--baseline",
+            "method_baseline",
+            type=click.Choice(BASELINES),
+            help="Of integrated_gradients: where the line to the image begins. [black]",
+        ),
+        click.option(
+            "--steps",
+            "method_steps",
+            type=click.IntRange(8, 1024),
+            help="Of integrated_gradients: each costs a forward and a backward pass. [64]",
         ),
         *(
             click.option(option, f"method_{name}", type=click.IntRange(least), help=help_text)

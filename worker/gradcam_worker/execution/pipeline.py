@@ -112,7 +112,7 @@ def _explain(
             explanation,
             context.deadline,
             job_id=job.id,
-            method=spec_of(method) if masking.is_masking(method) else job.method,
+            method=spec_of(method),
         )
         image.release()
     with context.enter_stage("upload"):

@@ -37,7 +37,7 @@ from gradcam_worker.execution.scoring import explain_in_passes, method_of, spec_
 from gradcam_worker.execution.services import Services
 from gradcam_worker.execution.shard_rows import SHARD_ERRORS, LoadedImage, ShardRows
 from gradcam_worker.gradcam.explain import Explanation
-from gradcam_worker.gradcam.methods import masking
+from gradcam_worker.gradcam.methods import integrated, masking
 from gradcam_worker.gradcam.network import Classifier, repeat_values, sample_values
 from gradcam_worker.inference.model_cache import GREY
 from gradcam_worker.observability.logs import ContextThreadPool
@@ -171,7 +171,9 @@ class _ShardRun:
         self.method = replace(method_of(shard.method, self.network.facts), against=against)
         # By a method that needs many passes for each image, images are explained one by one.
         self.in_passes = masking.is_masking(self.method)
-        if self.in_passes:  # what the shard leaves open is written into its file
+        if (
+            self.in_passes or self.method.name == integrated.NAME
+        ):  # what the shard leaves open is written into its file
             self.shard = shard = shard.model_copy(update={"method": spec_of(self.method)})
         self.rows = ShardRows(shard, services, context, store, self.network)
         self.batch_size = 1 if self.in_passes else services.inference.shard_batch_size(self.network)

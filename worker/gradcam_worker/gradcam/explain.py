@@ -22,7 +22,7 @@ from gradcam_worker.gradcam.decoding.decode import Limits, decode
 from gradcam_worker.gradcam.decoding.structure import Damage
 from gradcam_worker.gradcam.imaging.network_input import to_input
 from gradcam_worker.gradcam.imaging.overlay import encode, overlay
-from gradcam_worker.gradcam.methods import cam, masking
+from gradcam_worker.gradcam.methods import cam, integrated, masking
 from gradcam_worker.gradcam.network import (
     Classifier,
     Computed,
@@ -33,6 +33,7 @@ from gradcam_worker.gradcam.network import (
     repeat_values,
     scores,
 )
+from gradcam_worker.gradcam.probabilities import to_probabilities
 from gradcam_worker.gradcam.sizing import Placement
 
 RGB_CHANNELS = 3
@@ -72,9 +73,11 @@ class Explanation:
         raw_min: (k,), the least value of each heatmap before the ReLU and the division by the peak.
         raw_max: (k,), as `raw_min`, the greatest value.
         metrics: Faithfulness of each of the k heatmaps, if requested.
-        method: Of a method that covers parts of the image: it, with each of its parameters.
+        method: Of a method with parameters of its own: it, with each of them.
         against: The classes that each is explained against: why it is that class and not one of these.
         placement: The part of the image that the heatmaps lie on; None: exactly all of it.
+        completeness_error: (k,), of Integrated Gradients: how far the sum of the attributions is from the
+            difference between the scores of image and baseline, as a share of it; None: of other methods.
     """
 
     network: NetworkFacts
@@ -88,6 +91,7 @@ class Explanation:
     method: Method | None = field(default=None, kw_only=True)
     against: tuple[Label, ...] = field(default=(), kw_only=True)
     placement: Placement | None = field(default=None, kw_only=True)
+    completeness_error: NDArray[np.float32] | None = field(default=None, kw_only=True)
 
     def __repr__(self) -> str:
         """Show the classes and the shape of the heatmaps, whose values would fill the screen."""
@@ -111,6 +115,16 @@ class Explanation:
     def shown(self) -> NDArray[np.float32]:
         """The heatmaps as they are drawn, (k, rows, columns), in [0, 1]."""
         return cam.heatmaps(self.heatmaps, "joint")  # changes nothing if the greatest peak is 1
+
+    @property
+    def incomplete(self) -> tuple[int, ...]:
+        """The ids of explained classes whose attributions have a wrong sum: see `completeness_error`."""
+        if self.completeness_error is None:
+            return ()
+        pairs = zip(self.explained, self.completeness_error, strict=True)
+        return tuple(
+            prediction.id for prediction, error in pairs if error > integrated.MAX_COMPLETENESS_ERROR
+        )
 
     @property
     def zero_heatmaps(self) -> tuple[int, ...]:
@@ -333,13 +347,13 @@ def choose_method(method: Method | None, facts: NetworkFacts) -> Method:
             f"network. For this one there are {' and '.join(masking.METHODS)}."
         )
         raise MethodNotSupported(message)
-    return masking.with_defaults(method, facts.input_size)
+    return masking.with_defaults(integrated.with_defaults(method), facts.input_size)
 
 
 def check_method(method: Method) -> None:
     """Check that formula, score and normalization of a method exist and fit. Raises InvalidJob."""
     for name, choices in (
-        (method.name, (*cam.METHODS, *masking.METHODS)),
+        (method.name, (*cam.METHODS, integrated.NAME, *masking.METHODS)),
         (method.score, cam.SCORES),
         (method.normalize, cam.NORMALIZE),
     ):
@@ -387,7 +401,18 @@ def explain_pixels(
             explain_by_scores(network, partial(score, of_image=of_image), image, selection, method)
             for image, selection, of_image in zip(pixels, selections, further, strict=True)
         ]
-    computed = compute(network, pixels, pad_selections(selections), method, values)
+    wanted = pad_selections(selections)
+    if method.name == integrated.NAME:
+        computed = integrated.integrate(
+            lambda images, ids, part: compute(network, images, ids, part, values),
+            lambda images: scores(network, images, values),
+            pixels,
+            wanted,
+            method,
+            network.facts.head,
+        )
+    else:
+        computed = compute(network, pixels, wanted, method, values)
     return [
         extract_explanation(network, computed, index, selection, method)
         for index, selection in enumerate(selections)
@@ -489,6 +514,10 @@ def extract_explanation(
         raw_min=raw.min(axis=(1, 2)),
         raw_max=raw.max(axis=(1, 2)),
         against=tuple(network.labels[class_id] for class_id in method.against),
+        method=method if method.name == integrated.NAME else None,
+        completeness_error=(
+            None if computed.completeness_error is None else computed.completeness_error[index, :count]
+        ),
     )
 
 
@@ -517,24 +546,6 @@ def _check_probabilities(
             f"(the difference is {difference:.2g})."
         )
         raise NetworkIncompatible(message)
-
-
-def to_probabilities(scores: NDArray[np.float64], head: str) -> NDArray[np.float64]:
-    """Turn scores into probabilities.
-
-    Args:
-        scores: (..., classes).
-        head: `softmax`: they sum to 1; `sigmoid`: each class has its own; `probabilities`: scores are such.
-
-    Returns:
-        (..., classes), in [0, 1].
-    """
-    if head == "probabilities":
-        return np.clip(scores, 0, 1)  # rounding may exceed the limits
-    if head == "sigmoid":
-        return np.asarray(np.exp(-np.logaddexp(0, -scores)))
-    powers = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    return np.asarray(powers / powers.sum(axis=-1, keepdims=True))
 
 
 def _prediction(labels: ClassIndex, class_id: int, rank: int, probability: float) -> Prediction:

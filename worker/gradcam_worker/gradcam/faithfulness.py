@@ -14,8 +14,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from gradcam_worker.gradcam.explain import Explanation, to_probabilities
+from gradcam_worker.gradcam.explain import Explanation
 from gradcam_worker.gradcam.imaging.resize import enlarge
+from gradcam_worker.gradcam.probabilities import to_probabilities
 
 METRICS = ("deletion", "insertion")
 STEPS = 32  # so 33 images are scored for each class and metric

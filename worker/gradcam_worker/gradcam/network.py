@@ -60,6 +60,9 @@ class Method:
         score: What is explained, from `cam.SCORES`: the score before the softmax, or log p after it.
         normalize: How heatmaps are scaled, from `cam.NORMALIZE`.
         flip: Average the heatmap with that of the mirrored image.
+        baseline: Of `integrated_gradients`, from `integrated.BASELINES`.
+        steps: Of `integrated_gradients`.
+        part: Which of the steps are computed: the first, and the one after the last; None: all.
         against: Ids of classes. What is explained is the score of a class less the mean of theirs: why it is
             that class and not one of these.
         masks: Of `rise`: the number of masks.
@@ -77,6 +80,9 @@ class Method:
     normalize: str = "per_class"
     flip: bool = False
     against: tuple[int, ...] = ()
+    baseline: str | None = None
+    steps: int | None = None
+    part: tuple[int, int] | None = None
     masks: int | None = None
     cells: int | None = None
     seed: int | None = None
@@ -96,8 +102,15 @@ class Computed:
     class_ids: NDArray[np.int32]  # (n, k)
     raw: NDArray[np.float32]  # (n, k, map height, map width), before the ReLU
     outputs: NDArray[np.float32] | None = None  # (n, units): those of the network; None: the scores
+    completeness_error: NDArray[np.float32] | None = None  # (n, k): see `Explanation.completeness_error`
 
     __repr__ = short_repr
+
+    def of(self, images: slice, classes: int) -> "Computed":
+        """The results of some of the images, and of their first `classes`."""
+        outputs = None if self.outputs is None else self.outputs[images]
+        class_ids, raw = self.class_ids[images, :classes], self.raw[images, :classes]
+        return Computed(self.layer, self.scores[images], class_ids, raw, outputs)
 
 
 class Classifier(Protocol):

@@ -118,8 +118,10 @@ def _details(explanation: Explanation, index: int) -> str:
     metrics = explanation.metrics[index] if explanation.metrics else {}
     rank = ", ".join(filter(None, (f"Rank {prediction.rank}", prediction.wnid)))
     raw = f"Raw map from {explanation.raw_min[index]:.4g} to {explanation.raw_max[index]:.4g}"
+    error = explanation.completeness_error
+    complete = "" if error is None else f"Sum of the attributions off by {error[index]:.1%}"
     areas = ", ".join(f"{metric} {area:.3f}" for metric, area in metrics.items())
-    return " ".join(f"{part}." for part in (rank, raw, areas.capitalize()) if part)
+    return " ".join(f"{part}." for part in (rank, raw, complete, areas.capitalize()) if part)
 
 
 def _prediction_data(prediction: Prediction) -> dict[str, Any]:

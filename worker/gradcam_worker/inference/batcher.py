@@ -169,7 +169,7 @@ class Batcher:
         self,
         network: Network,
         pixels: NDArray[np.uint8],
-        classes: Sequence[int],
+        classes: Sequence[Any],
         method: Method,
         deadline: Deadline,
         values: NDArray[np.float32] | None = None,
@@ -182,7 +182,8 @@ class Batcher:
         Args:
             network: The network.
             pixels: Images of the network's input size (n, height, width, channels).
-            classes: Ids of the classes to explain in each image; -1 is the best one.
+            classes: Ids of the classes to explain in each image, or a tuple of these for each; -1 is the best
+                one.
             method: The method.
             deadline: The job's deadline.
             values: Of further inputs (n, width); None: the network has none.
@@ -475,15 +476,18 @@ def begin_images(network: Network, method: Method) -> Callable[[list[InferenceRe
 def begin_batch(
     network: Network,
     pixels: NDArray[np.uint8],
-    classes: Sequence[int],
+    classes: Sequence[Any],
     method: Method,
     values: NDArray[np.float32] | None = None,
 ) -> Callable[[list[InferenceRequest]], Finish]:
-    """Return the function that starts a batch of its own, of all `pixels`."""
+    """Return the function that starts a batch of its own, of all `pixels`.
+
+    The classes are the same for all images, or a tuple for each.
+    """
+    of_each = [*classes] if isinstance(classes[0], tuple) else [tuple(classes)] * len(pixels)
 
     def begin(_: list[InferenceRequest]) -> Finish:
-        wanted = pad_selections([tuple(classes)] * len(pixels))
-        return begin_network(network, pixels, wanted, method, values)
+        return begin_network(network, pixels, pad_selections(of_each), method, values)
 
     return begin
 

@@ -16,7 +16,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -37,8 +37,9 @@ from gradcam_worker.errors import (
 )
 from gradcam_worker.gradcam.catalog import NetworkRow
 from gradcam_worker.gradcam.classes import ClassIndex
-from gradcam_worker.gradcam.explain import Explanation, extract_explanation
+from gradcam_worker.gradcam.explain import Explanation, extract_explanation, pad_selections
 from gradcam_worker.gradcam.faithfulness import measure
+from gradcam_worker.gradcam.methods import integrated
 from gradcam_worker.gradcam.network import Computed, Method, NetworkFacts, repeat_values
 from gradcam_worker.inference import messages
 from gradcam_worker.inference.messages import (
@@ -319,7 +320,7 @@ class EngineClient:
         self,
         network: RemoteNetwork,
         pixels: NDArray[np.uint8],
-        classes: tuple[int, ...],
+        classes: tuple[Any, ...],
         method: Method,
         deadline: Deadline,
         *,
@@ -356,10 +357,38 @@ class EngineClient:
     ) -> list[Explanation | GradcamError]:
         """See `InferenceClient.infer_many`."""
         wanted, images = tuple(classes), len(pixels)
+        if method.name == integrated.NAME:
+
+            def compute(each: NDArray[np.uint8], ids: NDArray[np.int32], part: Method) -> Computed:
+                rows = tuple(map(tuple, ids.tolist()))
+                return self.compute(
+                    network, each, rows, part, deadline, images=images, bulk=True, alone=alone, values=values
+                ).computed
+
+            score = partial(self._scores_of_each, network, values, deadline)
+            selected = pad_selections([wanted] * images)
+            computed = integrated.integrate(compute, score, pixels, selected, method, network.facts.head)
+            return extract_each(network, computed, wanted, method)
         answer = self.compute(
             network, pixels, wanted, method, deadline, images=images, bulk=True, alone=alone, values=values
         )
         return extract_each(network, answer.computed, wanted, method)
+
+    def _scores_of_each(
+        self,
+        network: RemoteNetwork,
+        values: NDArray[np.float32] | None,
+        deadline: Deadline,
+        pixels: NDArray[np.uint8],
+    ) -> NDArray[np.float32]:
+        """`scores` of a shard's images, each with its own values of further inputs (n, width)."""
+        scores: NDArray[np.float32] = self._ask(
+            lambda number, offset: Score(number, network.key, offset, len(pixels), bulk=True, alone=False),
+            deadline,
+            pixels,
+            values=values,
+        )
+        return scores
 
     def scores(
         self,
@@ -713,11 +742,44 @@ class EngineSlot:
     ) -> InferenceResult:
         """See `ReservedSlot.infer`."""
         wanted = tuple(classes)
+        if method.name == integrated.NAME:
+            return self._integrate(network, pixels, wanted, method, deadline, bulk=bulk, values=values)
         answer = self.compute(network, pixels, wanted, method, deadline, bulk=bulk, values=values)
         explanation = extract_explanation(network, answer.computed, 0, wanted, method)
         return InferenceResult(explanation, answer.waited_s, answer.computed_s, answer.batch_size)
 
+    def _integrate(
+        self,
+        network: RemoteNetwork,
+        pixels: NDArray[np.uint8],
+        classes: tuple[int, ...],
+        method: Method,
+        deadline: Deadline,
+        *,
+        bulk: bool,
+        values: NDArray[np.float32] | None,
+    ) -> InferenceResult:
+        """`infer` with Integrated Gradients, part by part."""
+        answers: list[Answer] = []
+
+        def compute(images: NDArray[np.uint8], wanted: NDArray[np.int32], part: Method) -> Computed:
+            ids = tuple(wanted[0].tolist())
+            with self._client.reserve() if answers else nullcontext(self) as slot:
+                answer = slot.compute(network, images[0], ids, part, deadline, bulk=bulk, values=values)
+            answers.append(answer)
+            return answers[-1].computed.of(slice(0, 1), len(ids))
+
+        score = partial(self._client.scores, network, deadline=deadline, bulk=bulk, values=values)
+        selected = pad_selections([classes])
+        computed = integrated.integrate(compute, score, pixels[None], selected, method, network.facts.head)
+        explanation = extract_explanation(network, computed, 0, classes, method)
+        waited_s, computed_s = (
+            sum(getattr(answer, name) for answer in answers) for name in ("waited_s", "computed_s")
+        )
+        return InferenceResult(explanation, waited_s, computed_s, answers[-1].batch_size)
+
 
 def _fields(method: Method) -> tuple[Any, ...]:
     plain = method.name, method.layer, method.score, method.normalize, method.flip
-    return (*plain, method.against) if method.against else plain
+    further = method.against, method.baseline, method.steps, method.part
+    return (*plain, *further) if any(further) else plain

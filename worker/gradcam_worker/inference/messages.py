@@ -95,7 +95,7 @@ class Infer:
     key: str
     offset: int  # of the pixels in the pool
     images: int  # 0: one image, which may share a batch
-    classes: tuple[int, ...]
+    classes: tuple[Any, ...]  # ids or ranks; of `images`, also a tuple of these for each image
     method: tuple[Any, ...]  # the fields of `Method`, without the last ones where they have their defaults
     bulk: bool
     alone: bool  # nothing else may be at the device: this request may have ended an engine

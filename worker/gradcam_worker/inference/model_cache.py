@@ -20,8 +20,10 @@ from gradcam_worker.gradcam.explain import (
     choose_method,
     explain_by_scores,
     extract_explanation,
+    pad_selections,
 )
 from gradcam_worker.gradcam.faithfulness import measure
+from gradcam_worker.gradcam.methods import integrated
 from gradcam_worker.gradcam.network import (
     GRADCAM,
     Classifier,
@@ -35,7 +37,7 @@ from gradcam_worker.gradcam.network import (
     scores,
 )
 from gradcam_worker.inference.batcher import DEFAULT_BATCH_SIZE, Batcher
-from gradcam_worker.inference.request import InferenceRequest, InferenceResult
+from gradcam_worker.inference.request import InferenceRequest, InferenceResponse, InferenceResult
 from gradcam_worker.observability.events import NULL_OBSERVER, Observer
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.text.log_events import EventLogger
@@ -101,11 +103,61 @@ class BatchSlot:
             DeviceOutOfMemory: The device has too little memory even for this image alone.
             JobTimeout: The deadline passed.
         """
+        if method.name == integrated.NAME:
+            return self._integrate(
+                network, pixels, tuple(classes), method, deadline, bulk=bulk, values=values
+            )
         response = self._batcher.compute(
             network, pixels, classes, method, deadline, bulk=bulk, submitted=self._submitted, values=values
         )
         explanation = extract_explanation(network, response.computed, response.index, tuple(classes), method)
         return InferenceResult(explanation, response.waited_s, response.computed_s, response.batch_size)
+
+    def _integrate(
+        self,
+        network: Network,
+        pixels: NDArray[np.uint8],
+        classes: tuple[int, ...],
+        method: Method,
+        deadline: Deadline,
+        *,
+        bulk: bool,
+        values: NDArray[np.float32] | None,
+    ) -> InferenceResult:
+        """`infer` with Integrated Gradients, part by part."""
+        responses: list[InferenceResponse] = []
+
+        def compute(images: NDArray[np.uint8], wanted: NDArray[np.int32], part: Method) -> Computed:
+            ids = wanted[0].tolist()
+            responses.append(
+                self._batcher.compute(
+                    network,
+                    images[0],
+                    ids,
+                    part,
+                    deadline,
+                    bulk=bulk,
+                    submitted=self._submitted,
+                    values=values,
+                )
+            )
+            computed: Computed = responses[-1].computed
+            index = responses[-1].index
+            return computed.of(slice(index, index + 1), len(ids))
+
+        def score(images: NDArray[np.uint8]) -> NDArray[np.float32]:
+            its_values = repeat_values(values, len(images))
+            return self._batcher.run_exclusive(
+                lambda: scores(network, images, its_values), deadline, bulk=bulk
+            )
+
+        selected = pad_selections([classes])
+        computed = integrated.integrate(compute, score, pixels[None], selected, method, network.facts.head)
+        explanation = extract_explanation(network, computed, 0, classes, method)
+        waited_s, computed_s = (
+            sum(getattr(response, name) for response in responses) for name in ("waited_s", "computed_s")
+        )
+        return InferenceResult(explanation, waited_s, computed_s, responses[-1].batch_size)
 
 
 class ModelCache:
@@ -406,6 +458,23 @@ class ModelCache:
             DeviceOutOfMemory: The device has too little memory for this batch.
             JobTimeout: The deadline passed.
         """
+        if method.name == integrated.NAME:
+
+            def compute(images: NDArray[np.uint8], wanted: NDArray[np.int32], part: Method) -> Computed:
+                rows = [*map(tuple, wanted.tolist())]
+                computed: Computed = self._batcher.compute_many(
+                    network, images, rows, part, deadline, values
+                ).computed
+                return computed
+
+            def score(images: NDArray[np.uint8]) -> NDArray[np.float32]:
+                return self._batcher.run_exclusive(
+                    lambda: scores(network, images, values), deadline, bulk=True
+                )
+
+            selected = pad_selections([tuple(classes)] * len(pixels))
+            computed = integrated.integrate(compute, score, pixels, selected, method, network.facts.head)
+            return extract_each(network, computed, tuple(classes), method)
         response = self._batcher.compute_many(network, pixels, classes, method, deadline, values)
         return extract_each(network, response.computed, tuple(classes), method)
 

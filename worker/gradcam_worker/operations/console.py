@@ -127,6 +127,8 @@ def warning_text(warning: ResultWarning) -> str:
         return f"{warning.code}: nothing in the image is evidence for class {warning.class_id}"
     if warning.missing is not None:
         return f"{warning.code}: {warning.missing:.1%} of the image is missing: {warning.detail}"
+    if warning.code == "incomplete_attributions":
+        return f"{warning.code}: class {warning.class_id}: {warning.detail}"
     return f"{warning.code}: {warning.detail}" if warning.detail else warning.code
 
 

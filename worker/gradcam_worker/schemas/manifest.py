@@ -53,6 +53,9 @@ class ExplainedClass(ResponseModel):
     peak_xy: tuple[int, int] | None
     hot: SalientRegion | None = None
     metrics: dict[str, float] = Field(default_factory=dict)  # deletion and insertion, if requested
+    # Of integrated_gradients: how far the sum of the attributions is from the difference between the scores
+    # of image and baseline, as a share of it.
+    completeness_error: float | None = None
     artifacts: tuple[ArtifactRecord, ...]
 
 
@@ -109,7 +112,7 @@ class MethodRecord(MethodSpec, ResponseModel):
     `scored_images` is what it cost: the number of images that the network scored.
     """
 
-    baseline: str | None = None
+    baseline: str | None = None  # type: ignore[assignment]  # a document that is read, of any version
     scored_images: int | None = None
 
 

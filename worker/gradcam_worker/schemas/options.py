@@ -29,6 +29,7 @@ MASKING_PARAMETERS = {  # of the methods that cover parts of the image
     "rise": ("masks", "cells", "seed"),
     "occlusion": ("window", "stride"),
 }
+PARAMETERS = {**MASKING_PARAMETERS, "integrated_gradients": ("steps", "baseline")}
 MAX_INPUTS, MAX_INPUT_LENGTH, MAX_INPUT_NUMBERS = 64, 1024, 65_536  # of a network, beside the image
 
 
@@ -135,8 +136,10 @@ class MethodSpec(RequestModel):
 
     That is `gradcam`, or `rise` for a network that only gives scores. `rise` and `occlusion` need nothing but
     scores: they score the image with parts of it covered by grey, `masks` + 1 times (1025 by default), or
-    once for each position of the window and once more (170 times by default). With `notebook` the network
-    gets an image that was not preprocessed, so the predictions differ too.
+    once for each position of the window and once more (170 times by default). The heatmaps
+    of `integrated_gradients` have the size of the network's input; each of its `steps` costs a forward and a
+    backward pass. With `notebook` the network gets an image that was not preprocessed, so the predictions
+    differ too.
     """
 
     name: Literal[
@@ -148,6 +151,7 @@ class MethodSpec(RequestModel):
         "layercam",
         "eigencam",
         "notebook",
+        "integrated_gradients",
         "rise",
         "occlusion",
     ] = "gradcam"
@@ -155,6 +159,11 @@ class MethodSpec(RequestModel):
     score: Literal["logit", "probability"] = "logit"
     normalize: Literal["per_class", "joint", "none"] = "per_class"
     flip: bool = False  # average the heatmaps of the image and of its mirror image
+    steps: Annotated[int, Field(ge=8, le=1024, strict=True)] | None = (
+        None  # of integrated_gradients; None: 64
+    )
+    baseline: Literal["black", "grey", "blurred"] | None = None  # of integrated_gradients; None: black
+
     masks: Annotated[int, Field(ge=2, le=100_000, strict=True)] | None = None  # of rise; None: 1024
     cells: Annotated[int, Field(ge=2, le=64, strict=True)] | None = None  # of a mask's side, of rise; None: 7
     seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] | None = None  # of rise; None: 0
@@ -165,7 +174,7 @@ class MethodSpec(RequestModel):
     def _check_parameters(self) -> Self:
         if not self.is_named:  # the network's default is known where the job runs
             return self
-        for owner, names in MASKING_PARAMETERS.items():
+        for owner, names in PARAMETERS.items():
             for name in names:
                 if owner != self.name and getattr(self, name) is not None:
                     message = f"{name} is a parameter of {owner}, not of {self.name}"
@@ -173,6 +182,9 @@ class MethodSpec(RequestModel):
         if self.name in MASKING_PARAMETERS and (self.flip or self.layer is not None):
             given = "flip" if self.flip else "layer"
             message = f"{given} is not for {self.name}, which covers parts of the image"
+            raise ValueError(message)
+        if self.name == "integrated_gradients" and self.layer is not None:
+            message = "layer is not for integrated_gradients, which explains the pixels"
             raise ValueError(message)
         return self
 

@@ -99,8 +99,8 @@ class WorkerRef(ResponseModel):
 class ResultWarning(ResponseModel):
     """A warning about a result."""
 
-    code: str  # zero_heatmap or image_damaged; later versions may add others
-    class_id: int = -1  # for zero_heatmap; -1: it concerns the whole image
+    code: str  # zero_heatmap, incomplete_attributions or image_damaged; later versions may add others
+    class_id: int = -1  # for the first two; -1: it concerns the whole image
     missing: float | None = None  # for image_damaged: the missing share of the image, from 0 to 1
     detail: str | None = None  # a sentence
 

@@ -112,11 +112,7 @@ def one_pass(
         class_ids, classes = one_hot_classes(scores[:count], wanted, *against)
         if flip:
             classes = ops.concatenate([classes, classes], axis=1)
-        cotangents = parts.score_gradient(scores, classes)
-        scale = _largest(cotangents) if parts.scaled else 1.0
-        gradients = ops.cast(parts.as_formula_wants(pull(cotangents / scale)), "float32")
-        if parts.scaled:
-            gradients = gradients * ops.reshape(scale, (*ops.shape(scale)[:2], 1, 1, 1))
+        gradients = _unscaled(parts, pull, parts.score_gradient(scores, classes))
         raw = formula(ops, ops.cast(parts.grid(activations), "float32"), gradients)
         if flip:
             raw = (raw[:count] + ops.flip(raw[count:], axis=-1)) / 2
@@ -135,6 +131,65 @@ def one_pass(
         return launch(wanted, *against, *forward(images))
 
     return run
+
+
+def path_pass(parts: Parts, *, contrastive: bool = False) -> Pass:
+    """A part of Integrated Gradients as one compiled function: see `integrated`.
+
+    One forward and one backward pass from the scores to the pixels, for all triples of image, step and class.
+
+    Args:
+        parts: `tail` is the whole network, from pixels and the values of further inputs; `trunk`, `grid` and
+            `as_formula_wants` are not used.
+        contrastive: Whether classes are explained against others.
+
+    Returns:
+        A function of pixels (n, height, width, channels) uint8, wanted classes (n, k), baselines as pixels,
+        positions and shares of the steps, both (m,) float32; if `contrastive`, also of `contrast_weights`; if
+        there are further inputs, of their values (n, `parts.values`). It returns what that of `one_pass`
+        returns; its maps (n, k, height, width) are the shares' part of the attributions.
+    """
+
+    def compute(
+        pixels: Any, wanted: Any, baselines: Any, positions: Any, shares: Any, *more: Any
+    ) -> tuple[Any, ...]:
+        against, values = more[:contrastive], more[contrastive:]
+        images, start = ops.cast(pixels, "float32"), ops.cast(baselines, "float32")
+        scores = parts.tail(images, values)
+        class_ids, classes = one_hot_classes(scores, wanted, *against)
+        count, k = ops.shape(wanted)[0], ops.shape(wanted)[1]
+        steps = ops.reshape(positions, (-1, 1, 1, 1, 1))
+        line = ops.reshape(start + steps * (images - start), (-1, *parts.pixels))  # (m * n, ...)
+        classes = classes[:, None] * ops.ones_like(positions)[None, :, None, None]  # (k, m, n, classes)
+        classes = ops.reshape(classes, (k, -1, scores.shape[1]))
+        ones = ops.ones_like(positions)[:, None, None]
+        of_line = [ops.reshape(ones * each[None], (-1, parts.values)) for each in values]
+        line_scores, pull = linearize(lambda at: parts.tail(at, of_line), line)
+        gradients = _unscaled(parts, pull, parts.score_gradient(line_scores, classes))
+        gradients = ops.reshape(gradients, (k, -1, count, *parts.pixels))
+        slopes = ops.einsum("kmnhwc,m->knhwc", gradients, shares)
+        raw = ops.einsum("knhwc,nhwc->nkhw", slopes, images - start)
+        outputs = (parts.outputs(scores),) if parts.outputs else ()
+        return scores, class_ids, raw, *outputs
+
+    images = ((None, *parts.pixels), "uint8")
+    signature: Signature = [
+        images,
+        ((None, None), "int32"),
+        images,
+        *[((None,), "float32")] * (3 if contrastive else 2),
+        *[((None, parts.values), "float32")] * bool(parts.values),
+    ]
+    return compiled(compute, signature, parts.variables)
+
+
+def _unscaled(parts: Parts, pull: Pull, cotangents: Any) -> Any:
+    """Gradients as the formula wants them, of a backward pass that is scaled where it has to be."""
+    scale = _largest(cotangents) if parts.scaled else 1.0
+    gradients = ops.cast(parts.as_formula_wants(pull(cotangents / scale)), "float32")
+    if parts.scaled:
+        gradients = gradients * ops.reshape(scale, (*ops.shape(scale)[:2], 1, 1, 1))
+    return gradients
 
 
 def contrast_weights(against: Sequence[int], classes: int) -> NDArray[np.float32]:

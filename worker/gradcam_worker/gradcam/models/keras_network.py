@@ -16,12 +16,12 @@ from gradcam_worker.gradcam.backend import keras
 from gradcam_worker.gradcam.catalog import HeadKind, NetworkRow, Preprocessing
 from gradcam_worker.gradcam.classes import ClassIndex, imagenet
 from gradcam_worker.gradcam.graph import shortcut
-from gradcam_worker.gradcam.graph.graph import Values, run
+from gradcam_worker.gradcam.graph.graph import Step, Values, run
 from gradcam_worker.gradcam.graph.head import ROUNDING, decide_kind, find_logits
 from gradcam_worker.gradcam.graph.shortcut import BackwardShortcut, itself
 from gradcam_worker.gradcam.graph.target_layer import LayerIndex, TargetLayer, has_preprocessing
 from gradcam_worker.gradcam.graph.trace import trace_model
-from gradcam_worker.gradcam.methods import cam, gradients
+from gradcam_worker.gradcam.methods import cam, gradients, integrated
 from gradcam_worker.gradcam.methods.score_gradients import logit, score_gradient
 from gradcam_worker.gradcam.models import further_inputs, load_checks
 from gradcam_worker.gradcam.models.precision import policy_of
@@ -113,6 +113,8 @@ class KerasNetwork:
         values: NDArray[np.float32] | None = None,
     ) -> Callable[[], Computed]:
         """See `gradcam_worker.gradcam.network.NetworkWithInputs.begin`."""
+        if method.name == integrated.NAME:
+            return self._begin_integration(pixels, wanted, method, values)
         layer = self._aligned_target(method.layer or self.facts.default_layer)
         further = self._checked(pixels, values)
         if self._observed.samples.batch_of_one and (len(pixels) > 1 or method.flip):
@@ -148,6 +150,95 @@ class KerasNetwork:
             )
             raise InvalidNetworkInput(message)
         return () if values is None else (np.asarray(values, np.float32),)
+
+    def _begin_integration(
+        self,
+        pixels: NDArray[np.uint8],
+        wanted: NDArray[np.int32],
+        method: Method,
+        values: NDArray[np.float32] | None,
+    ) -> Callable[[], Computed]:
+        """Start a part of Integrated Gradients, in as many passes as its gradients need."""
+        if "float" not in self._input_dtype:
+            message = (
+                f"{self.facts.name} takes its image as {self._input_dtype}, which has no gradient: "
+                "integrated_gradients needs a network that takes float32."
+            )
+            raise NetworkIncompatible(message)
+        further = self._checked(pixels, values)
+        run_pass, size = self._path_pass(method)
+        against, baselines = self._against(method), integrated.baseline(pixels, method.baseline)
+        positions, shares = integrated.positions_and_shares(method)
+        images_at_once = 1 if self._observed.samples.batch_of_one else len(pixels)
+        classes_at_once = max(MAX_GRADIENTS // (images_at_once * size), 1)
+        steps_at_once = max(
+            MAX_GRADIENTS // (images_at_once * min(classes_at_once, wanted.shape[1]) * size), 1
+        )
+        if self._observed.samples.batch_of_one:
+            steps_at_once = 1
+        launched = [
+            [
+                [
+                    run_pass(
+                        pixels[images],
+                        wanted[images, classes],
+                        baselines[images],
+                        positions[steps],
+                        shares[steps],
+                        *against,
+                        *(each[images] for each in further),
+                    )
+                    for steps in _slices(len(positions), steps_at_once)
+                ]
+                for classes in _slices(wanted.shape[1], classes_at_once)
+            ]
+            for images in _slices(len(pixels), images_at_once)
+        ]
+
+        def wait() -> Computed:
+            of_images = []
+            for of_classes in launched:
+                found = [[wait_for() for wait_for in of_steps] for of_steps in of_classes]
+                scores, _, _, *reported = found[0][0]
+                class_ids = np.concatenate([of_steps[0][1] for of_steps in found], 1)
+                raw = np.concatenate([sum(step[2] for step in of_steps) for of_steps in found], 1)
+                of_images.append((scores, class_ids, raw, *reported))
+            scores, class_ids, raw, *reported = map(np.concatenate, zip(*of_images, strict=True))
+            outputs = np.asarray(reported[0], np.float32) if reported else None
+            return Computed(integrated.LAYER, scores, class_ids, raw, outputs)
+
+        return wait
+
+    def _path_pass(self, method: Method) -> tuple[gradients.Pass, int]:
+        """The compiled function of Integrated Gradients, and the numbers it holds for an image and class."""
+        key = integrated.NAME, method.score, bool(method.against)
+        if key not in self._passes:
+            graph = self._scores.graph
+            steps = graph.steps_to([self._scores.slot])
+            parts = gradients.Parts(
+                trunk=lambda pixels: (pixels, pixels, []),
+                tail=lambda pixels, further: self._scores_of(pixels, *further),
+                score_gradient=score_gradient(self._kind, method),
+                grid=itself,
+                as_formula_wants=itself,
+                pixels=self._pixels,
+                variables=self._variables(),
+                outputs=self._to_probabilities if self._scores.activation else None,
+                scaled=_computes_in_float16(steps),
+                values=self._sample_values.shape[1],
+            )
+            run_pass = gradients.path_pass(parts, contrastive=bool(method.against))
+            # The backward pass holds the gradients of a tensor or two at a time: the largest counts.
+            size = max(math.prod(graph.shapes[slot][1:]) for step in steps for slot in step.writes)
+            self._keep_pass(key, (run_pass, max(size, math.prod(self._pixels))))
+        self._passes.move_to_end(key)
+        return self._passes[key]
+
+    def _keep_pass(self, key: tuple[Any, ...], traced: tuple[gradients.Pass, int]) -> None:
+        """Keep a compiled function; the least recently used one is dropped."""
+        self._passes[key] = traced
+        if len(self._passes) > MAX_TRACED:
+            self._passes.popitem(last=False)
 
     def _compute_singly(
         self,
@@ -224,10 +315,7 @@ class KerasNetwork:
         self.facts = replace(self.facts, backend=f"{self.facts.backend}, {engine}", weight_copies=2)
 
     def _pass(self, layer: TargetLayer, method: Method) -> tuple[gradients.Pass, int]:
-        """The compiled function of a layer and method, and the numbers it holds for each image and class.
-
-        The least recently used function is dropped.
-        """
+        """The compiled function of a layer and method, and the numbers it holds for each image and class."""
         # One function for all classes `against`, which are an argument of it.
         key = layer, method.name, method.score, method.flip, bool(method.against)
         if key not in self._passes:
@@ -239,9 +327,7 @@ class KerasNetwork:
                 contrastive=bool(method.against),
                 forward=self._forward if self._is_default_cut(layer, way_back, method) else None,
             )
-            self._passes[key] = run_pass, way_back.size if way_back else layer.size
-            if len(self._passes) > MAX_TRACED:
-                self._passes.popitem(last=False)
+            self._keep_pass(key, (run_pass, way_back.size if way_back else layer.size))
         self._passes.move_to_end(key)
         return self._passes[key]
 
@@ -296,9 +382,7 @@ class KerasNetwork:
             pixels=self._pixels,
             variables=self._variables(),
             outputs=self._to_probabilities if self._scores.activation else None,
-            scaled=any(
-                getattr(step.operation, "compute_dtype", None) == "float16" for step in (*trunk, *tail)
-            ),
+            scaled=_computes_in_float16([*trunk, *tail]),
             values=self._sample_values.shape[1],
         )
 
@@ -421,6 +505,15 @@ def _labels(row: NetworkRow, classes: int, units: int) -> ClassIndex:
             )
         raise NetworkIncompatible(message)
     return labels
+
+
+def _computes_in_float16(steps: Sequence[Step]) -> bool:
+    return any(getattr(step.operation, "compute_dtype", None) == "float16" for step in steps)
+
+
+def _slices(length: int, size: int) -> list[slice]:
+    """0 to `length` in slices of `size`."""
+    return [slice(first, first + size) for first in range(0, length, size)]
 
 
 def _prepares(method: Method) -> bool:
