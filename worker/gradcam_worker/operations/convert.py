@@ -25,6 +25,7 @@ GRACE_S = 2  # a conversion has nothing to put in order
 BASE_BYTES = 6 * 2**30  # of memory: what TensorFlow and the libraries need
 PER_BYTE = 16  # bytes of memory for a byte of the file: its arrays as several libraries hold them
 LOG_CHARACTERS = 600  # the end of what the child wrote
+SPREAD = 1e-3  # of the range of the outputs: if they differ by less between images, a check shows little
 OUTPUT, RESULT, LOG = "model.keras", "result.json", "log.txt"
 
 
@@ -178,12 +179,19 @@ def show(converted: dict[str, Any], request: Request) -> None:
         console.out.print(console.plain(line), soft_wrap=True)
 
     say(f"{request.output}: made of {request.source} ({converted['source']}), {converted['rebuilt']}.")
+    if converted["passed_over"]:
+        console.err.print(
+            console.plain(f"Not layer by layer: {converted['passed_over']}", "dim"), soft_wrap=True
+        )
     left_out = converted["left_out"]
     without = f", without pixels from {' and '.join(left_out)}, where rounding decides" if left_out else ""
     say(
         f"Old and new model agree to {converted['difference']:.1e} of the range of their outputs on "
         f"{converted['images']} images (limit {request.tolerance:g}){without}."
     )
+    if converted["spread"] < SPREAD:
+        warning = "Its outputs are the same for all of these images, so this shows little: is it trained?"
+        console.err.print(console.plain(warning, "yellow"), soft_wrap=True)
     if converted["problem"]:
         console.err.print(console.plain(f"It cannot be explained: {converted['problem']}", "yellow"))
     else:

@@ -22,7 +22,7 @@ IMAGE_RANK = 3  # (rows, columns, channels)
 OTHER_INPUTS = 7  # as many as there are images
 ROUNDING = 1e-7  # of float32
 SLACK = 0.02  # of the range of a quantised input, which was measured on a few images
-UNIFORM = 1e-6  # outputs that differ by less between inputs show nothing
+UNIFORM = 1e-6  # of the largest output: what differs by less is rounding
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,14 @@ class Checked:
         images: How many inputs were compared.
         left_out: Ranges of pixels in which rounding alone changes what the old model computes.
         same_class: The share of inputs with the same largest output.
+        spread: How much an output differs between inputs, as a share of the range of all outputs.
     """
 
     difference: float
     images: int
     left_out: tuple[str, ...]
     same_class: float
+    spread: float
 
 
 def compare(source: Source, model: Any, tolerance: float) -> Checked:
@@ -56,7 +58,7 @@ def compare(source: Source, model: Any, tolerance: float) -> Checked:
     Raises:
         Refused: It is above, or the outputs show nothing.
     """
-    differences, left_out, same, images = [], [], [], 0
+    differences, spreads, left_out, same, images = [], [], [], [], 0
     for name, batches in _inputs(source):
         old, new = _predict_singly(source, batches), _predict(model, batches)
         shapes = [array.shape for array in old], [array.shape for array in new]
@@ -71,6 +73,7 @@ def compare(source: Source, model: Any, tolerance: float) -> Checked:
             left_out.append(name)
             continue
         differences.append(difference)
+        spreads.append(max(float(np.ptp(array, axis=0).max() / _range(array)) for array in old))
         same += [_top(first) == _top(second) for first, second in zip(old, new, strict=True)]
         images += len(batches[0])
         if difference > tolerance:
@@ -78,7 +81,7 @@ def compare(source: Source, model: Any, tolerance: float) -> Checked:
     if not differences:
         message = "computes no finite and stable outputs for any image that was tried"
         raise Refused(message)
-    checked = Checked(max(differences), images, tuple(left_out), float(np.mean(same)))
+    checked = Checked(max(differences), images, tuple(left_out), float(np.mean(same)), max(spreads))
     if checked.difference > tolerance:
         raise Refused(_describe(checked, source, tolerance))
     return checked
@@ -153,11 +156,14 @@ def _predict(model: Any, batches: Arrays) -> list[NDArray[np.float64]]:
 def _difference(old: list[NDArray[np.float64]], new: list[NDArray[np.float64]]) -> float:
     """The largest difference, as a share of the range of an output."""
     return max(
-        float(np.abs(first - second).max() / max(np.ptp(first), np.abs(first).max() * UNIFORM, 1e-30))
-        if np.isfinite(second).all()
-        else np.inf
+        float(np.abs(first - second).max() / _range(first)) if np.isfinite(second).all() else np.inf
         for first, second in zip(old, new, strict=True)
     )
+
+
+def _range(outputs: NDArray[np.float64]) -> float:
+    """The range of an output over all inputs; not less than its rounding."""
+    return float(max(np.ptp(outputs), np.abs(outputs).max() * UNIFORM, 1e-30))
 
 
 def _is_rounding(source: Source, batches: Arrays, old: list[NDArray[np.float64]], tolerance: float) -> bool:

@@ -31,6 +31,8 @@ class Converted:
         difference: The largest difference of an output, as a share of the range of the outputs.
         images: How many inputs were compared.
         same_class: The share of them with the same largest output.
+        spread: How much an output differs between inputs, as a share of the range of all outputs.
+        passed_over: Why a better way to make it did not work; empty: there is none.
         left_out: Ranges of pixels in which rounding alone changes what the old model computes.
         input_size: (height, width); None: its input is no image.
         channels: Of the image.
@@ -47,6 +49,8 @@ class Converted:
     difference: float
     images: int
     same_class: float
+    spread: float
+    passed_over: str
     left_out: tuple[str, ...]
     input_size: tuple[int, int] | None
     channels: int
@@ -102,7 +106,8 @@ def convert(
                 output.unlink(missing_ok=True)
                 failures.append((rebuild, error))
             else:
-                return _describe(source, rebuild, output, checked)
+                passed_over = _told(failures[0][1]) if failures else ""
+                return _describe(source, rebuild, output, checked, passed_over)
     raise _refusal(failures)
 
 
@@ -126,7 +131,9 @@ def _told(error: Exception) -> str:
     return abridged(str(error)) or type(error).__name__
 
 
-def _describe(source: Source, rebuild: Rebuild, output: Path, checked: Checked) -> Converted:
+def _describe(
+    source: Source, rebuild: Rebuild, output: Path, checked: Checked, passed_over: str
+) -> Converted:
     """Load the new file as a worker does, to tell what is explained."""
     images = [spec.shape for spec in source.inputs if len(spec.shape) == IMAGE_RANK]
     height, width, channels = images[0] if images else (0, 0, 0)
@@ -138,6 +145,8 @@ def _describe(source: Source, rebuild: Rebuild, output: Path, checked: Checked) 
         difference=checked.difference,
         images=checked.images,
         same_class=checked.same_class,
+        spread=checked.spread,
+        passed_over=passed_over,
         left_out=checked.left_out,
         input_size=(height, width) if images else None,
         channels=channels,

@@ -1,6 +1,5 @@
 """Opens the old model: what it computes, and the ways in which a Keras 3 model can be made of it."""
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,9 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gradcam_worker import extras
 from gradcam_worker.gradcam.backend import keras
-from gradcam_worker.gradcam.conversion import formats, tflite_file, tflite_layers
+from gradcam_worker.gradcam.conversion import formats, keras_2, tflite_file, tflite_layers
 from gradcam_worker.gradcam.conversion.formats import Format
 from gradcam_worker.gradcam.models import model_file
 from gradcam_worker.gradcam.models.model_file import Refused
@@ -20,6 +18,7 @@ from gradcam_worker.gradcam.models.model_file import Refused
 Arrays = Sequence[NDArray[Any]]
 FREE_SIDE = 224  # pixels, where a model takes images of any size and none is asked for
 SIGNATURE = "serving_default"
+LAYERS, GRAPH = "layer by layer", "from its graph, operator by operator"  # how a new model is made
 
 
 @dataclass(frozen=True)
@@ -84,17 +83,11 @@ def open_source(
     kind = "HDF5" if form == "hdf5" else ".keras"
     if version.startswith("3"):
         model = keras.saving.load_model(link, compile=False, safe_mode=not allow_code)
-        layers = Rebuild("layer by layer", lambda: model)
+        layers = Rebuild(LAYERS, lambda: model)
     else:
-        model = _load_with_keras_2(link)
-        layers = Rebuild("layer by layer", lambda: _to_keras_3(model, folder))
+        model = keras_2.load(link)
+        layers = Rebuild(LAYERS, lambda: keras_2.to_keras_3(model, folder))
     return _of_keras(f"Keras {version or 'before 2'}, {kind}", model, layers, input_size)
-
-
-def _load_with_keras_2(path: Path) -> Any:
-    with extras.required("Converting a model of Keras 2", "convert", extras.WORKER):
-        import tf_keras
-    return tf_keras.models.load_model(path, compile=False)
 
 
 def _of_keras(description: str, model: Any, layers: Rebuild, input_size: tuple[int, int] | None) -> Source:
@@ -110,7 +103,7 @@ def _of_keras(description: str, model: Any, layers: Rebuild, input_size: tuple[i
         return [np.asarray(output) for output in keras.tree.flatten(model(values, training=False))]
 
     graph = Rebuild(
-        "from its graph, operator by operator",
+        GRAPH,
         lambda: _from_function(lambda image: model(image, training=False), inputs, model),
     )
     return Source(description, inputs, predict, (layers, graph))
@@ -125,64 +118,6 @@ def _complete(shape: tuple[int | None, ...], input_size: tuple[int, int] | None)
 
 def _dtype_name(dtype: Any) -> str:
     return str(getattr(dtype, "name", dtype))
-
-
-def _to_keras_3(model: Any, folder: Path) -> Any:
-    """Make a Keras 3 model of a model of Keras 2, by HDF5, which both read."""
-    import h5py
-
-    path = folder / "layers.h5"
-    model.save(path, save_format="h5", include_optimizer=False)
-    with h5py.File(path, "a") as file:
-        config = json.loads(file.attrs["model_config"])
-        _modernise(config)
-        file.attrs["model_config"] = json.dumps(config).encode()
-    return keras.saving.load_model(path, compile=False, safe_mode=True)
-
-
-def _modernise(config: Any) -> None:
-    """Correct what Keras 3 does not take in a configuration of Keras 2."""
-    if isinstance(config, list):
-        for value in config:
-            _modernise(value)
-    elif isinstance(config, dict):
-        kind, settings = config.get("class_name"), config.get("config")
-        if isinstance(settings, dict):
-            if kind in {"DepthwiseConv2D", "SeparableConv2D"} and settings.get("groups") == 1:
-                del settings["groups"]
-            axis = settings.get("axis")
-            if kind == "BatchNormalization" and isinstance(axis, list) and len(axis) == 1:
-                settings["axis"] = axis[0]
-            if isinstance(settings.get("layers"), list):
-                _renumber_calls(settings)
-        for value in config.values():
-            _modernise(value)
-
-
-def _renumber_calls(settings: dict[str, Any]) -> None:
-    """Count the calls of nested models from 0: in Keras 2 a model of its own has the number 0 already."""
-    layers = [layer for layer in settings["layers"] if isinstance(layer, dict)]
-    nested = {
-        layer.get("name")
-        for layer in layers
-        if layer.get("class_name") in {"Functional", "Model", "Sequential"}
-    }
-    pending: list[Any] = [settings.get("output_layers"), *(layer.get("inbound_nodes") for layer in layers)]
-    calls = []
-    while pending:
-        node = pending.pop()
-        if isinstance(node, dict):
-            pending += node.values()
-        elif isinstance(node, list):
-            is_call = len(node) > 2 and isinstance(node[0], str) and isinstance(node[1], int)  # noqa: PLR2004
-            if is_call and node[0] in nested:
-                calls.append(node)
-            pending += node
-    for name in nested:
-        own = [call for call in calls if call[0] == name]
-        if own and min(call[1] for call in own) > 0:
-            for call in own:
-                call[1] -= 1
 
 
 def _open_saved_model(path: Path, folder: Path, input_size: tuple[int, int] | None) -> Source:
@@ -208,10 +143,10 @@ def _open_saved_model(path: Path, folder: Path, input_size: tuple[int, int] | No
         return [outputs[key] for key in sorted(outputs)]
 
     rebuilds = [
-        Rebuild("from its graph, operator by operator", lambda: _from_function(call, inputs, loaded)),
+        Rebuild(GRAPH, lambda: _from_function(call, inputs, loaded)),
     ]
     if (path / "keras_metadata.pb").is_file():
-        rebuilds.insert(0, Rebuild("layer by layer", lambda: _to_keras_3(_load_with_keras_2(path), folder)))
+        rebuilds.insert(0, Rebuild(LAYERS, lambda: keras_2.to_keras_3(keras_2.load(path), folder)))
     return Source(
         "SavedModel" + (" of Keras 2" if len(rebuilds) > 1 else ""),
         inputs,
@@ -249,7 +184,7 @@ def _open_frozen_graph(path: Path, input_size: tuple[int, int] | None) -> Source
         "frozen graph",
         inputs,
         lambda arrays: [function(tf.constant(arrays[0])).numpy()],
-        (Rebuild("from its graph, operator by operator", lambda: _from_function(function, inputs, wrapped)),),
+        (Rebuild(GRAPH, lambda: _from_function(function, inputs, wrapped)),),
     )
 
 
@@ -297,7 +232,7 @@ def _open_tflite(path: Path) -> Source:
         "TensorFlow Lite" + (", quantised" if graph.rounds else ""),
         specs,
         predict,
-        (Rebuild("from its graph, operator by operator", lambda: tflite_layers.build(graph)),),
+        (Rebuild(GRAPH, lambda: tflite_layers.build(graph)),),
         graph.rounds,
         graph.input_limits,
     )

@@ -5,7 +5,6 @@ Only operators that image classifiers are made of are known. Every tensor begins
 
 import math
 import re
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -91,7 +90,7 @@ class _Builder:
             index: tensor.value for index, tensor in enumerate(graph.tensors) if tensor.value is not None
         }
         self._dilations: dict[int, tuple[int, int]] = {}  # of tensors between space to batch and back
-        self._names: Counter[str] = Counter()
+        self._names: set[str] = set()
         self._name = ""  # of the next layer
 
     def build(self) -> Any:
@@ -100,7 +99,7 @@ class _Builder:
         image = keras.Input(tensor.shape[1:], name="image", dtype="float32")
         self._values[index] = image
         if tensor.is_quantised:
-            self._name = self._unique("dequantize")
+            self._name = "dequantize"
             offset = -tensor.scale * tensor.zero_point
             self._values[index] = self._layer(layers.Rescaling, image, tensor.scale, offset=offset)
         for operator in self._graph.operators:
@@ -110,7 +109,8 @@ class _Builder:
     def _add(self, operator: Operator) -> None:
         """Add the layers of an operator."""
         output = self._graph.tensors[operator.outputs[0]]
-        self._name = self._unique(output.name)
+        activation, name = getattr(operator.options, "fusedActivationFunction", 0), _plain(output.name)
+        self._name = f"{name}_linear" if activation else name
         inputs = [index for index in operator.inputs if index >= 0]
         if operator.name == "SHAPE" and inputs[0] in self._values:
             shape = self._graph.tensors[inputs[0]].shape
@@ -121,7 +121,7 @@ class _Builder:
             self._values.update(zip(operator.outputs, self._split(operator), strict=True))
         else:
             result = self._apply(operator, output)
-            activation = getattr(operator.options, "fusedActivationFunction", 0)
+            self._name = name
             result = self._activate(activation, result, operator)
             self._values[operator.outputs[0]] = self._limit(operator, output, activation, result)
 
@@ -182,17 +182,16 @@ class _Builder:
 
     # What they become
 
-    def _unique(self, name: str) -> str:
-        """A name for a layer, after the one that a tensor has in the file."""
-        last = "_".join(name.partition(";")[0].rstrip("/").split("/")[-2:])
-        plain = re.sub(r"[^A-Za-z0-9_.-]+", "_", last).strip("_.-") or "step"
-        self._names[plain] += 1
-        return plain if self._names[plain] == 1 else f"{plain}_{self._names[plain]}"
+    def _unique(self) -> str:
+        """A name for the next layer that no other one has."""
+        numbered = (f"{self._name}_{number}" for number in range(2, len(self._names) + 3))
+        name = next(name for name in (self._name, *numbered) if name not in self._names)
+        self._names.add(name)
+        return name
 
     def _layer(self, kind: Any, value: Any, *args: Any, weights: Any = (), **options: Any) -> Any:
-        """Call a new layer; a second one of the same operator gets a name of its own."""
-        layer = kind(*args, name=self._name, **options)
-        self._name = self._unique(self._name)
+        """Call a new layer."""
+        layer = kind(*args, name=self._unique(), **options)
         result = layer(value)
         if weights:
             layer.set_weights([np.asarray(array, np.float32) for array in weights])
@@ -536,6 +535,12 @@ class _Builder:
 
     def _resize_nearest_neighbor(self, operator: Operator) -> Any:
         return self._resize(operator, "nearest")
+
+
+def _plain(name: str) -> str:
+    """The name of the layer that made a tensor: `model/block1/Relu` gives `block1`."""
+    *scopes, last = name.partition(";")[0].strip("/").split("/")
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", scopes[-1] if scopes else last).strip("_.-") or "step"
 
 
 def _padding(options: Any) -> str:
