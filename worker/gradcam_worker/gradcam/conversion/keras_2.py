@@ -3,7 +3,7 @@
 import ast
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ from gradcam_worker.gradcam.backend import keras
 UNKNOWN_KEYS = re.compile(r"Unrecognized keyword arguments passed to (\w+): (\{[^{}]*\})")
 MAX_CORRECTIONS = 32  # classes with settings that Keras 3 does not know
 MODELS = {"Functional", "Model", "Sequential"}
-ARITHMETIC = {  # what Keras 2 makes of it between layers: its scale and offset, by the other number
+ARITHMETIC: dict[
+    str, Callable[[float], tuple[float, float]]
+] = {  # what Keras 2 makes of it between layers: its scale and offset, by the other number
     "__operators__.add": lambda number: (1.0, number),
     "__operators__.sub": lambda number: (1.0, -number),
     "__operators__.mul": lambda number: (number, 0.0),
