@@ -41,6 +41,7 @@ NOT_RUN = {  # how a command begins -> why it is not run here
     r"docker/secrets": "tests/deploy/test_docker.py runs it",
     r"docker ": "needs Docker; scripts/check-deploy checks what it uses",
     r"gradcam deliver": "runs until it is stopped: tests/live/test_delivery.py",
+    r"gradcam doctor --sample ": "needs a trained network: tests/operations/test_sample_check.py",
     r"gradcam doctor": "test_the_worker_starts_as_shown runs it once",
     r"gradcam networks fetch": "downloads weights: tests/cli/test_operate.py",
     r"gradcam worker": "runs until it is stopped: test_the_worker_starts_as_shown",

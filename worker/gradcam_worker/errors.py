@@ -431,7 +431,7 @@ class BackfillError(GradcamError):
 
 
 class InvalidInput(BackfillError, LocalError):
-    """A backfill's input cannot be read as what it is said to be."""
+    """The input of a backfill, or the sample of a check, cannot be read as what it is said to be."""
 
     code = "invalid_input"
     public_message = "The list of images cannot be read."

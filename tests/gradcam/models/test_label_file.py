@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from gradcam_worker.errors import NetworkIncompatible
 from gradcam_worker.gradcam.models import label_file
 
 NAMES = ("crane, bird", "pier", "12")
@@ -108,3 +109,11 @@ def test_in_python_they_are_a_list_a_mapping_or_a_path(labels: Any, tmp_path: Pa
 def test_in_python_imagenet_stands_for_its_classes() -> None:
     assert label_file.given("imagenet") is None
     assert label_file.given(()) == ()
+
+
+@pytest.mark.parametrize("labels", [{"a": 1, "b": 2}, Path("none.txt"), ["a", ""]])
+def test_in_python_what_cannot_be_read_is_a_typed_error(labels: Any) -> None:
+    with pytest.raises(
+        NetworkIncompatible, match=r"The labels cannot be used: (ids run|none.txt: No such|num)"
+    ):
+        label_file.given(labels)

@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from gradcam_worker import __version__, extras
 from gradcam_worker.cli import backfill, convert, gallery, jobs, operate, replay
@@ -160,16 +161,55 @@ def deliver() -> int:
     show_default=True,
     help="Fail if fewer workers than this are alive.",
 )
-def doctor(*, as_json: bool, expect_workers: int) -> int:
+@click.option(
+    "--sample",
+    metavar="FOLDER|CSV",
+    type=click.Path(exists=True, path_type=Path),
+    help="Instead, look at photos whose classes are known, and say how a network's photos must be resized.",
+)
+@click.option("--network", help="The network of --sample. [your own, if there is only one]")
+@click.option(
+    "--limit",
+    type=click.IntRange(1),
+    default=200,
+    show_default=True,
+    help="The most photos of --sample to look at, of all classes as evenly as possible.",
+)
+@click.pass_context
+def doctor(
+    context: click.Context,
+    *,
+    as_json: bool,
+    expect_workers: int,
+    sample: Path | None,
+    network: str | None,
+    limit: int,
+) -> int:
     """Check servers, storage, weights and device.
 
     For each check that fails, it says what to fix. Exit code 1 if any check fails.
+
+    With --sample it checks one network instead: how often it is right about photos under each way to resize
+    them. FOLDER has a folder of photos for each class, named by the class. CSV has a header with the columns
+    path and label, and may have a column for each class with the probabilities that your own program gives
+    it. Exit code 1 if another way is better than the one that is set.
 
     \b
     Example:
       gradcam doctor
       gradcam doctor --expect-workers 2
+      gradcam doctor --sample xrays/test --network tumours
     """
+    if sample:
+        _require("keras")
+        from gradcam_worker.operations import sample_check
+
+        settings = Settings.from_environment()
+        return sample_check.run(sample, network, settings, limit=limit, as_json=as_json)
+    for option in ("network", "limit"):
+        if context.get_parameter_source(option) is ParameterSource.COMMANDLINE:
+            message = f"--{option} belongs to --sample"
+            raise click.UsageError(message)
     from gradcam_worker.operations.doctor import run_checks
 
     findings = []

@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gradcam_worker.errors import GradcamError, InvalidNetworkInput, NetworkIncompatible
+from gradcam_worker.errors import GradcamError, InvalidNetworkInput
 from gradcam_worker.gradcam import backend, catalog
 from gradcam_worker.gradcam.backend import keras
 from gradcam_worker.gradcam.catalog import HeadKind, NetworkRow, Preprocessing
-from gradcam_worker.gradcam.classes import ClassIndex, imagenet
 from gradcam_worker.gradcam.graph import shortcut
 from gradcam_worker.gradcam.graph.graph import Step, Values, run
 from gradcam_worker.gradcam.graph.head import ROUNDING, decide_kind, find_logits
@@ -23,7 +22,7 @@ from gradcam_worker.gradcam.graph.target_layer import LayerIndex, TargetLayer, h
 from gradcam_worker.gradcam.graph.trace import trace_model
 from gradcam_worker.gradcam.methods import cam, gradients, integrated
 from gradcam_worker.gradcam.methods.score_gradients import logit, score_gradient
-from gradcam_worker.gradcam.models import further_inputs, load_checks
+from gradcam_worker.gradcam.models import further_inputs, label_file, load_checks
 from gradcam_worker.gradcam.models.precision import policy_of
 from gradcam_worker.gradcam.network import GRADCAM, Computed, Method, NetworkFacts
 from gradcam_worker.gradcam.network_inputs import samples as sample_values
@@ -75,7 +74,7 @@ class KerasNetwork:
         self._scores = decide_kind(self._scores, row.head, self._observed.outputs, self._observed.dtype)
         load_checks.check_alignment(row.name, self._layers, layer, self._observed)
         self._aligned.add(layer)
-        self.labels = _labels(row, self._scores.classes, self._scores.units)
+        self.labels = label_file.class_index(row, self._scores.units)
         self._default = layer.path
         self.facts = NetworkFacts(
             name=row.name,
@@ -489,22 +488,6 @@ class KerasNetwork:
 
     def _noise(self) -> NDArray[np.uint8]:
         return np.random.default_rng(0).integers(0, 256, (1, *self._pixels), np.uint8)
-
-
-def _labels(row: NetworkRow, classes: int, units: int) -> ClassIndex:
-    """The row's labels, one for each of the classes that the units stand for. Raises NetworkIncompatible."""
-    if row.labels == ():
-        return ClassIndex.numbered(classes)
-    labels = imagenet() if row.labels is None else ClassIndex.of(row.labels)
-    if len(labels) != classes:
-        message = f"{row.name} has {classes} classes, but {len(labels)} labels are given for them."
-        if units == 1:
-            message += (
-                " It ends in one unit, which decides between two: name class 0, for which the unit is low, "
-                "before class 1."
-            )
-        raise NetworkIncompatible(message)
-    return labels
 
 
 def _computes_in_float16(steps: Sequence[Step]) -> bool:

@@ -16,8 +16,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gradcam_worker.gradcam.classes import fold
+from gradcam_worker.errors import NetworkIncompatible
+from gradcam_worker.gradcam.catalog import NetworkRow
+from gradcam_worker.gradcam.classes import ClassIndex, fold, imagenet
 
+Labels = Sequence[str] | Mapping[str, int] | Mapping[int, str] | Path  # in Python, see `given`
 IMAGENET, IMAGENET_CLASSES = "imagenet", 1000  # stands for the labels of ImageNet, and their number
 MAX_NAME_LENGTH = 256  # characters of the name of a class
 TABLES = (".csv", ".tsv")  # endings; `.json` is the third one that counts, and all others are lines of text
@@ -90,7 +93,7 @@ def from_mapping(mapping: Mapping[Any, Any]) -> tuple[str, ...]:
     return _in_order((int(class_id), name) for class_id, name in mapping.items())
 
 
-def given(labels: Sequence[str] | Mapping[Any, Any] | str | Path) -> tuple[str, ...] | None:
+def given(labels: Labels) -> tuple[str, ...] | None:
     """Read labels in Python: names, a mapping as in `from_mapping`, or the path of a file of labels.
 
     Args:
@@ -100,14 +103,45 @@ def given(labels: Sequence[str] | Mapping[Any, Any] | str | Path) -> tuple[str, 
         The names, in the order of the ids; empty if classes have numbers; None for those of ImageNet.
 
     Raises:
-        OSError: The file cannot be opened.
-        ValueError: As from `parse` and `from_mapping`.
+        NetworkIncompatible: They cannot be read; the message gives the reason.
     """
-    if isinstance(labels, str | Path):
-        if labels == IMAGENET:
-            return None
-        return parse(Path(labels).read_text("utf-8-sig"), Path(labels))
-    return from_mapping(labels) if isinstance(labels, Mapping) else check(labels)
+    try:
+        if isinstance(labels, str | Path):
+            if labels == IMAGENET:
+                return None
+            return parse(Path(labels).read_text("utf-8-sig"), Path(labels))
+        return from_mapping(labels) if isinstance(labels, Mapping) else check(labels)
+    except (OSError, ValueError) as error:
+        message = f"The labels cannot be used: {describe(error)}."
+        raise NetworkIncompatible(message) from error
+
+
+def class_index(row: NetworkRow, units: int) -> ClassIndex:
+    """The labels of a row, one for each of the classes that the units of a network stand for.
+
+    Args:
+        row: Of the network.
+        units: The number of its outputs; one decides between two classes.
+
+    Returns:
+        The labels.
+
+    Raises:
+        NetworkIncompatible: There are more or fewer labels than classes.
+    """
+    classes = max(units, 2)
+    if row.labels == ():
+        return ClassIndex.numbered(classes)
+    labels = imagenet() if row.labels is None else ClassIndex.of(row.labels)
+    if len(labels) != classes:
+        message = f"{row.name} has {classes} classes, but {len(labels)} labels are given for them."
+        if units == 1:
+            message += (
+                " It ends in one unit, which decides between two: name class 0, for which the unit is low, "
+                "before class 1."
+            )
+        raise NetworkIncompatible(message)
+    return labels
 
 
 def describe(error: OSError | ValueError) -> str:

@@ -16,11 +16,12 @@ from gradcam_worker.gradcam import backend, catalog
 from gradcam_worker.gradcam.backend import keras
 from gradcam_worker.gradcam.catalog import Head, NetworkRow, Preprocessing
 from gradcam_worker.gradcam.graph.trace import IMAGE_RANK, input_names
-from gradcam_worker.gradcam.models import compiled_forward, model_file, own_layers, weights
+from gradcam_worker.gradcam.models import compiled_forward, label_file, model_file, own_layers, weights
 from gradcam_worker.gradcam.models.file_cache import FileCache
 from gradcam_worker.gradcam.models.keras_network import KerasNetwork
+from gradcam_worker.gradcam.models.label_file import Labels
 from gradcam_worker.gradcam.models.precision import with_precision
-from gradcam_worker.gradcam.models.score_network import Labels, find_labels, find_preprocessing
+from gradcam_worker.gradcam.models.score_network import find_preprocessing
 from gradcam_worker.gradcam.models.weights import WeightsFile
 from gradcam_worker.gradcam.network_inputs import NetworkInput
 from gradcam_worker.gradcam.sizing import Sizing, resolve_sizing
@@ -166,7 +167,7 @@ def wrap_model(  # noqa: PLR0913  # all but the model are named by the caller
         input_size=input_size,
         preprocessing=preprocessing,
         target_layer=target_layer,
-        labels=find_labels(labels),
+        labels=label_file.given(labels),
         head=head or Head(),
         sizing=resolve_sizing(sizing, preprocessing.pixel_channels),
         inputs=tuple(inputs),

@@ -9,8 +9,10 @@ from numpy.typing import NDArray
 
 from gradcam_worker.errors import NetworkIncompatible, WeightsChecksumMismatch, WeightsUnavailable
 from gradcam_worker.gradcam.catalog import Head, Layout, ModelFile, NetworkRow, Preprocessing
+from gradcam_worker.gradcam.models import label_file
+from gradcam_worker.gradcam.models.label_file import Labels
 from gradcam_worker.gradcam.models.onnx_scores import OnnxModel
-from gradcam_worker.gradcam.models.score_network import Labels, ScoreNetwork, find_labels, find_preprocessing
+from gradcam_worker.gradcam.models.score_network import ScoreNetwork, find_preprocessing
 from gradcam_worker.gradcam.models.tensor_layout import check_whole_numbers, choose_output, to_type
 from gradcam_worker.gradcam.models.tflite_scores import TfliteModel
 from gradcam_worker.gradcam.models.weights import WeightsFile, file_sha256
@@ -39,7 +41,7 @@ def load_score_network(
         input_size: (height, width) of its images, in pixels.
         preprocessing: As for `wrap_model`.
         sizing: As for `wrap_model`.
-        labels: As for `wrap_model`.
+        labels: As for `wrap_model`; default: the numbers of the classes.
         head: What its outputs are, or which of them to take; default: found out with sample images.
         layout: Order of the input's dimensions, `nchw` or `nhwc`; default: read from the file.
         name: Of the network; default: that of the file.
@@ -69,7 +71,7 @@ def load_score_network(
         preprocessing=found,
         sizing=resolve_sizing(sizing, found.pixel_channels),
         file=ModelFile(str(path), sha256),
-        labels=find_labels(labels),
+        labels=label_file.given(labels),
         head=head or Head(),
         scores_only=True,
         layout=layout,

@@ -3,8 +3,7 @@
 Nothing here imports Keras or a backend.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,9 +11,9 @@ from numpy.typing import NDArray
 
 from gradcam_worker.errors import GradcamError, MethodNotSupported, NetworkIncompatible
 from gradcam_worker.gradcam.catalog import PREPROCESSING, Head, HeadKind, NetworkRow, Preprocessing
-from gradcam_worker.gradcam.classes import ClassIndex, imagenet
 from gradcam_worker.gradcam.methods import masking
 from gradcam_worker.gradcam.models import label_file
+from gradcam_worker.gradcam.models.label_file import Labels
 from gradcam_worker.gradcam.models.sample_images import varied_images
 from gradcam_worker.gradcam.network import GRADCAM, Computed, Method, NetworkFacts
 from gradcam_worker.gradcam.sizing import Sizing, resolve_sizing
@@ -32,7 +31,6 @@ WAY_OUT = (
 )
 
 Pixels = NDArray[np.uint8]
-Labels = Sequence[str] | Mapping[str, int] | Mapping[int, str] | Path
 Run = Callable[[NDArray[Any]], Any]  # images (n, height, width, channels) -> (n, units)
 
 
@@ -74,7 +72,7 @@ class ScoreNetwork:
         outputs = self._observe(varied_images((*row.input_size, channels)))
         self._units = outputs.shape[1]
         self._kind = _kind_of(row, outputs, COARSE_SUM if coarse else ROUNDING)
-        self.labels = _labels(row, max(self._units, 2))
+        self.labels = label_file.class_index(row, self._units)
         self.facts = NetworkFacts(
             name=row.name,
             input_size=row.input_size,
@@ -175,7 +173,7 @@ def wrap_callable(
         preprocessing: None: the function is given the pixels, uint8, RGB. Else, as for `wrap_model`: it is
             given what this makes of them, float32.
         sizing: As for `wrap_model`.
-        labels: As for `wrap_model`.
+        labels: As for `wrap_model`; default: the numbers of the classes.
         head: What the outputs are; default: found out with a few sample images.
         name: Of the network; default: that of the function.
 
@@ -198,20 +196,11 @@ def wrap_callable(
         input_size=input_size,
         preprocessing=found,
         sizing=resolve_sizing(sizing, found.pixel_channels),
-        labels=find_labels(labels),
+        labels=label_file.given(labels),
         head=head or Head(),
         scores_only=True,
     )
     return ScoreNetwork(row, function, prepares=preprocessing is not None, backend="a Python function")
-
-
-def find_labels(labels: Labels) -> tuple[str, ...] | None:
-    """The names of classes, as a row has them. Raises NetworkIncompatible."""
-    try:
-        return label_file.given(labels)
-    except (OSError, ValueError) as error:
-        message = f"The labels cannot be used: {label_file.describe(error)}."
-        raise NetworkIncompatible(message) from error
 
 
 def find_preprocessing(preprocessing: Preprocessing | str) -> Preprocessing:
@@ -272,14 +261,3 @@ def _kind_of(row: NetworkRow, outputs: NDArray[np.float64], sum_error: float) ->
         f"sum to 1: they may be probabilities, or scores that are small. Please {DECLARE}."
     )
     raise NetworkIncompatible(message)
-
-
-def _labels(row: NetworkRow, classes: int) -> ClassIndex:
-    """The row's labels, one for each class of the network. Raises NetworkIncompatible."""
-    if row.labels == ():
-        return ClassIndex.numbered(classes)
-    labels = imagenet() if row.labels is None else ClassIndex.of(row.labels)
-    if len(labels) != classes:
-        message = f"{row.name} has {classes} classes, but {len(labels)} labels are given for them."
-        raise NetworkIncompatible(message)
-    return labels

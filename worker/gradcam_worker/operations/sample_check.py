@@ -1,0 +1,394 @@
+"""`gradcam doctor --sample`: how often a network is right about photos, with each way to resize them.
+
+A network predicts as in production only if photos are resized as its owner resizes them. Which way that is
+shows in the owner's own probabilities, or else in how often the network is right.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+
+from gradcam_worker.errors import GradcamError, InvalidInput, InvalidSettings, NetworkIncompatible
+from gradcam_worker.gradcam.catalog import NetworkRow
+from gradcam_worker.gradcam.classes import percent
+from gradcam_worker.gradcam.decoding.decode import Limits, decode
+from gradcam_worker.gradcam.explain import check_channels, to_probabilities
+from gradcam_worker.gradcam.imaging.network_input import to_input
+from gradcam_worker.gradcam.models.registry import Registry
+from gradcam_worker.gradcam.network import Network
+from gradcam_worker.gradcam.sizing import SIZINGS, Resize, Sizing
+from gradcam_worker.inference.model_cache import choose_shard_batch_size
+from gradcam_worker.operations import console, sample
+from gradcam_worker.operations.sample import Photo, Sample
+from gradcam_worker.runtime import service_factory
+from gradcam_worker.settings import Settings
+from gradcam_worker.storage.s3 import S3
+from gradcam_worker.text.visible import counted
+
+SAME = 2e-3  # probabilities that differ by less are the same: rounding, another decoder
+UNLIKE = 0.02  # a larger difference has another reason than the resize
+COMPARE = (
+    "compare the preprocessing, the order of the channels and the order of the labels with your program's"
+)
+SHOWN = 0.0001  # of a difference
+CHANCE = 0.05  # of a difference in the number of right photos
+
+
+@dataclass
+class Outcome:
+    """What a network does with the photos under one sizing."""
+
+    sizing: Sizing
+    names: tuple[str, ...]  # of presets
+    is_configured: bool = False
+    right: list[bool] = field(default_factory=list)  # for each photo
+    differences: list[float] = field(default_factory=list)  # the largest for each photo with probabilities
+
+    @property
+    def name(self) -> str:
+        """The name of a preset, or what the sizing does."""
+        return self.names[0] if self.names else self.sizing.describe()
+
+    @property
+    def count(self) -> int:
+        """The number of photos about which the network is right."""
+        return sum(self.right)
+
+    @property
+    def difference(self) -> float | None:
+        """The largest difference to the owner's probabilities; None: there are none."""
+        return max(self.differences, default=None)
+
+
+@dataclass(frozen=True)
+class Advice:
+    """A plain sentence, and the sizing that would be better than the configured one."""
+
+    text: str
+    better: Sizing | None = None
+
+
+@dataclass(frozen=True)
+class SampleReport:
+    """The outcomes, the best one first, and photos that could not be read with the reasons."""
+
+    network: str
+    photos: int
+    outcomes: tuple[Outcome, ...]
+    unreadable: dict[Path, GradcamError]
+    advice: Advice
+
+
+def run(source: Path, name: str | None, settings: Settings, *, limit: int, as_json: bool) -> int:
+    """Check a sample, and print the result.
+
+    Args:
+        source: A folder of folders that are named by class, or a CSV: see `gradcam_worker.operations.sample`.
+        name: Of the network; None: the only one of the operator's own.
+        settings: Where networks and weights are.
+        limit: The most photos to look at.
+        as_json: Print JSON.
+
+    Returns:
+        The exit code: 1 if another sizing is better than the configured one.
+
+    Raises:
+        InvalidInput: The sample cannot be read.
+        InvalidSettings: It is not clear which network is meant.
+        GradcamError: The network cannot be loaded.
+    """
+    row = _choose_network(Registry(settings.networks), name)
+    service_factory.prepare(settings)
+    with console.err.status(f"loading {row.name}"):
+        network = service_factory.load(settings, S3(settings), row)
+    everything = sample.read(source, network.labels, row.name)
+    photos = everything.choose(limit)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=console.err, transient=True) as progress:
+        task = progress.add_task("reading photos", total=len(photos.photos))
+        result = check(
+            network,
+            photos,
+            Limits(settings.max_image_pixels, settings.max_image_side, settings.max_image_damage),
+            max_batch=choose_shard_batch_size(
+                network.facts, settings.max_batch, on_gpu=service_factory.on_gpu()
+            ),
+            report=lambda: progress.advance(task),
+        )
+    if as_json:
+        console.print_json(_facts(result, everything))
+    else:
+        _print(result, everything)
+    return 1 if result.advice.better else 0
+
+
+def _choose_network(registry: Registry, name: str | None) -> NetworkRow:
+    if name:
+        return registry.find(name)
+    own = registry.operator_networks()
+    if len(own) != 1:
+        named = ", ".join(row.name for row in own) or "none"
+        message = f"Say with --network which one is meant: GRADCAM_NETWORKS names {named} of your own."
+        raise InvalidSettings(message)
+    return own[0]
+
+
+def candidates(configured: Sizing) -> list[Outcome]:
+    """The sizings to try, each once: the configured one, then presets and every other way to resize."""
+    names: dict[Sizing, list[str]] = {configured: []}
+    for name, sizing in SIZINGS.items():
+        names.setdefault(sizing, []).append(name)
+    for resize in get_args(Resize):
+        names.setdefault(Sizing(resize), [])
+    return [
+        Outcome(sizing, tuple(presets), is_configured=sizing == configured)
+        for sizing, presets in names.items()
+    ]
+
+
+def check(
+    network: Network,
+    sample: Sample,
+    limits: Limits,
+    *,
+    max_batch: int,
+    report: Callable[[], None] = lambda: None,
+) -> SampleReport:
+    """Run a network on photos under each sizing. Each photo is decoded once.
+
+    Args:
+        network: The network.
+        sample: The photos.
+        limits: Of their size and damage.
+        max_batch: Images in a pass.
+        report: Called after each photo.
+
+    Returns:
+        What the network does with the photos.
+
+    Raises:
+        InvalidInput: No photo can be read.
+        NetworkIncompatible: The network returns scores that are no numbers.
+    """
+    facts = network.facts
+    outcomes, unreadable = candidates(facts.sizing), dict[Path, GradcamError]()
+    batch, classes = _Batch(network, max_batch), Counter[int]()
+    for photo in sample.photos:
+        try:
+            pixels = decode(_bytes_of(photo.path), limits).pixels
+            check_channels(facts, pixels)
+            inputs = [to_input(pixels, facts.input_size, outcome.sizing) for outcome in outcomes]
+        except GradcamError as error:
+            unreadable[photo.path] = error
+        else:
+            batch.add(photo, inputs, outcomes)
+            classes[photo.class_id] += 1
+        report()
+    batch.run()
+    if not classes:
+        path, reason = next(iter(unreadable.items()))
+        message = f"None of {counted(len(sample.photos), 'photo')} can be read; {path}: {reason}"
+        raise InvalidInput(message)
+    outcomes.sort(key=lambda outcome: (outcome.difference or 0, -outcome.count))
+    advice = advise(outcomes, most_frequent=max(classes.values()) if len(classes) > 1 else 0)
+    return SampleReport(facts.name, classes.total(), tuple(outcomes), unreadable, advice)
+
+
+def _bytes_of(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        message = f"{path}: {error.strerror}."
+        raise InvalidInput(message) from error
+
+
+class _Batch:
+    """Collects inputs until there are enough for a pass. Equal inputs of a photo are computed once."""
+
+    def __init__(self, network: Network, size: int) -> None:
+        self._network, self._size = network, size
+        self._pixels: list[NDArray[np.uint8]] = []
+        self._readers: list[tuple[Photo, list[Outcome]]] = []
+
+    def add(self, photo: Photo, inputs: Sequence[NDArray[np.uint8]], outcomes: Sequence[Outcome]) -> None:
+        """Add the inputs of a photo, one for each outcome."""
+        by_content: dict[bytes, list[Outcome]] = {}
+        for pixels, outcome in zip(inputs, outcomes, strict=True):
+            content = pixels.tobytes()
+            if content not in by_content:
+                by_content[content] = []
+                self._pixels.append(pixels)
+                self._readers.append((photo, by_content[content]))
+            by_content[content].append(outcome)
+        while len(self._pixels) >= self._size:
+            self._run(self._size)
+
+    def run(self) -> None:
+        """Run the network on what is left."""
+        if self._pixels:
+            self._run(len(self._pixels))
+
+    def _run(self, count: int) -> None:
+        scores = self._network.scores(np.stack(self._pixels[:count])).astype(np.float64)
+        if not np.isfinite(scores).all():
+            message = f"{self._network.facts.name} computes scores for these photos that are no numbers."
+            raise NetworkIncompatible(message)
+        probabilities = to_probabilities(scores, self._network.facts.head)
+        for (photo, outcomes), own_scores, row in zip(self._readers, scores, probabilities, strict=False):
+            for outcome in outcomes:
+                outcome.right.append(int(own_scores.argmax()) == photo.class_id)
+                if photo.probabilities:
+                    outcome.differences.append(
+                        max(abs(float(row[of]) - value) for of, value in photo.probabilities.items())
+                    )
+        del self._pixels[:count], self._readers[:count]
+
+
+def advise(outcomes: Sequence[Outcome], *, most_frequent: int = 0) -> Advice:
+    """Say which sizing to use: by the owner's probabilities, else by the number of right photos.
+
+    Of equals the configured one is preferred.
+
+    Args:
+        outcomes: Of all sizings; one of them is the configured one.
+        most_frequent: The number of photos of the most frequent class, if there are several classes.
+
+    Returns:
+        The sentence.
+    """
+    configured = next(outcome for outcome in outcomes if outcome.is_configured)
+    if configured.differences:
+        return _by_probabilities(outcomes, configured)
+    advice = _by_count(outcomes, configured)
+    if max(outcome.count for outcome in outcomes) > most_frequent:
+        return advice
+    text = f" That is no better than guessing: {COMPARE}."
+    return replace(advice, text=advice.text + text)
+
+
+def _by_probabilities(outcomes: Sequence[Outcome], configured: Outcome) -> Advice:
+    def difference(outcome: Outcome) -> float:
+        return outcome.difference or 0.0
+
+    best = min(outcomes, key=difference)
+    if difference(configured) <= max(SAME, difference(best)):
+        best = configured
+    is_met = difference(best) <= UNLIKE
+    text = (
+        f"Your model {'gives' if is_met else 'is nearest to'} your own probabilities with {best.name}"
+        f"{', as it is configured' if best is configured else ''} (the largest difference is "
+        f"{_number(difference(best))})"
+    )
+    if best is not configured:
+        text += (
+            f", and differs by up to {_number(difference(configured))} with {configured.name}, as it is "
+            f"configured: set {setting(best.sizing)}"
+        )
+    elsewhere = "" if is_met else f" {_number(difference(best))} is more than a resize explains: {COMPARE}."
+    return Advice(f"{text}.{elsewhere}", None if best is configured else best.sizing)
+
+
+def _number(difference: float) -> str:
+    return f"{difference:.2g}" if difference >= SHOWN else f"less than {SHOWN}"
+
+
+def _by_count(outcomes: Sequence[Outcome], configured: Outcome) -> Advice:
+    best = max(outcomes, key=lambda outcome: outcome.count)
+    total = len(configured.right)
+    if all(outcome.count == best.count for outcome in outcomes):
+        text = f"your model is right on {best.count} of {total} each way."
+        return Advice(f"It makes no difference how photos are resized: {text}")
+    text = f"Your model is right on {best.count} of {total} with "
+    if best.count == configured.count:
+        return Advice(f"{text}{configured.name}, as it is configured; no other way is better.")
+    text += (
+        f"{best.name} and on {configured.count} of {total} with {configured.name}, as it is configured: set "
+        f"{setting(best.sizing)}."
+    )
+    if _chance(best, configured) * (len(outcomes) - 1) > CHANCE:  # the best of several (Bonferroni)
+        text += (
+            " So small a difference may be chance; your own program's probabilities would settle it: a CSV "
+            "with a column for each class."
+        )
+    return Advice(text, best.sizing)
+
+
+def _chance(one: Outcome, other: Outcome) -> float:
+    """How likely such a difference is if both are equally good: McNemar's exact test, two-sided."""
+    pairs = list(zip(one.right, other.right, strict=True))
+    gained = sum(mine and not theirs for mine, theirs in pairs)
+    lost = sum(theirs and not mine for mine, theirs in pairs)
+    decided = gained + lost
+    tail = sum(math.comb(decided, count) for count in range(min(gained, lost) + 1))
+    return float(min(2 * tail / 2**decided, 1.0))
+
+
+def setting(sizing: Sizing) -> str:
+    """The line of the registry that sets a sizing."""
+    presets = [name for name, preset in SIZINGS.items() if preset == sizing]
+    return f'sizing = "{presets[0]}"' if presets else f'sizing = {{ resize = "{sizing.resize}" }}'
+
+
+def _facts(result: SampleReport, everything: Sample) -> dict[str, Any]:
+    """The JSON of a report."""
+    return {
+        "network": result.network,
+        "photos": result.photos,
+        "photos_in_sample": len(everything.photos),
+        "unreadable": [
+            {"path": str(path), "code": error.code, "detail": str(error)}
+            for path, error in result.unreadable.items()
+        ],
+        "unused_columns": everything.unused_columns,
+        "sizings": [
+            {
+                "sizing": outcome.sizing.describe(),
+                "presets": outcome.names,
+                "configured": outcome.is_configured,
+                "right": outcome.count,
+                "largest_difference": outcome.difference,
+            }
+            for outcome in result.outcomes
+        ],
+        "advice": result.advice.text,
+        "set": setting(result.advice.better) if result.advice.better else None,
+    }
+
+
+def _print(result: SampleReport, everything: Sample) -> None:
+    has_probabilities = everything.has_probabilities
+    names = [
+        "sizing",
+        f"right of {result.photos}",
+        "",
+        *(["largest difference"] if has_probabilities else []),
+        " ",
+    ]
+    table = console.table(*names, numbers=names[1:-1])
+    for outcome in result.outcomes:
+        cells = [", ".join(outcome.names) or outcome.sizing.describe()]
+        cells += [str(outcome.count), percent(outcome.count / result.photos)]
+        if has_probabilities:
+            cells.append("" if outcome.difference is None else f"{outcome.difference:.4f}")
+        is_configured = outcome.is_configured
+        table.add_row(*cells, "configured" if is_configured else "", style="bold" if is_configured else "")
+    console.out.print(table)
+    console.out.print()
+    console.out.print(console.plain(result.advice.text))
+    if result.photos + len(result.unreadable) < len(everything.photos):
+        looked = f"{result.photos + len(result.unreadable):,} of {len(everything.photos):,}"
+        console.out.print(f"{looked} photos, of all classes: --limit takes more.", style="dim")
+    if everything.unused_columns:
+        unused = ", ".join(everything.unused_columns)
+        console.out.print(console.plain(f"Columns that name no class, and were not used: {unused}", "dim"))
+    for path, error in result.unreadable.items():
+        console.err.print(
+            console.plain(str(path), "red"), console.plain(f"{error.code}: {error}"), soft_wrap=True
+        )
