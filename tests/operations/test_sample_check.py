@@ -19,6 +19,7 @@ from gradcam_worker.errors import InvalidInput, NetworkIncompatible
 from gradcam_worker.gradcam.classes import ClassIndex
 from gradcam_worker.gradcam.decoding.decode import Limits, decode
 from gradcam_worker.gradcam.models.weights import file_sha256
+from gradcam_worker.gradcam.network_inputs import NetworkInput
 from gradcam_worker.gradcam.sizing import SIZINGS, Sizing
 from gradcam_worker.operations import sample, sample_check
 from gradcam_worker.operations.sample import Photo, Sample
@@ -81,8 +82,8 @@ PHOTOS = (
 PLAIN = [photo for photo in PHOTOS if photo[1] != "odd"]
 
 
-def sample_of(folder: Path, labels: ClassIndex = Brightness.labels) -> Sample:
-    return sample.read(folder, labels, "brightness")
+def sample_of(folder: Path) -> Sample:
+    return sample.read(folder, Brightness())
 
 
 def counts(report: SampleReport) -> dict[str, int]:
@@ -148,6 +149,33 @@ class TestCheck:
         photos = sample_of(write_photos(tmp_path, ("dark", "black")))
         with pytest.raises(NetworkIncompatible, match="scores for these photos that are no numbers"):
             check(Broken(), photos, Limits(), max_batch=4)
+
+    def test_further_inputs_get_the_values_of_each_photo(self, tmp_path: Path) -> None:
+        class Dated(Brightness):
+            """Dark before 1900, whatever the photo shows."""
+
+            def __init__(self) -> None:
+                super().__init__()
+                self.facts = replace(self.facts, inputs=(NetworkInput("year", minimum=1800.0),))
+
+            def scores(
+                self, pixels: NDArray[np.uint8], values: NDArray[np.float32] | None = None
+            ) -> NDArray[np.float32]:
+                assert values is not None
+                assert values.shape == (len(pixels), 1)
+                return super().scores(pixels) * np.where(values < 1900, -1, 1).astype(np.float32)
+
+        write_photos(tmp_path, *[("bright", "white")] * 4)
+        years = ("1850", "1950", "2000", None)
+        photos = tuple(
+            replace(photo, inputs={"year": year} if year else {})
+            for photo, year in zip(sample_of(tmp_path).photos, years, strict=True)
+        )
+        report = check(Dated(), Sample(photos), Limits(), max_batch=2)
+        assert {*counts(report).values()} == {2}
+        assert [str(error) for error in report.unreadable.values()] == [
+            'brightness needs year (number, from 1800 on) beside the image, as in "inputs": {"year": 1800}.'
+        ]
 
     def test_the_largest_difference_to_the_owners_probabilities_is_found(self, tmp_path: Path) -> None:
         write_photos(tmp_path, ("bright", "odd"), ("bright", "white"))

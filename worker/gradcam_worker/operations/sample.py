@@ -2,7 +2,8 @@
 
 The CSV has a header with `path` (relative to the CSV's folder) and `label`. It may have columns that are
 named by classes, with the probabilities that the owner's own program gives them; for two classes, one named
-`probability` may hold that of class 1.
+`probability` may hold that of class 1. Columns that are named by further inputs of the network hold their
+values.
 """
 
 import csv
@@ -17,6 +18,7 @@ from pathlib import Path
 from gradcam_worker.backfill.inputs.open import IMAGE_SUFFIXES
 from gradcam_worker.errors import AmbiguousClass, InvalidInput, UnknownClass
 from gradcam_worker.gradcam.classes import ClassIndex, fold
+from gradcam_worker.gradcam.network import Classifier
 from gradcam_worker.text.visible import counted
 
 PATH_HEADERS, LABEL_HEADERS = ("path", "file", "filename", "image"), ("label", "class")
@@ -26,16 +28,24 @@ MAX_NAMED = 5  # folders, lines or classes in a message
 
 @dataclass(frozen=True)
 class Photo:
-    """A photo, its class, and the probabilities that its owner's program gives classes, by their ids."""
+    """A photo and its class.
+
+    Attributes:
+        path: Of its file.
+        class_id: Its class.
+        probabilities: That its owner's program gives classes, by their ids.
+        inputs: The values of further inputs of the network, by name.
+    """
 
     path: Path
     class_id: int
     probabilities: Mapping[int, float] = field(default_factory=dict)
+    inputs: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Photos, and the columns of their CSV that name no class."""
+    """Photos, and the columns of their CSV that were not used."""
 
     photos: tuple[Photo, ...]
     unused_columns: tuple[str, ...] = ()
@@ -58,13 +68,12 @@ class Sample:
         return Sample(tuple(self.photos[index] for index in chosen), self.unused_columns)
 
 
-def read(source: Path, labels: ClassIndex, network: str) -> Sample:
+def read(source: Path, network: Classifier) -> Sample:
     """Read a sample.
 
     Args:
         source: A folder, or a CSV.
-        labels: The classes of the network.
-        network: Its name, for messages.
+        network: Names the classes, and its further inputs.
 
     Returns:
         The photos, in the order of their names, or of the lines.
@@ -72,16 +81,14 @@ def read(source: Path, labels: ClassIndex, network: str) -> Sample:
     Raises:
         InvalidInput: There are no photos, or folders, labels or columns that name no class.
     """
-    sample = (
-        _read_folder(source, labels, network) if source.is_dir() else _read_table(source, labels, network)
-    )
+    sample = _read_folder(source, network) if source.is_dir() else _read_table(source, network)
     if not sample.photos:
         message = f"{source} holds no photos."
         raise InvalidInput(message)
     return sample
 
 
-def _read_folder(folder: Path, labels: ClassIndex, network: str) -> Sample:
+def _read_folder(folder: Path, network: Classifier) -> Sample:
     entries = sorted(path for path in folder.iterdir() if not path.name.startswith((".", "__")))
     folders = [path for path in entries if path.is_dir()]
     if not folders:
@@ -93,7 +100,7 @@ def _read_folder(folder: Path, labels: ClassIndex, network: str) -> Sample:
     classes, unknown = {}, []
     for path in folders:
         try:
-            classes[path] = labels.find(path.name).id
+            classes[path] = network.labels.find(path.name).id
         except UnknownClass:
             unknown.append(path.name)
         except AmbiguousClass as error:
@@ -101,8 +108,8 @@ def _read_folder(folder: Path, labels: ClassIndex, network: str) -> Sample:
             raise InvalidInput(message) from error
     if unknown:
         are = "The folder {} names" if len(unknown) == 1 else "The folders {} name"
-        reason = _why_unknown(labels, network, sorted(path.name for path in folders))
-        message = f"{are.format(_listed(unknown))} no class of {network}: {reason}"
+        reason = _why_unknown(network, sorted(path.name for path in folders))
+        message = f"{are.format(_listed(unknown))} no class of {network.facts.name}: {reason}"
         raise InvalidInput(message)
     photos = (
         Photo(path, class_id)
@@ -118,26 +125,27 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(map(repr, names[:MAX_NAMED])) + more
 
 
-def _why_unknown(labels: ClassIndex, network: str, names: Sequence[str]) -> str:
+def _why_unknown(network: Classifier, names: Sequence[str]) -> str:
     """What to do about labels of photos that name no class."""
+    labels = network.labels
     is_numbered = labels == ClassIndex.numbered(len(labels))
     if is_numbered and len(names) == len(labels):
         quoted = ", ".join(f'"{name}"' for name in names)
         return (
             "its classes have no names. If it was trained on such folders in alphabetical order, as Keras "
-            f"reads them, add labels = [{quoted}] to networks.{network}."
+            f"reads them, add labels = [{quoted}] to networks.{network.facts.name}."
         )
     if is_numbered:
         return f"its {counted(len(labels), 'class', 'classes')} have no names, only ids from 0: set labels."
     return f"it has {_listed([label.name for label in labels.labels])}; a class is named by name, id or wnid."
 
 
-def _read_table(path: Path, labels: ClassIndex, network: str) -> Sample:
+def _read_table(path: Path, network: Classifier) -> Sample:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             lines = csv.reader(file, skipinitialspace=True, strict=True)
             header = [name.strip() for name in next(lines, [])]
-            return _Table(path, header, labels, network).read(lines)
+            return _Table(path, header, network).read(lines)
     except OSError as error:
         message = f"{path}: {error.strerror}."
         raise InvalidInput(message) from error
@@ -149,15 +157,21 @@ def _read_table(path: Path, labels: ClassIndex, network: str) -> Sample:
 class _Table:
     """The columns of a CSV."""
 
-    def __init__(self, path: Path, header: Sequence[str], labels: ClassIndex, network: str) -> None:
+    def __init__(self, path: Path, header: Sequence[str], network: Classifier) -> None:
         """Find out what each column is. Raises InvalidInput."""
-        self._where, self._width, self._labels, self._network = path, len(header), labels, network
+        labels = network.labels
+        self._where, self._width, self._network = path, len(header), network
         folded = [fold(name) for name in header]
         self._path, self._label = (self._find(folded, names) for names in (PATH_HEADERS, LABEL_HEADERS))
         self._classes: dict[int, int] = {}  # position of a column -> id of its class
+        self._inputs: dict[int, str] = {}  # position of a column -> name of a further input
+        inputs = {fold(one.name): one.name for one in network.facts.inputs if not one.constant}
         unused, is_single = [], len(labels) == 2  # noqa: PLR2004  # of one unit, as a rule
         for position, name in enumerate(header):
             if position in {self._path, self._label}:
+                continue
+            if fold(name) in inputs:
+                self._inputs[position] = inputs[fold(name)]
                 continue
             try:
                 class_id = 1 if is_single and fold(name) == SINGLE_HEADER else labels.find(name).id
@@ -195,7 +209,7 @@ class _Table:
                 raise InvalidInput(message)
             label = cells[self._label].strip()
             try:
-                class_id = self._labels.find(label).id
+                class_id = self._network.labels.find(label).id
             except UnknownClass:
                 unknown.setdefault(label, number)
                 continue
@@ -207,13 +221,14 @@ class _Table:
                 for at, of in self._classes.items()
                 if cells[at].strip()
             }
-            photos.append(Photo(self._where.parent / cells[self._path].strip(), class_id, own))
+            inputs = {name: cells[at].strip() for at, name in self._inputs.items() if cells[at].strip()}
+            photos.append(Photo(self._where.parent / cells[self._path].strip(), class_id, own, inputs))
         if unknown:
             rows = ", ".join(
                 f"{label!r} (row {number})" for label, number in islice(unknown.items(), MAX_NAMED)
             )
-            reason = _why_unknown(self._labels, self._network, sorted(unknown))
-            message = f"{self._where}: no class of {self._network} is called {rows}: {reason}"
+            reason = _why_unknown(self._network, sorted(unknown))
+            message = f"{self._where}: no class of {self._network.facts.name} is called {rows}: {reason}"
             raise InvalidInput(message)
         return Sample(tuple(photos), self._unused)
 

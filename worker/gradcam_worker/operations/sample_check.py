@@ -19,10 +19,11 @@ from gradcam_worker.errors import GradcamError, InvalidInput, InvalidSettings, N
 from gradcam_worker.gradcam.catalog import NetworkRow
 from gradcam_worker.gradcam.classes import percent
 from gradcam_worker.gradcam.decoding.decode import Limits, decode
-from gradcam_worker.gradcam.explain import check_channels, to_probabilities
+from gradcam_worker.gradcam.explain import check_channels, to_probabilities, values_of
 from gradcam_worker.gradcam.imaging.network_input import to_input
 from gradcam_worker.gradcam.models.registry import Registry
 from gradcam_worker.gradcam.network import Network
+from gradcam_worker.gradcam.network import scores as compute_scores
 from gradcam_worker.gradcam.sizing import SIZINGS, Resize, Sizing
 from gradcam_worker.inference.model_cache import choose_shard_batch_size
 from gradcam_worker.operations import console, sample
@@ -108,7 +109,7 @@ def run(source: Path, name: str | None, settings: Settings, *, limit: int, as_js
     service_factory.prepare(settings)
     with console.err.status(f"loading {row.name}"):
         network = service_factory.load(settings, S3(settings), row)
-    everything = sample.read(source, network.labels, row.name)
+    everything = sample.read(source, network)
     photos = everything.choose(limit)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=console.err, transient=True) as progress:
@@ -116,7 +117,7 @@ def run(source: Path, name: str | None, settings: Settings, *, limit: int, as_js
         result = check(
             network,
             photos,
-            Limits(settings.max_image_pixels, settings.max_image_side, settings.max_image_damage),
+            service_factory.image_limits(settings),
             max_batch=choose_shard_batch_size(
                 network.facts, settings.max_batch, on_gpu=service_factory.on_gpu()
             ),
@@ -184,11 +185,12 @@ def check(
         try:
             pixels = decode(_bytes_of(photo.path), limits).pixels
             check_channels(facts, pixels)
-            inputs = [to_input(pixels, facts.input_size, outcome.sizing) for outcome in outcomes]
+            images = [to_input(pixels, facts.input_size, outcome.sizing) for outcome in outcomes]
+            values = values_of(facts, photo.inputs)
         except GradcamError as error:
             unreadable[photo.path] = error
         else:
-            batch.add(photo, inputs, outcomes)
+            batch.add(photo, images, values, outcomes)
             classes[photo.class_id] += 1
         report()
     batch.run()
@@ -210,21 +212,29 @@ def _bytes_of(path: Path) -> bytes:
 
 
 class _Batch:
-    """Collects inputs until there are enough for a pass. Equal inputs of a photo are computed once."""
+    """Collects images until there are enough for a pass. Equal images of a photo are computed once."""
 
     def __init__(self, network: Network, size: int) -> None:
         self._network, self._size = network, size
         self._pixels: list[NDArray[np.uint8]] = []
+        self._values: list[NDArray[np.float32] | None] = []
         self._readers: list[tuple[Photo, list[Outcome]]] = []
 
-    def add(self, photo: Photo, inputs: Sequence[NDArray[np.uint8]], outcomes: Sequence[Outcome]) -> None:
-        """Add the inputs of a photo, one for each outcome."""
+    def add(
+        self,
+        photo: Photo,
+        images: Sequence[NDArray[np.uint8]],
+        values: NDArray[np.float32] | None,
+        outcomes: Sequence[Outcome],
+    ) -> None:
+        """Add what a network gets of a photo: an image for each outcome, and the values of further inputs."""
         by_content: dict[bytes, list[Outcome]] = {}
-        for pixels, outcome in zip(inputs, outcomes, strict=True):
+        for pixels, outcome in zip(images, outcomes, strict=True):
             content = pixels.tobytes()
             if content not in by_content:
                 by_content[content] = []
                 self._pixels.append(pixels)
+                self._values.append(values)
                 self._readers.append((photo, by_content[content]))
             by_content[content].append(outcome)
         while len(self._pixels) >= self._size:
@@ -236,7 +246,9 @@ class _Batch:
             self._run(len(self._pixels))
 
     def _run(self, count: int) -> None:
-        scores = self._network.scores(np.stack(self._pixels[:count])).astype(np.float64)
+        given = [values for values in self._values[:count] if values is not None]
+        values = np.stack(given) if given else None
+        scores = compute_scores(self._network, np.stack(self._pixels[:count]), values).astype(np.float64)
         if not np.isfinite(scores).all():
             message = f"{self._network.facts.name} computes scores for these photos that are no numbers."
             raise NetworkIncompatible(message)
@@ -248,7 +260,7 @@ class _Batch:
                     outcome.differences.append(
                         max(abs(float(row[of]) - value) for of, value in photo.probabilities.items())
                     )
-        del self._pixels[:count], self._readers[:count]
+        del self._pixels[:count], self._values[:count], self._readers[:count]
 
 
 def advise(outcomes: Sequence[Outcome], *, most_frequent: int = 0) -> Advice:

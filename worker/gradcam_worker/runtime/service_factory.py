@@ -48,12 +48,7 @@ def build_services(
         inference=inference or build_model_cache(settings, observer=observer),
         stores=Stores(settings, s3, observer),
         webhooks=Webhooks(settings),
-        limits=Limits(
-            settings.max_image_pixels,
-            settings.max_image_side,
-            settings.max_image_damage,
-            settings.convert_colors,
-        ),
+        limits=image_limits(settings),
         max_classes=settings.max_classes,
         budgets=Budgets(
             ResourceBudget(settings.max_bytes_in_flight, "bytes"),
@@ -61,6 +56,16 @@ def build_services(
             max_image_bytes=settings.max_image_bytes,
             threads=settings.threads + READERS * settings.shards,
         ),
+    )
+
+
+def image_limits(settings: Settings) -> Limits:
+    """The limits of images, and whether their colours are converted."""
+    return Limits(
+        settings.max_image_pixels,
+        settings.max_image_side,
+        settings.max_image_damage,
+        settings.convert_colors,
     )
 
 
