@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gradcam_worker.errors import GradcamError, InvalidNetworkInput
+from gradcam_worker.errors import GradcamError, InvalidNetworkInput, NetworkIncompatible
 from gradcam_worker.gradcam import backend, catalog
 from gradcam_worker.gradcam.backend import keras
 from gradcam_worker.gradcam.catalog import HeadKind, NetworkRow, Preprocessing
