@@ -60,6 +60,38 @@ def test_both_metrics_prefer_a_right_heatmap_to_a_wrong_one(flag: NDArray[np.uin
     assert all(0 <= area <= 1 for area in (*right_areas.values(), *wrong_areas.values()))
 
 
+def test_the_confidence_drops_by_what_is_lost_of_the_probability_where_the_heatmap_is_cold(
+    flag: NDArray[np.uint8],
+) -> None:
+    """Of red, the heatmap keeps the red half: blue is gone, and red becomes more probable."""
+    metrics = ["confidence_increase", "confidence_drop"]
+    seen = explain_classes(flag, 0, 2)
+    ones, zeros = np.ones_like(seen.heatmaps[0]), np.zeros_like(seen.heatmaps[0])
+    left = zeros.copy()
+    left[:, :2] = 1
+    shown = replace(seen, heatmaps=np.stack([left, zeros]))
+    red, blue = measure(TinyNetwork().scores, flag, shown, metrics)
+    assert list(red) == metrics
+    assert red == {"confidence_drop": 0, "confidence_increase": 1}
+    kernel = TinyNetwork.KERNEL.astype(np.float64)
+    scores = np.array([0.5, 0, 0.5]) @ kernel
+    whole = np.exp(scores[2]) / np.exp(scores).sum()
+    assert blue["confidence_drop"] == pytest.approx((whole - 1 / 3) / whole, rel=1e-4)
+    assert blue["confidence_increase"] == 0
+    [kept] = measure(
+        TinyNetwork().scores, flag, replace(explain_classes(flag, 0), heatmaps=ones[None]), metrics
+    )
+    assert kept == {"confidence_drop": 0, "confidence_increase": 0}
+
+
+def test_all_metrics_together_are_those_of_each_alone(flag: NDArray[np.uint8]) -> None:
+    seen = explain_classes(flag, 0, 2)
+    together = measure(TinyNetwork().scores, flag, seen, METRICS)
+    for metric in METRICS:
+        alone = measure(TinyNetwork().scores, flag, seen, [metric])
+        assert [{metric: values[metric]} for values in together] == alone
+
+
 def test_every_class_has_its_areas_in_the_order_of_the_request(flag: NDArray[np.uint8]) -> None:
     both = measure(TinyNetwork().scores, flag, explain_classes(flag, 2, 0), METRICS)
     alone = [

@@ -134,12 +134,12 @@ def test_everything_that_is_missing_is_named_with_its_fix(
     assert not any("planted" in finding.detail for finding in findings.values())
 
 
-def own_network(folder: Path, settings: Settings, body: str) -> Finding:
+def own_network(folder: Path, settings: Settings, body: str, what: str = "network own") -> Finding:
     """Return the finding about one network of the operator's own."""
     (folder / "networks.toml").write_text(f"[networks.own]\ninput_size = [32, 32]\n{body}")
     changes = {"networks": folder / "networks.toml", "cache_dir": folder / "cache"}
     own = settings.model_copy(update={**changes, "output": folder.as_uri()})
-    return by_name(own)["network own"]
+    return by_name(own)[what]
 
 
 @pytest.mark.tensorflow
@@ -152,6 +152,13 @@ def test_an_own_network_is_fetched_checked_and_explained_once(
     assert finding.well
     facts = "layer backbone/last 30x30, 3 classes (softmax), 127 parameters, sizing area, squash"
     assert finding.detail == facts
+    randomised = own_network(tmp_path, settings, body, "parameter randomisation of own")
+    assert randomised.well
+    assert re.fullmatch(
+        r"heatmaps stay as they are by -?\d\.\d\d with all weights shuffled, -?\d\.\d\d with those of the "
+        r"head shuffled: (near 0 is good|they hardly depend on what it has learned)",
+        randomised.detail,
+    )
     cached = {path.suffix for path in (tmp_path / "cache").iterdir()}
     assert cached - {".openvino"} == {".keras"}
     finding = own_network(tmp_path, settings, f"{body}\nscores_only = true")

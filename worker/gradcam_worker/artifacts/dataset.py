@@ -42,6 +42,7 @@ MEDIA_TYPE = "application/vnd.apache.parquet"
 METADATA_KEY = b"gradcam"  # of the JSON document in a file's metadata that describes the whole file
 MISSING_COLUMN = "missing"  # the last column, which files of earlier versions lack
 SHOWN_COLUMN = "shown_xyxy"  # after it, where the network's sizing crops or pads images
+LATER_METRICS = ("confidence_drop", "confidence_increase")  # columns that files of earlier versions lack
 BOX_THRESHOLD = 0.5  # as a share of the heatmap's peak; the default of a manifest
 
 Grid = tuple[int, int]  # rows and columns of every heatmap
@@ -70,8 +71,11 @@ class Summary:
     network: NetworkRef
 
 
-def schema(grid: Grid, *, has_shown: bool = False) -> "pa.Schema":
-    """The columns of a file whose heatmaps have this grid; with what the network saw of an image, or not."""
+def schema(grid: Grid, *, has_shown: bool = False, metrics: Sequence[str] = ()) -> "pa.Schema":
+    """The columns of a file whose heatmaps have this grid; with what the network saw of an image, or not.
+
+    Of `metrics`, those in `LATER_METRICS` have columns where they are measured.
+    """
     import pyarrow as pa
 
     rows, columns = grid
@@ -102,6 +106,7 @@ def schema(grid: Grid, *, has_shown: bool = False) -> "pa.Schema":
             ("error_detail", pa.string()),
             (MISSING_COLUMN, pa.float32()),  # missing share of a damaged image; null if the image is whole
             *shown,  # left, top, right, bottom on the image, where the heatmap lies; null: on all of it
+            *((name, pa.float32()) for name in LATER_METRICS if name in metrics),
         ]
     )
 
@@ -141,7 +146,8 @@ def to_bytes(
         for record in _records(shard.first + index, row, outcome)
     ]
     has_shown = has_shown or (kept_rows is not None and SHOWN_COLUMN in kept_rows.column_names)
-    table = pa.Table.from_pylist(records, schema=schema(grid, has_shown=has_shown))
+    columns = schema(grid, has_shown=has_shown, metrics=shard.metrics)
+    table = pa.Table.from_pylist(records, schema=columns)
     if kept_rows is not None:
         if has_shown and SHOWN_COLUMN not in kept_rows.column_names:
             whole = pa.nulls(len(kept_rows), table.schema.field(SHOWN_COLUMN).type)

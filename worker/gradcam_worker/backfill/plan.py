@@ -37,7 +37,7 @@ class Plan(RequestModel):
     target: Target
     inputs: Inputs = Field(default_factory=dict)  # of the network, the same for all rows
     method: MethodSpec = MethodSpec()
-    metrics: Annotated[tuple[Metric, ...], Field(max_length=2)] = ()
+    metrics: Annotated[tuple[Metric, ...], Field(max_length=4)] = ()
     artifacts: Annotated[tuple[OverlaySpec, ...], Field(max_length=3)] = ()
     shard_rows: Annotated[int, Field(ge=1, le=MAX_ROWS)] = 256
     created_at: AwareDatetime = Field(default_factory=utc_now)

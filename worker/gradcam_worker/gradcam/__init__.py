@@ -17,7 +17,7 @@ The modules and packages, from plain data to loaded networks:
     graph             the graph of a Keras model: target layer, scores, backward pass
     methods           the formulas, and the gradients that they need
     explain           predictions, heatmaps and overlays of classes in an image
-    faithfulness      deletion and insertion of an explanation
+    faithfulness      how faithful an explanation is: deletion, insertion, change of confidence
     report            an explanation as a self-contained HTML page
     models            loading a network of the catalog, or any Keras model
     backend           Keras and its backend

@@ -1,4 +1,6 @@
-"""The faithfulness of a heatmap: deletion and insertion, of RISE (arXiv 1806.07421, section 3.3).
+"""The faithfulness of a heatmap: deletion and insertion, and the drop and increase in confidence.
+
+Deletion and insertion are of RISE (arXiv 1806.07421, section 3.3).
 
 Deletion removes the pixels, the hottest first. If the heatmap is right, the probability of the class falls
 soon, and the area under its curve is small. Insertion adds the pixels to a blurred image; there the area is
@@ -6,6 +8,12 @@ large. Both areas lie in [0, 1].
 
 Differences from the paper: pixels are replaced in `STEPS` equal parts, not as many at a time as a row has;
 equally hot pixels are replaced in a fixed random order, not from the top down.
+
+The drop and the increase in confidence are of Grad-CAM++ (arXiv 1710.11063, section 4.1). The image is
+multiplied with its heatmap, so that what is not hot becomes black. With the probability Y of the class for
+the image and O for the product, `confidence_drop` is max(0, Y - O) / Y, from 0 to 1, and
+`confidence_increase` is 1 if O > Y, else 0. Their means over many images are the paper's Average Drop and
+Increase in Confidence, as shares. Masked pixels are rounded to whole levels.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +26,8 @@ from gradcam_worker.gradcam.explain import Explanation
 from gradcam_worker.gradcam.imaging.resize import enlarge
 from gradcam_worker.gradcam.probabilities import to_probabilities
 
-METRICS = ("deletion", "insertion")
+CURVES = ("deletion", "insertion")
+METRICS = (*CURVES, "confidence_drop", "confidence_increase")
 STEPS = 32  # so 33 images are scored for each class and metric
 BATCH = 16  # images scored at once
 GREY = 127  # level of deleted pixels
@@ -40,14 +49,33 @@ def measure(
         metrics: Names from `METRICS`.
 
     Returns:
-        The area under the curve of each metric, from 0 to 1, for each of the k classes.
+        The value of each metric, from 0 to 1, for each of the k classes: of deletion and insertion, the area
+        under the curve.
     """
+    shape = pixels.shape[0], pixels.shape[1]
+    enlarged = [enlarge(heatmap, shape) for heatmap in explanation.shown]
+    curves = [metric for metric in metrics if metric in CURVES]
+    areas = _areas(score, pixels, explanation, enlarged, curves) if curves else [{} for _ in enlarged]
+    if len(curves) == len(metrics):
+        return areas
+    changes = _changes_of_confidence(score, pixels, explanation, enlarged)
+    values = [{**area, **change} for area, change in zip(areas, changes, strict=True)]
+    return [{metric: value[metric] for metric in metrics} for value in values]
+
+
+def _areas(
+    score: Score,
+    pixels: Pixels,
+    explanation: Explanation,
+    heatmaps: Sequence[NDArray[np.float32]],
+    metrics: Sequence[str],
+) -> list[dict[str, float]]:
+    """The area under each curve, for each class."""
     blurred = cv2.GaussianBlur(pixels, (0, 0), BLUR * max(pixels.shape[:2])).reshape(pixels.shape)
-    height, width, _ = pixels.shape
     start_and_end = {"deletion": (pixels, np.full_like(pixels, GREY)), "insertion": (blurred, pixels)}
     results = []
-    for prediction, heatmap in zip(explanation.explained, explanation.shown, strict=True):
-        replaced_at = _replacement_steps(enlarge(heatmap, (height, width)))
+    for prediction, heatmap in zip(explanation.explained, heatmaps, strict=True):
+        replaced_at = _replacement_steps(heatmap)
         areas = {}
         for metric in metrics:
             before, after = start_and_end[metric]
@@ -55,6 +83,27 @@ def measure(
             areas[metric] = float(f"{np.trapezoid(curve, dx=1 / STEPS):.6g}")
         results.append(areas)
     return results
+
+
+def _changes_of_confidence(
+    score: Score, pixels: Pixels, explanation: Explanation, heatmaps: Sequence[NDArray[np.float32]]
+) -> list[dict[str, float]]:
+    """The drop and the increase in confidence, for each class."""
+    products = [
+        np.rint(pixels * np.clip(heatmap, 0, 1)[..., np.newaxis]).astype(np.uint8) for heatmap in heatmaps
+    ]
+    images = [pixels, *products]
+    scores = np.concatenate(
+        [score(np.stack(images[first : first + BATCH])) for first in range(0, len(images), BATCH)]
+    )
+    before, *after = to_probabilities(scores.astype(np.float64), explanation.network.head)
+    changes = []
+    for prediction, probabilities in zip(explanation.explained, after, strict=True):
+        whole, masked = before[prediction.id], probabilities[prediction.id]
+        drop = max(whole - masked, 0) / whole if whole else 0.0
+        increase = float(masked > whole)
+        changes.append({"confidence_drop": float(f"{drop:.6g}"), "confidence_increase": increase})
+    return changes
 
 
 def _replacement_steps(heatmap: NDArray[np.float32]) -> NDArray[np.int32]:

@@ -523,7 +523,7 @@ class ModelCache:
             network: The network that explained the image.
             pixels: The image, at the network's input size (height, width, channels).
             explanation: Its explanation.
-            metrics: Names of the metrics: `deletion`, `insertion`.
+            metrics: Names from `faithfulness.METRICS`.
             deadline: The job's deadline.
             bulk: Whether urgent requests go first.
             values: Of further inputs (width,), which all its images get; None: the network has none.

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,6 +25,7 @@ from gradcam_worker.settings import Settings
 from gradcam_worker.text.visible import counted
 
 MILLION = 1_000_000
+MAX_CORRELATION = 0.5  # of heatmaps before and after weights are shuffled, where they still depend on them
 SETTING_FIX = "Correct the setting that the message names."
 
 
@@ -72,7 +74,7 @@ def run_checks(settings: Settings, *, expected_workers: int = 0) -> Iterator[Fin
         yield Finding("networks", well=False, detail=str(error), fix=SETTING_FIX)
         return
     for row in registry.operator_networks():
-        yield _check_own_network(row, settings)
+        yield from _check_own_network(row, settings)
 
 
 def _check_eviction(settings: Settings) -> Iterator[Finding]:
@@ -99,7 +101,7 @@ def _check_weights(settings: Settings) -> Iterator[Finding]:
     yield Finding("weights", well=True, detail=detail)
 
 
-def _check_own_network(row: NetworkRow, settings: Settings) -> Finding:
+def _check_own_network(row: NetworkRow, settings: Settings) -> Iterator[Finding]:
     """Download, verify, load and explain an operator's own network, as a worker does for its first job."""
     import numpy as np
 
@@ -117,7 +119,8 @@ def _check_own_network(row: NetworkRow, settings: Settings) -> Finding:
     except Exception as error:  # noqa: BLE001  # an untrusted model may fail in any way
         problem = error if isinstance(error, GradcamError) else InternalError.of(error)
         fix = f"Correct networks.{row.name} in {settings.networks}, or fix what the message reports."
-        return Finding(what, well=False, detail=f"{problem.code}: {problem}", fix=fix)
+        yield Finding(what, well=False, detail=f"{problem.code}: {problem}", fix=fix)
+        return
     facts, explanation = network.facts, warm_up.explanation
     rows, columns = explanation.heatmaps.shape[1:]
     size = f"{facts.parameters / 1e6:.1f} M" if facts.parameters > MILLION else f"{facts.parameters:,}"
@@ -138,7 +141,33 @@ def _check_own_network(row: NetworkRow, settings: Settings) -> Finding:
             "; its first layers rescale its input, in addition to the preprocessing "
             f'{preprocessing.name}: if it was trained on pixels from 0 to 255, set preprocessing = "none"'
         )
-    return Finding(what, well=True, detail=detail)
+    yield Finding(what, well=True, detail=detail)
+    yield from _measure_randomization(row.name, network)
+
+
+def _measure_randomization(name: str, network: object) -> Iterator[Finding]:
+    """Report what is left of the heatmaps when the weights are shuffled, where they can be."""
+    from gradcam_worker.gradcam.models.keras_network import KerasNetwork
+    from gradcam_worker.gradcam.randomization import randomize_parameters
+
+    if not isinstance(network, KerasNetwork):
+        return
+    what = f"parameter randomisation of {name}"
+    try:
+        score = randomize_parameters(network)
+    except Exception as error:  # noqa: BLE001  # an untrusted model may fail in any way
+        yield Finding(what, well=True, detail=f"not measured: {InternalError.of(error)}")
+        return
+    stages = {"all weights": score.everything, "those of the head": score.head}
+    left = [f"{value:.2f} with {stage} shuffled" for stage, value in stages.items() if not math.isnan(value)]
+    if not left:
+        yield Finding(
+            what, well=True, detail="not measured: the heatmaps are too small, or the same everywhere"
+        )
+        return
+    hardly = max(filter(math.isfinite, stages.values())) > MAX_CORRELATION
+    meaning = "they hardly depend on what it has learned" if hardly else "near 0 is good"
+    yield Finding(what, well=True, detail=f"heatmaps stay as they are by {', '.join(left)}: {meaning}")
 
 
 def _run_check(what: str, check: Callable[[Settings], str], settings: Settings, fix: str) -> Finding:

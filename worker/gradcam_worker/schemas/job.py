@@ -222,7 +222,7 @@ class Job(RequestModel):
         HeatmapSpec(),
     )
     """what to store; each kind and format once"""
-    metrics: Annotated[tuple[Metric, ...], Field(max_length=2)] = ()
+    metrics: Annotated[tuple[Metric, ...], Field(max_length=4)] = ()
     """how faithful each heatmap is"""
     output: Annotated[str, StringConstraints(max_length=1024)] | None = None
     """where to store it, below what the operator allows; none: `GRADCAM_OUTPUT`"""

@@ -52,7 +52,7 @@ class ExplainedClass(ResponseModel):
     raw_max: float
     peak_xy: tuple[int, int] | None
     hot: SalientRegion | None = None
-    metrics: dict[str, float] = Field(default_factory=dict)  # deletion and insertion, if requested
+    metrics: dict[str, float] = Field(default_factory=dict)  # those that were requested
     # Of integrated_gradients: how far the sum of the attributions is from the difference between the scores
     # of image and baseline, as a share of it.
     completeness_error: float | None = None

@@ -24,7 +24,7 @@ Alpha = Annotated[float, Field(ge=0, le=1)]  # the weight of the colours; the re
 Edge = Annotated[int, Field(ge=16, le=32_767, strict=True)]  # the maximum of the longer side, in pixels
 Length = Annotated[int, Field(ge=1, le=8192, strict=True)]  # in pixels of the network's input
 Colormap = Literal["jet", "turbo", "viridis", "inferno", "magma", "plasma", "cividis", "grey"]
-Metric = Literal["deletion", "insertion"]
+Metric = Literal["deletion", "insertion", "confidence_drop", "confidence_increase"]
 MASKING_PARAMETERS = {  # of the methods that cover parts of the image
     "rise": ("masks", "cells", "seed"),
     "occlusion": ("window", "stride"),

@@ -48,7 +48,7 @@ class Shard(RequestModel):
     target: Target
     inputs: Inputs = Field(default_factory=dict)  # beside each image; a row's own come first
     method: MethodSpec = MethodSpec()
-    metrics: Annotated[tuple[Metric, ...], Field(max_length=2)] = ()
+    metrics: Annotated[tuple[Metric, ...], Field(max_length=4)] = ()
     artifacts: Annotated[tuple[OverlaySpec, ...], Field(max_length=3)] = ()
     output: Annotated[str, StringConstraints(min_length=1, max_length=1024)]
     # The submitter's token from the registry of backfills: see `gradcam_worker.backfill.registry`. Empty: an

@@ -2,7 +2,8 @@
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -238,6 +239,39 @@ class KerasNetwork:
         self._passes[key] = traced
         if len(self._passes) > MAX_TRACED:
             self._passes.popitem(last=False)
+
+    @contextmanager
+    def shuffled(self, layer: str | None, *, head_only: bool, seed: int) -> Iterator[int]:
+        """Shuffle the numbers in each kernel, and restore them afterwards: see `randomization`.
+
+        Args:
+            layer: The target layer; None: the default one.
+            head_only: Shuffle only the kernels behind it.
+            seed: Of the shuffling.
+
+        Yields:
+            The number of kernels.
+        """
+        graph, end = self._scores.graph, self._scores.slot
+        target = self._target(layer or self.facts.default_layer)
+        steps = graph.tail(target.slot, end)[0] if head_only else graph.steps_to([end])
+        weights = {id(weight): weight for step in steps for weight in step.weights}.values()
+        kernels = [weight for weight in weights if len(weight.shape) > 1]
+        stored = [np.array(kernel.numpy()) for kernel in kernels]
+        random = np.random.default_rng(seed)
+        # Another engine has a copy of the weights, which would stay as they are.
+        forward, passes, compiled_scores = self._forward, self._passes, self._compiled_scores
+        if forward:
+            self._forward, self._passes, self._compiled_scores = None, OrderedDict(), None
+        try:
+            for kernel, values in zip(kernels, stored, strict=True):
+                kernel.assign(random.permutation(values.ravel()).reshape(values.shape))
+            yield len(kernels)
+        finally:
+            for kernel, values in zip(kernels, stored, strict=True):
+                kernel.assign(values)
+            if forward:
+                self._forward, self._passes, self._compiled_scores = forward, passes, compiled_scores
 
     def _compute_singly(
         self,
