@@ -24,11 +24,13 @@ from gradcam_worker.execution.attempt import JobContext
 from gradcam_worker.gradcam.classes import ClassIndex, Label
 from gradcam_worker.gradcam.decoding.decode import Limits, decode
 from gradcam_worker.gradcam.imaging.overlay import COLORMAPS, encode, overlay
+from gradcam_worker.gradcam.sizing import Sizing
 from gradcam_worker.inference.model_cache import ModelCache
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.schemas.ids import new_id
 from gradcam_worker.schemas.options import Target
 from gradcam_worker.schemas.shard import Row, Shard
+from tests.gradcam.sized_network import SizedNetwork
 
 pytestmark = pytest.mark.live
 
@@ -64,8 +66,12 @@ def images() -> Mapping[str, bytes]:
 @pytest.fixture(scope="module")
 def store(images: Mapping[str, bytes]) -> testing.MemoryStore:
     """The dataset, made as a worker makes it."""
+    return explained_by(Hostile(), images)
+
+
+def explained_by(network: testing.TinyNetwork, images: Mapping[str, bytes]) -> testing.MemoryStore:
     store = testing.MemoryStore()
-    services = testing.fake_services(images, store=store, inference=ModelCache(lambda _: Hostile()))
+    services = testing.fake_services(images, store=store, inference=ModelCache(lambda _: network))
     shard = Shard(
         backfill=new_id(),
         index=0,
@@ -154,6 +160,28 @@ def test_a_picture_is_the_photo_below_the_colours_of_its_own_heatmap(
             drawn = reader.canvas(f"{selector} canvas")
             assert_allclose(drawn, expected, atol=8, err_msg=colormap)  # a level's
     assert first.top_rows()[0]
+
+
+def test_outside_what_the_network_saw_a_photo_keeps_its_colours(
+    reader: Reader, images: Mapping[str, bytes]
+) -> None:
+    wide = dict(list(images.items())[:1])
+    store = explained_by(SizedNetwork(Sizing(fit="crop")), wide)
+    reader.open(gallery(store, testing.MemoryImageFetcher(wide), Limits(), GalleryOptions()).page)
+    (first, *_) = read_statistics(store, 3).choose_classes(None, 1)
+    (kept, *_) = first.top_rows()[0]
+    canvas = ".class:first-child .groups figure canvas"
+    transparent = reader.run(
+        f"(draw(document.querySelector('{canvas}')), [...document.querySelector('{canvas}').getContext('2d')"
+        ".getImageData(0, 90, 256, 1).data].filter((_, place) => place % 4 == 3).map((alpha) => alpha == 0))"
+    )
+    left, _, right, _ = (side / kept.record["width"] * 256 for side in kept.record["shown_xyxy"])
+    assert transparent == [not left <= pixel + 0.5 < right for pixel in range(256)]
+    placement = Sizing(fit="crop").placement((240, 320), (16, 16))
+    black = np.zeros((192, 256, 3), np.uint8)
+    expected = overlay(black, kept.heatmap.astype(np.float32), alpha=1, placement=placement)
+    shown = ~np.array(transparent)
+    assert_allclose(reader.canvas(canvas)[:, shown], expected[:, shown], atol=8)
 
 
 def test_the_opacity_is_that_of_all_photos_and_of_no_heatmap_alone(reader: Reader, page: bytes) -> None:

@@ -24,6 +24,7 @@ from gradcam_worker.gradcam.explain import Explanation, Prediction, explain_imag
 from gradcam_worker.gradcam.imaging.overlay import COLORMAPS, overlay, to_grey
 from gradcam_worker.gradcam.imaging.resize import fit
 from gradcam_worker.gradcam.report import page
+from gradcam_worker.gradcam.sizing import SIZINGS, Sizing, spans
 from gradcam_worker.testing import TinyNetwork
 
 pytestmark = pytest.mark.live
@@ -160,6 +161,25 @@ class TestPicture:
         box = reader.find("picture").rect
         assert box["width"] / box["height"] == pytest.approx(size[1] / size[0], rel=0.05)
         assert box["height"] <= DESKTOP[1] * 0.6, "the settings are in sight, too"
+
+    @pytest.mark.parametrize("name", ["torchvision", "timm", "letterbox", "letterbox of a tall photo"])
+    def test_so_it_is_where_the_network_saw_only_a_part_of_the_photo_or_more(
+        self, reader: Reader, seen: Explanation, photo: Pixels, name: str
+    ) -> None:
+        shaped = fit(photo, (600, 220) if "tall" in name else (300, 520))
+        sizing = SIZINGS.get(name, Sizing("bilinear", "letterbox"))
+        placement = sizing.placement((shaped.shape[0], shaped.shape[1]), (224, 224))
+        assert placement
+        made = page(replace(seen, placement=placement), shaped, name="part.png", facts=FACTS)
+        reader.open(made)
+        shown = photo_of(made)
+        expected = overlay(shown, seen.heatmaps[0], placement=placement)
+        assert_allclose(reader.picture(), expected, atol=ROUNDING)
+        rows, columns = spans(placement, (shown.shape[0], shown.shape[1]))
+        outside = np.ones(shown.shape[:2], bool)
+        outside[rows.slice, columns.slice] = False
+        assert outside.any() == ("letterbox" not in name)
+        assert_allclose(reader.picture()[outside], shown[outside], atol=ROUNDING)
 
     def test_every_colour_map_can_be_chosen(self, reader: Reader, made: bytes, seen: Explanation) -> None:
         reader.open(made)

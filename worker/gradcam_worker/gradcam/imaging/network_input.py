@@ -1,7 +1,10 @@
 """The input of a network, made of a photo as its owner's tools do it: see `gradcam_worker.gradcam.sizing`."""
 
+from functools import lru_cache
+
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from gradcam_worker.errors import ImagePixelsExceeded
@@ -9,7 +12,6 @@ from gradcam_worker.gradcam.imaging.resize import MAX_OPENCV_CHANNELS, Pixels, f
 from gradcam_worker.gradcam.sizing import Size, Sizing
 
 PILLOW_FILTERS = {
-    "nearest": Image.Resampling.NEAREST,
     "bilinear_antialias": Image.Resampling.BILINEAR,
     "bicubic_antialias": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
@@ -64,11 +66,21 @@ def _resize(pixels: Pixels, size: Size, sizing: Sizing) -> Pixels:
             shrunk = cv2.resize(pixels[channels], size[::-1], interpolation=cv2.INTER_LINEAR)
             resized[channels] = shrunk.reshape(resized[channels].shape)  # OpenCV drops an axis of one channel
         return resized
+    if sizing.resize == "nearest":
+        rows, columns = map(_nearest, pixels.shape[:2], size)
+        return np.ascontiguousarray(pixels[rows[:, np.newaxis], columns])
     # One channel at a time: Pillow would store three as four.
     for channel in range(pixels.shape[2]):
         image = Image.fromarray(np.ascontiguousarray(pixels[..., channel]))
         resized[..., channel] = np.asarray(image.resize(size[::-1], PILLOW_FILTERS[sizing.resize]))
     return resized
+
+
+@lru_cache(maxsize=16)
+def _nearest(length: int, resized: int) -> NDArray[np.int32]:
+    """Which pixels of a side Pillow takes: it adds up a step, with its rounding."""
+    numbers = Image.fromarray(np.arange(length, dtype=np.int32)[np.newaxis])
+    return np.asarray(numbers.resize((resized, 1), Image.Resampling.NEAREST), np.int32)[0]
 
 
 def _cut(resized: Pixels, size: Size, top: int, left: int, sizing: Sizing) -> Pixels:

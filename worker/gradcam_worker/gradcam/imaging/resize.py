@@ -117,7 +117,8 @@ def enlarge_inside(heatmap: Heatmap, size: Size, placement: Placement) -> Heatma
     """
     down, across = spans(placement, size)
     cells = shrink_to_pixels(heatmap, down, across)
-    large = weights(cells.shape[0], down) @ cells @ weights(cells.shape[1], across).T
+    wide = _product(np.ascontiguousarray(cells, np.float32), weights(cells.shape[1], across).T)
+    large = _product(weights(cells.shape[0], down), wide)
     peak, visible = large.max(), heatmap[placement.visible((heatmap.shape[0], heatmap.shape[1]))].max()
     return np.asarray(large * max(visible / peak, 1) if peak > 0 else large, np.float32)
 
@@ -139,6 +140,11 @@ def weights(cells: int, span: Span) -> NDArray[np.float32]:
     positions = np.clip(cell_positions(cells, span), 0, cells - 1)
     distance = np.abs(positions[:, np.newaxis] - np.arange(cells))
     return np.asarray(np.maximum(1 - distance, 0), np.float32)
+
+
+def _product(left: Heatmap, right: Heatmap) -> Heatmap:
+    """The product of two matrices, by OpenCV: NumPy's threads wait for each other on a busy machine."""
+    return np.asarray(cv2.gemm(left, np.ascontiguousarray(right), 1, None, 0), np.float32)
 
 
 def _resize(image: Any, size: tuple[int, int], out: Any = None) -> Any:
