@@ -14,6 +14,7 @@ from rich.text import Text
 from gradcam_worker.gradcam.catalog import NetworkRow
 from gradcam_worker.gradcam.classes import DATA, percent
 from gradcam_worker.gradcam.models import weights
+from gradcam_worker.gradcam.sizing import DEFAULT_SIZING
 from gradcam_worker.ledger.dead_letters import DeadLetter, ReplayResult
 from gradcam_worker.ledger.outbox import DeadDelivery
 from gradcam_worker.schemas.job import Job
@@ -246,6 +247,7 @@ def show_networks(rows: Iterable[NetworkRow], settings: Settings) -> None:
     networks = table(
         "network", "input", "target layer", "map", "parameters", "weights", numbers=("parameters",)
     )
+    sizings = []
     sources = set()
     for row in rows:
         facts = network_facts(row, settings)
@@ -262,10 +264,14 @@ def show_networks(rows: Iterable[NetworkRow], settings: Settings) -> None:
         layer = plain(row.target_layer) if row.target_layer else Text(found, "dim")
         millions = f"{row.parameters / 1e6:.1f} M" if row.parameters else ""
         networks.add_row(row.name, sizes[0], layer, sizes[1], millions, source)
+        if row.sizing != DEFAULT_SIZING:
+            sizings.append(f"{row.name}: images are brought to its input size by {row.sizing.describe()}.")
     out.print(networks)
     out.print()
     for note in dict.fromkeys(note for source, note in WEIGHTS_NOTES.items() if source in sources):
         out.print(note, style="dim")
+    for note in sizings:
+        out.print(note, style="dim", markup=False)
 
 
 def durations(document: StatusDocument) -> Mapping[str, float]:
