@@ -62,6 +62,8 @@ def page(
         The page, in UTF-8.
     """
     data = _page_data(explanation, pixels, name, facts) | _legend(method, versus(explanation.against))
+    if explanation.placement and explanation.placement.is_inside:
+        data["about"] += " What is not coloured was cut off before the network saw the photo."
     page_bytes = len(fill_template("report.html", {**data, "photo": ""}))
     for photo in _photos(pixels):
         data["photo"] = f"data:image/jpeg;base64,{to_base64(photo)}"

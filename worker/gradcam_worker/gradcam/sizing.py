@@ -272,6 +272,11 @@ class Placement:
     right: float
     bottom: float
 
+    @property
+    def is_inside(self) -> bool:
+        """Whether a part of the photo is not shown."""
+        return self.left > 0 or self.top > 0 or self.right < 1 or self.bottom < 1
+
     def box(self, size: Size) -> tuple[float, float, float, float]:
         """Left, top, right and bottom in pixels of a photo (height, width)."""
         height, width = size

@@ -80,7 +80,8 @@ def _resize(pixels: Pixels, size: Size, sizing: Sizing) -> Pixels:
 def _nearest(length: int, resized: int) -> NDArray[np.int32]:
     """Which pixels of a side Pillow takes: it adds up a step, with its rounding."""
     numbers = Image.fromarray(np.arange(length, dtype=np.int32)[np.newaxis])
-    return np.asarray(numbers.resize((resized, 1), Image.Resampling.NEAREST), np.int32)[0]
+    chosen = np.asarray(numbers.resize((resized, 1), Image.Resampling.NEAREST), np.int32)
+    return chosen.reshape(-1)
 
 
 def _cut(resized: Pixels, size: Size, top: int, left: int, sizing: Sizing) -> Pixels:

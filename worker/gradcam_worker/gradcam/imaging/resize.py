@@ -117,10 +117,24 @@ def enlarge_inside(heatmap: Heatmap, size: Size, placement: Placement) -> Heatma
     """
     down, across = spans(placement, size)
     cells = shrink_to_pixels(heatmap, down, across)
-    wide = _product(np.ascontiguousarray(cells, np.float32), weights(cells.shape[1], across).T)
-    large = _product(weights(cells.shape[0], down), wide)
+    large = _sample(cells, down, across)
     peak, visible = large.max(), heatmap[placement.visible((heatmap.shape[0], heatmap.shape[1]))].max()
     return np.asarray(large * max(visible / peak, 1) if peak > 0 else large, np.float32)
+
+
+def _sample(heatmap: Heatmap, rows: Span, columns: Span) -> Heatmap:
+    """The bilinear values of a heatmap at the pixels of two spans."""
+    height, width = heatmap.shape
+    to_cells = np.array(
+        [
+            [width / (columns.end - columns.start), 0, cell_positions(width, columns)[0]],
+            [0, height / (rows.end - rows.start), cell_positions(height, rows)[0]],
+        ]
+    )
+    size = columns.last - columns.first, rows.last - rows.first
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    sampled = cv2.warpAffine(heatmap, to_cells, size, flags=flags, borderMode=cv2.BORDER_REPLICATE)
+    return np.asarray(sampled, np.float32)
 
 
 def shrink_to_pixels(heatmap: Heatmap, rows: Span, columns: Span) -> Heatmap:
@@ -133,18 +147,6 @@ def cell_positions(cells: int, span: Span) -> NDArray[np.float64]:
     """Where the pixels of a span lie between the cells of a grid: 0 is the centre of the first cell."""
     positions = (np.arange(span.first, span.last) + 0.5 - span.start) * cells / (span.end - span.start) - 0.5
     return np.asarray(positions, np.float64)
-
-
-def weights(cells: int, span: Span) -> NDArray[np.float32]:
-    """The bilinear weights of the cells of a grid for each pixel of a span, (pixels, cells)."""
-    positions = np.clip(cell_positions(cells, span), 0, cells - 1)
-    distance = np.abs(positions[:, np.newaxis] - np.arange(cells))
-    return np.asarray(np.maximum(1 - distance, 0), np.float32)
-
-
-def _product(left: Heatmap, right: Heatmap) -> Heatmap:
-    """The product of two matrices, by OpenCV: NumPy's threads wait for each other on a busy machine."""
-    return np.asarray(cv2.gemm(left, np.ascontiguousarray(right), 1, None, 0), np.float32)
 
 
 def _resize(image: Any, size: tuple[int, int], out: Any = None) -> Any:
