@@ -365,7 +365,10 @@ def test_the_examples_of_the_documentation_are_a_registry(tmp_path: Path) -> Non
     tables = "\n".join(block for block in blocks if block.startswith("[networks."))
     (tmp_path / "tumours.txt").write_text("benign\nmalignant\n")
     (tmp_path / "networks.toml").write_text(tables.replace('"..."', f'"{SHA256}"'))
-    assert names(Registry(tmp_path / "networks.toml")) == ["tumours", "scans", "birds", "moles"]
+    assert names(Registry(tmp_path / "networks.toml")) == [
+        *("tumours", "scans", "birds", "moles"),
+        *("plankton", "leaves", "opaque"),
+    ]
     for line in "".join(block for block in blocks if block not in tables).splitlines():
         body = MODEL.replace('preprocessing = "torch"', "") if line.startswith("preprocessing") else MODEL
         assert read(tmp_path, body + line), line
