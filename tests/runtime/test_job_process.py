@@ -21,6 +21,7 @@ WAIT_S = 60
 MAX_OWN_KB = 105_000
 # The backends and what comes with them; Arrow, which only shards need; databases, if a setting names one.
 HEAVY = {"tensorflow", "keras", "jax", "torch", "h5py", "scipy", "pandas", "pyarrow", "sqlalchemy", "alembic"}
+HEAVY |= {"onnxruntime", "ai_edge_litert"}
 
 
 @contextmanager

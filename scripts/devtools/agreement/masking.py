@@ -1,14 +1,15 @@
 """RISE and occlusion against xplique and captum, with the same network and the same masks.
 
-The two libraries are in no environment of this project. In a virtual environment of its own that also sees the
-packages of `.venv` (a .pth file with the path of its site-packages):
+The two libraries are in no environment of this project. In a virtual environment of its own that also sees
+the packages of `.venv` (a .pth file with the path of its site-packages), install xplique, captum and torch
+with `--no-deps`, and what they import: einops, scikit-learn, scikit-image, tf_keras, tensorflow-probability,
+deprecated, wrapt, seaborn, sympy and others. Then:
 
-    pip install --no-deps xplique captum torch==2.13.0 sympy mpmath networkx jinja2 markupsafe filelock fsspec
     PYTHONPATH=scripts python -P -m devtools.agreement.masking
 
-What is compared: raw maps of the shipped network on the shipped photos, the best class of each. xplique divides
-by the sum of the masks at each place, and we by the mean number of masks; captum has a value for each pixel, we
-have the mean of a cell. Both are converted, by one line each.
+What is compared: raw maps of the shipped network on the shipped photos, the best class of each. xplique
+divides by the sum of the masks at each place, and we by the mean number of masks; captum has a value for each
+pixel, we have the mean of a cell. Both are converted, by one line each.
 """
 
 from collections.abc import Callable, Iterator
@@ -44,7 +45,7 @@ def xplique_rise(score: Callable[[Any], Any], pixels: Floats, class_id: int, mas
 
     def apply(image: Any, _: Any, mask_value: float) -> tuple[Any, Any]:
         kept = tf.constant(next(batches))[..., None]
-        return tf.round(kept * image[None] + (1 - kept) * mask_value), kept
+        return tf.round((image[None] - mask_value) * kept + mask_value), kept
 
     Rise._apply_masks = staticmethod(apply)  # noqa: SLF001  # its own masks are random, and not seeded alone
     model = keras_model(score, pixels.shape)

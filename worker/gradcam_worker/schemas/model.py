@@ -21,7 +21,7 @@ class RequestModel(BaseModel):
     )
 
     def to_json(self) -> str:
-        """Serialize as JSON: equal models have equal texts."""
+        """Serialize as JSON. Equal models have equal texts, but for a method that was not named."""
         return self.model_dump_json()
 
 
