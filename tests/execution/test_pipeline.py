@@ -28,7 +28,7 @@ from gradcam_worker.gradcam.catalog import CATALOG, ModelFile, NetworkRow
 from gradcam_worker.gradcam.decoding.decode import Limits, decode
 from gradcam_worker.gradcam.explain import explain_image
 from gradcam_worker.gradcam.faithfulness import METRICS
-from gradcam_worker.gradcam.methods import cam, masking
+from gradcam_worker.gradcam.methods import cam, integrated, masking
 from gradcam_worker.gradcam.sizing import Sizing
 from gradcam_worker.inference.model_cache import ModelCache
 from gradcam_worker.resilience.deadline import Deadline
@@ -293,7 +293,7 @@ def test_measuring_stops_at_the_deadline() -> None:
 
 def test_the_job_schema_offers_all_methods_scores_normalizations_and_metrics() -> None:
     fields = MethodSpec.model_fields
-    assert set(get_args(fields["name"].annotation)) == {*cam.METHODS, *masking.METHODS}
+    assert set(get_args(fields["name"].annotation)) == {*cam.METHODS, *masking.METHODS, integrated.NAME}
     assert set(get_args(fields["score"].annotation)) == set(cam.SCORES)
     assert set(get_args(fields["normalize"].annotation)) == set(cam.NORMALIZE)
     assert set(get_args(Metric)) == set(METRICS)

@@ -72,7 +72,7 @@ def test_a_job_by_rise_says_how_it_was_computed_and_what_it_cost() -> None:
     result, manifest, store = run(job)
     method = manifest.method
     assert (method.name, method.masks, method.cells, method.seed, method.layer) == ("rise", 200, 7, 3, None)
-    assert (method.baseline, method.scored_images, manifest.network.layer) == ("grey 127", 201, "input")
+    assert (method.baseline, method.scored_images, manifest.network.layer) == ("grey", 201, "input")
     assert result.passes == PassState(done=4, total=4)
     assert heatmaps(store, job).shape == (2, 16, 16)
     red, blue = manifest.explanations

@@ -1,8 +1,8 @@
 """The wire format of a manifest, `gradcam.manifest/v1`: the description of a job's results in the bucket."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from gradcam_worker.schemas.job import JobId, Sha256
 from gradcam_worker.schemas.model import ResponseModel
@@ -114,6 +114,11 @@ class MethodRecord(MethodSpec, ResponseModel):
 
     baseline: str | None = None  # type: ignore[assignment]  # a document that is read, of any version
     scored_images: int | None = None
+
+    @model_validator(mode="after")
+    def _check_parameters(self) -> Self:
+        """Take it as it is: it says what was computed, by any version."""
+        return self
 
 
 class Manifest(ResponseModel):
