@@ -263,6 +263,52 @@ def test_a_server_that_has_forgotten_the_script_is_told_it_again(
     one.connection.release()
 
 
+def acknowledged_first(app: Any, publish: Publish) -> tuple[Consumer, str]:
+    """A consumer that has acknowledged the first of several messages, and its delivery tag."""
+    publish("normal", 3)
+    one = Consumer(app)
+    one.connection.drain_events(timeout=WAIT_S)
+    (message,) = one.held
+    one.acknowledge(message)
+    assert one.channel.unacknowledged() == {}, "there is room for another one"
+    return one, message.delivery_tag
+
+
+def test_an_acknowledgement_goes_with_the_next_request_for_a_message(
+    app: Any, publish: Publish, settings: Settings
+) -> None:
+    unacked = f"{settings.key_prefix}unacked"
+    one, tag = acknowledged_first(app, publish)
+    with redis.Redis.from_url(settings.broker_url, decode_responses=True) as server:
+        assert server.hkeys(unacked) == [tag]
+        one.connection.drain_events(timeout=WAIT_S)
+        assert server.hkeys(unacked) == [message.delivery_tag for message in one.held]
+        assert server.zscore(f"{unacked}_index", tag) is None
+        one.turns()
+        one.acknowledge(*one.held)
+        assert not server.exists(unacked), "no request follows: all queues are empty"
+    one.connection.release()
+
+
+@pytest.mark.parametrize("by", ["the event loop", "the end of the channel", "a script that is forgotten"])
+def test_an_acknowledgement_that_waits_is_not_lost(
+    app: Any, publish: Publish, settings: Settings, by: str
+) -> None:
+    unacked = f"{settings.key_prefix}unacked"
+    one, tag = acknowledged_first(app, publish)
+    with redis.Redis.from_url(settings.broker_url, decode_responses=True) as server:
+        if by == "the event loop":
+            one.channel.send_acks()
+        elif by == "the end of the channel":
+            one.channel.close()
+        else:
+            server.script_flush()
+            one.turns()
+        assert tag not in server.hkeys(unacked)
+        assert server.zscore(f"{unacked}_index", tag) is None
+    one.connection.release()
+
+
 def test_without_a_limit_there_is_none(settings: Settings, publish: Publish) -> None:
     app = broker.make_app(settings.model_copy(update={"threads": THREADS, "shards": IN_HAND}))
     app.conf.broker_transport_options["unacknowledged_limits"] = {}

@@ -1,8 +1,10 @@
+import gc
 import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from gradcam_worker.gradcam.network import GRADCAM, Computed, Method, NetworkFac
 from gradcam_worker.inference.model_cache import ModelCache
 from gradcam_worker.inference.request import InferenceResult
 from gradcam_worker.resilience.deadline import Deadline
+from gradcam_worker.runtime.preloading import freeze_loaded_objects
 from gradcam_worker.testing import TinyNetwork
 
 PIXELS = np.full((16, 16, 3), (255, 0, 0), np.uint8)
@@ -322,6 +325,21 @@ class TestMemory:
         assert dropped() is not None
         model_cache.load(XCEPTION)
         assert dropped() is None
+
+    def test_a_dropped_network_is_freed_where_a_process_has_frozen_what_it_had_loaded(self) -> None:
+        model_cache = ModelCache(self.load, max_bytes=400)
+        network: Any = model_cache.load(VGG16)
+        network.itself = network  # as Keras's have
+        dropped = weakref.ref(network)
+        del network
+        try:
+            freeze_loaded_objects()
+            assert gc.get_freeze_count()
+            model_cache.load(XCEPTION)
+            assert dropped() is None
+            assert gc.get_freeze_count()
+        finally:
+            gc.unfreeze()
 
     def test_the_batches_of_a_dropped_network_keep_the_limit_of_the_settings(self) -> None:
         model_cache = ModelCache(self.load, max_bytes=400, max_batch=1)

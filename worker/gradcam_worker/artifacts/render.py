@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from gradcam_worker import __version__
+from gradcam_worker.artifacts.npz import to_npz
 from gradcam_worker.gradcam import report
 from gradcam_worker.gradcam.classes import versus
 from gradcam_worker.gradcam.decoding.decode import Decoded
@@ -230,15 +231,16 @@ def _image_artifact(
 
 
 def _encode_arrays(spec: HeatmapSpec, explanation: Explanation) -> bytes:
-    file = io.BytesIO()
     if spec.format == "npy":
+        file = io.BytesIO()
         np.save(file, explanation.heatmaps)
-    else:
-        np.savez(
-            file,
-            heatmaps=explanation.heatmaps,
-            class_ids=np.array([prediction.id for prediction in explanation.explained], np.int32),
-            raw_min=explanation.raw_min,
-            raw_max=explanation.raw_max,
-        )
-    return file.getvalue()
+        return file.getvalue()
+    class_ids = np.array([prediction.id for prediction in explanation.explained], np.int32)
+    return to_npz(
+        {
+            "heatmaps": explanation.heatmaps,
+            "class_ids": class_ids,
+            "raw_min": explanation.raw_min,
+            "raw_max": explanation.raw_max,
+        }
+    )

@@ -133,6 +133,7 @@ class JobConsumer(Consumer):  # type: ignore[misc]  # celery ships no types
         self.hooks.on_loop_turn()
         self.hooks.broker_outage.answered()
         channel, now_s = self.task_consumer.channel, time.monotonic()
+        channel.send_acks()
         without_thread = channel.unacknowledged().keys() - self.pool.running
         self._orphaned = {tag: self._orphaned.get(tag, now_s) for tag in without_thread}
         orphaned = [tag for tag, since_s in self._orphaned.items() if now_s - since_s > ORPHANED_AFTER_S]

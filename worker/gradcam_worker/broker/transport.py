@@ -33,13 +33,17 @@ EMPTY = kombu_redis.Empty
 
 @dataclass(kw_only=True)
 class Receive(LuaScript[tuple[int, bytes] | None], file="receive"):
-    """Take an item and note it as unacknowledged in one step. Returns which list it was in, and the item."""
+    """Take an item and note it as unacknowledged in one step. Returns which list it was in, and the item.
+
+    Messages that were acknowledged since the last step are forgotten before.
+    """
 
     unacked: Key
     unacked_index: Key
     lists: Sequence[Key]
     delivery_tag: str
     received_s: str
+    acknowledged: str  # delivery tags, with spaces between
     queues: Sequence[str]  # as JSON
 
 
@@ -52,6 +56,13 @@ class QoS(kombu_redis.QoS):  # type: ignore[misc]  # kombu ships no types
             virtual.QoS.append(self, message, delivery_tag)
         else:
             super().append(message, delivery_tag)
+
+    def ack(self, delivery_tag: str) -> None:
+        """Acknowledge a message: with the next request for another one, if that comes at once."""
+        if self.channel.defer_ack(delivery_tag):
+            virtual.QoS.ack(self, delivery_tag)
+        else:
+            super().ack(delivery_tag)
 
     def restore_by_tag(self, tag: Any, client: Any = None, leftmost: bool = False) -> None:
         """Put a message back into its queue. One that cannot be put back is set aside.
@@ -128,6 +139,8 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
     _receive_sha: str | None = None  # of `Receive`, once the server has it
     receive_tag = ""  # the delivery tag of the receive script that is under way; empty with BRPOP
     _receive_queues = tuple[str, ...]()  # the queue of each list that the script checks
+    _acknowledged = tuple[str, ...]()  # delivery tags that the server is told of with the next receive script
+    _told = tuple[str, ...]()  # delivery tags that it was told of with the last one
 
     def _create_client(self, asynchronous: bool = False) -> Any:
         if asynchronous:
@@ -148,6 +161,10 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
         Kombu puts them back when its connections are closed already, opens new ones for that, and leaves
         those open. A message that cannot be put back now is redelivered after its visibility timeout.
         """
+        try:
+            self.send_acks()
+        except (redis.exceptions.RedisError, KombuError, OSError) as error:
+            log.debug("acks_not_sent", messages=len(self._told), error=error)
         try:
             super().close()
         except (redis.exceptions.RedisError, KombuError, OSError) as error:
@@ -174,6 +191,27 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
         qos = self.qos
         return {tag: message for tag, message in [*qos._delivered.items()] if tag not in qos._dirty}  # noqa: SLF001
 
+    def defer_ack(self, delivery_tag: str) -> bool:
+        """Acknowledge a message with the next receive script. Only the thread of the event loop calls this.
+
+        If the process ends before, or the script fails, the message is redelivered after its visibility
+        timeout, and recognised as done: as where its acknowledgement fails.
+
+        Returns:
+            False if it is not certain that a script is sent soon.
+        """
+        if not self.receive_tag or self._all_empty or not self.active_queues or self.closed:
+            return False
+        self._acknowledged = (*self._acknowledged, delivery_tag)
+        return True
+
+    def send_acks(self) -> None:
+        """Acknowledge now what waits for the next receive script."""
+        if tags := self._acknowledged:
+            self._acknowledged, self._told = (), tags
+            with self.conn_or_acquire() as client, client.pipeline() as pipe:
+                pipe.zrem(self.unacked_index_key, *tags).hdel(self.unacked_key, *tags).execute()
+
     def ack_failed(self, message_id: object, error: Exception) -> None:
         """Note that a message could not be acknowledged. It is redelivered, and then recognised as done."""
         log.debug("message_ack_failed", job_id=message_id, channel_closed=self.closed, error=error)
@@ -189,10 +227,12 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
         """
         watch = self._queue_watch if self._queue_watch and self._queue_watch.usable else None
         if watch and self._all_empty and time.monotonic() - self._checked_all_s < CHECK_ALL_INTERVAL_S:
+            self.send_acks()
             watch.start_waiting()
             return
         if (watch or not self._all_empty) and self._send_receive():
             return
+        self.send_acks()
         all_queues: Any = self._queue_cycle
         self._queue_cycle, self.receive_tag = _QueuesWithRoom(all_queues, self.has_room), ""
         try:
@@ -222,12 +262,14 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
             lists=[self._key(name) for name in lists],
             delivery_tag=self.receive_tag,
             received_s=repr(time.time()),
+            acknowledged=" ".join(self._acknowledged),
             queues=[json.dumps(queue) for queue in self._receive_queues],
         )
         self._in_poll = connection
         self._checked_all_s = self._brpop_sent_at = time.monotonic()
         keys = script.keys()
         connection.send_command("EVALSHA", self._receive_sha, len(keys), *keys, *script.arguments())
+        self._acknowledged, self._told = (), self._acknowledged
         return True
 
     def _key(self, name: str) -> Key:
@@ -237,7 +279,7 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
         """From now on, wait for messages without taking them.
 
         Args:
-            wake: called from any thread when a list has a message; makes the event loop turn.
+            wake: Called from any thread when a list has a message; makes the event loop turn.
         """
 
         def check_again() -> None:
@@ -274,7 +316,7 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
                 self.client.connection.disconnect()  # the next command connects again
                 raise
             except redis.exceptions.NoScriptError:  # the server was restarted
-                self._receive_sha = None
+                self._receive_sha, self._acknowledged = None, (*self._told, *self._acknowledged)
                 raise EMPTY from None
             self._all_empty = not received
             if not received:
@@ -295,9 +337,9 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
         """Parse an item of a queue.
 
         Args:
-            item: as it was received.
-            queue: the queue that it was in.
-            tag: the delivery tag under which it is noted as unacknowledged already; empty: it is not.
+            item: The item as it was received.
+            queue: The queue that it was in.
+            tag: The delivery tag under which it is noted as unacknowledged already; empty: it is not.
 
         Returns:
             The message, or a refused one that carries the reason; None where the item names no id.

@@ -334,7 +334,11 @@ class ModelCache:
         if networks:
             networks.clear()
             del network
+            is_frozen = gc.get_freeze_count() > 0  # as a worker process freezes what it has loaded first
+            gc.unfreeze()
             gc.collect()  # a network has reference cycles
+            if is_frozen:
+                gc.freeze()
 
     def _weight_bytes(self) -> int:
         return sum(network.facts.weight_bytes for _, network in self._networks.values())

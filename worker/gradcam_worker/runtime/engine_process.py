@@ -16,7 +16,7 @@ from gradcam_worker.observability.logs import configure_logging
 from gradcam_worker.resilience.budget import limit_memory
 from gradcam_worker.runtime import background, parent_watch, preflight, service_factory
 from gradcam_worker.runtime.liveness import LivenessReporter
-from gradcam_worker.runtime.preloading import preload
+from gradcam_worker.runtime.preloading import freeze_loaded_objects, preload
 from gradcam_worker.runtime.telemetry import Telemetry
 from gradcam_worker.schemas.ids import process_name
 from gradcam_worker.settings import Settings
@@ -81,6 +81,7 @@ def _serve(settings: Settings, ready_fd: int, load: service_factory.Load | None)
     def load_first() -> None:
         try:
             preload(settings, model_cache, telemetry.health)
+            freeze_loaded_objects()
             not_ready.clear()
             works()
             telemetry.ready()

@@ -39,7 +39,7 @@ from gradcam_worker.resilience.outages import Outage
 from gradcam_worker.runtime import background, parent_watch, preflight, service_factory
 from gradcam_worker.runtime.bootstrap import WorkerComponents, build_worker
 from gradcam_worker.runtime.liveness import LivenessReporter
-from gradcam_worker.runtime.preloading import preload
+from gradcam_worker.runtime.preloading import freeze_loaded_objects, preload
 from gradcam_worker.runtime.telemetry import Telemetry
 from gradcam_worker.schemas.job import Job
 from gradcam_worker.schemas.shard import Shard
@@ -166,6 +166,7 @@ def run(settings: Settings, *, ready_fd: int | None = None, load: service_factor
     )
 
     def ready(**_: object) -> None:
+        freeze_loaded_objects()
         _handle_stop_signals(signals)
         liveness.write_sign()  # before the first job, which may kill this process
         telemetry.ready()
