@@ -1,5 +1,7 @@
 """OpenVINO computes the forward pass where it agrees with TensorFlow; else TensorFlow does."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -363,3 +365,35 @@ class TestChoice:
         assert network.compute(
             np.zeros((1, 224, 224, 3), np.uint8), np.array([[-1]], np.int32), GRADCAM
         ).raw.any()
+
+
+SIGNAL_PROGRAM = """
+import gc, os, signal, sys, threading, time
+
+import numpy as np
+import openvino
+from openvino import opset13
+
+from gradcam_worker.gradcam.models import openvino_forward
+
+parameter = opset13.parameter([-1, 8, 8, 3], np.float32)
+model = openvino.Model([opset13.relu(parameter)], [parameter], "relu")
+networks = [openvino_forward.OpenVinoForward(openvino_forward.Converted(model, None))]
+networks[0](np.zeros((1, 8, 8, 3), np.float32))
+
+def drop():
+    networks.clear()
+    gc.collect()
+    os.kill(os.getpid(), signal.SIGINT)
+
+threading.Thread(target=drop).start()
+try:
+    time.sleep(30)
+except KeyboardInterrupt:
+    sys.exit(7)
+"""
+
+
+def test_a_signal_reaches_the_thread_that_compiled_a_network_which_another_thread_dropped() -> None:
+    done = subprocess.run([sys.executable, "-c", SIGNAL_PROGRAM], capture_output=True, text=True, check=False)
+    assert done.returncode == 7, done.stderr

@@ -8,6 +8,7 @@ import hashlib
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any
@@ -71,10 +72,8 @@ class OpenVinoForward:
             network: The converted network.
             threads: Number of threads; 0: one for each core.
         """
-        import openvino
-
         configuration = {**CONFIGURATION, **({"INFERENCE_NUM_THREADS": threads} if threads else {})}
-        compiled = openvino.Core().compile_model(network.model, "CPU", configuration)
+        compiled = _core().compile_model(network.model, "CPU", configuration)
         self._memory = network.memory
         self._request = compiled.create_infer_request()
         self._ports = compiled.outputs
@@ -96,6 +95,19 @@ class OpenVinoForward:
             message = f"No memory for a forward pass over pixels of {pixels.shape}."
             raise DeviceOutOfMemory(message) from error
         return [results[port] for port in self._ports]
+
+
+@cache
+def _core() -> Any:
+    """OpenVINO, with its CPU plugin once it is loaded: one for as long as the process lives.
+
+    The thread that loads the plugin gets an alternate signal stack from it. Without a core the plugin is
+    unloaded with the last network, and frees that stack, in whichever thread this happens: the next signal,
+    as Ctrl-C or SIGTERM, then kills the process.
+    """
+    import openvino
+
+    return openvino.Core()
 
 
 def convert(traced: Any) -> Converted:
@@ -148,7 +160,7 @@ def read(cache: FileCache, name: str) -> Converted | None:
     end = len(body) - SIZE_BYTES
     begin = end - int.from_bytes(body[end:].tobytes(), "little")
     weights = openvino.Tensor(body[:begin], shared_memory=True)
-    return Converted(openvino.Core().read_model(body[begin:end].tobytes(), weights), content)
+    return Converted(_core().read_model(body[begin:end].tobytes(), weights), content)
 
 
 def write(network: Converted, cache: FileCache, name: str) -> None:
