@@ -35,6 +35,7 @@ from gradcam_worker.errors import (
 from gradcam_worker.gradcam.catalog import CATALOG, NetworkRow
 from gradcam_worker.gradcam.explain import Explanation, explain_pixels
 from gradcam_worker.gradcam.network import GRADCAM, Computed, Method
+from gradcam_worker.gradcam.sizing import Sizing
 from gradcam_worker.inference import engine_client, messages
 from gradcam_worker.inference.engine_client import EngineClient
 from gradcam_worker.inference.engine_server import EngineFacts, EngineServer
@@ -43,6 +44,7 @@ from gradcam_worker.inference.pixel_pool import ALIGNMENT, HEADER_BYTES, Block, 
 from gradcam_worker.observability.events import NULL_OBSERVER, Observer
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.testing import TinyNetwork
+from tests.gradcam.sized_network import SizedNetwork
 from tests.networks_with_inputs import AgedNetwork
 
 WAIT_S = 60
@@ -119,6 +121,14 @@ def test_an_explanation_is_the_same_across_the_border(path: Path) -> None:
         assert measured.metrics == expected.metrics
         assert network.labels == here.load(ROW).labels
         assert remote.shard_batch_size(network) == 8
+
+
+def test_the_sizing_of_a_network_crosses_the_border(path: Path) -> None:
+    sizing = Sizing("lanczos", "letterbox", color=(1, 2, 3))
+    with engine(path, ModelCache(lambda row: SizedNetwork(row.sizing))), client(path) as remote:
+        remote.connect(WAIT_S)
+        facts = remote.load(replace(ROW, sizing=sizing)).facts
+    assert facts == SizedNetwork(sizing).facts
 
 
 def test_classes_against_cross_the_border_and_a_plain_method_needs_no_byte_more(path: Path) -> None:
