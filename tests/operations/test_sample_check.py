@@ -182,7 +182,7 @@ class TestCheck:
         white = Photo(tmp_path / "bright" / "1-white.png", 1, {1: probability(1) - 0.001})
         odd = Photo(tmp_path / "bright" / "0-odd.png", 1, {0: 1 - probability(1), 1: probability(1)})
         report = check(Brightness(), Sample((white, odd)), Limits(), max_batch=4)
-        found = {outcome.sizing: outcome.difference for outcome in report.outcomes}
+        found = {outcome.sizing: outcome.largest for outcome in report.outcomes}
         assert found[NEAREST] == pytest.approx(0.001, abs=1e-5)
         assert found[AREA] == pytest.approx(probability(1) - probability(0.5), abs=1e-3)
         assert report.advice.better == NEAREST
@@ -199,12 +199,12 @@ def test_the_ways_to_resize_are_each_tried_once_and_the_configured_one_first() -
     assert names == {*SIZINGS}
 
 
-def outcome(sizing: Sizing, right: int, total: int = 16, difference: float | None = None) -> Outcome:
+def outcome(sizing: Sizing, right: int, total: int = 16, differences: tuple[float, ...] = ()) -> Outcome:
     """An outcome; the configured sizing is `area`."""
     names = tuple(name for name, one in SIZINGS.items() if one == sizing)
-    differences = [] if difference is None else [difference / 2, difference]
     is_right = [index < right for index in range(total)]
-    return Outcome(sizing, names, sizing == AREA, is_right, differences)
+    by_photo = {Path(f"{index}.jpg"): difference for index, difference in enumerate(differences)}
+    return Outcome(sizing, names, sizing == AREA, is_right, by_photo)
 
 
 BICUBIC = Sizing("bicubic_antialias")
@@ -247,21 +247,37 @@ class TestAdvice:
     @pytest.mark.parametrize(
         ("area", "nearest", "expected", "better"),
         [
-            (0.0001, 0.0004, "gives your own probabilities with area, as it is configured", None),
-            (0.0019, 0.0001, "gives your own probabilities with area, as it is configured", None),
-            (0.38, 0.0004, "gives your own probabilities with keras.load_img (the largest", NEAREST),
-            (0.38, 0.0004, "is 0.0004), and differs by up to 0.38 with area, as it is configured", NEAREST),
-            (0.38, 1e-7, "(the largest difference is less than 0.0001)", NEAREST),
-            (0.38, 0.12, "0.12 is more than a resize explains: compare the preprocessing", NEAREST),
-            (0.12, 0.38, "is nearest to your own probabilities with area", None),
+            ((0.0001,) * 3, (0.0004,) * 3, "gives your own probabilities with area, as it is config", None),
+            ((0.0019,) * 3, (0.0001,) * 3, "gives your own probabilities with area, as it is config", None),
+            ((0.1, 0.2, 0.38), (0, 0.0004, 0), "with keras.load_img (median difference less than", NEAREST),
+            ((0.1, 0.2, 0.38), (0, 0, 4e-4), "0.0001, largest 0.0004), not with area, as it is", NEAREST),
+            ((0.1, 0.2, 0.38), (0, 0, 0.5), "configured (median difference 0.2, largest 0.38): set", NEAREST),
+            ((0, 0, 0, 0.3, 0.38), (0, 0, 0, 0, 0.01), 'set sizing = "keras.load_img".', NEAREST),
+            (
+                (0.1, 0.2, 0.3),
+                (0.1, 0.12, 0.1),
+                "A median of 0.1 is more than a resize explains: co",
+                NEAREST,
+            ),
+            ((0.1, 0.12, 0.1), (0.1, 0.2, 0.3), "is nearest to your own probabilities with area", None),
         ],
     )
     def test_the_owners_probabilities_decide_before_the_number_of_right_photos(
-        self, area: float, nearest: float, expected: str, better: Sizing | None
+        self, area: tuple[float, ...], nearest: tuple[float, ...], expected: str, better: Sizing | None
     ) -> None:
         advice = advise([outcome(AREA, 16, 16, area), outcome(NEAREST, 8, 16, nearest)])
         assert expected in advice.text
         assert advice.better == better
+
+    @pytest.mark.parametrize(
+        ("differences", "is_said"), [((0, 0, 0.3), True), ((0, 0, 0.01), False), ((0, 0.4, 0.3), False)]
+    )
+    def test_converted_colours_may_be_what_one_photo_differs_by(
+        self, differences: tuple[float, ...], is_said: bool
+    ) -> None:
+        advice = advise([outcome(AREA, 16, 16, differences)], converted={Path("2.jpg"): "Display P3"})
+        said = "is that of 2.jpg, whose colours were converted from Display P3"
+        assert (said in advice.text) == is_said == ("GRADCAM_CONVERT_COLORS=false" in advice.text)
 
 
 @pytest.fixture
@@ -345,7 +361,7 @@ class TestCommand:
         assert found["set"] == 'sizing = "keras.load_img"'
         assert main(command) == 1
         shown = " ".join(capsys.readouterr().out.split())
-        assert "largest difference" in shown
+        assert "difference largest" in shown
         assert "Columns that name no class, and were not used: age" in shown
 
     @pytest.mark.usefixtures("registered")

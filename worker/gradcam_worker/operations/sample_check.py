@@ -5,8 +5,9 @@ shows in the owner's own probabilities, or else in how often the network is righ
 """
 
 import math
+import statistics
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -34,8 +35,9 @@ from gradcam_worker.settings import Settings
 from gradcam_worker.storage.s3 import S3
 from gradcam_worker.text.visible import counted
 
-SAME = 2e-3  # probabilities that differ by less are the same: rounding, another decoder
-UNLIKE = 0.02  # a larger difference has another reason than the resize
+SAME = 2e-3  # medians and means that differ by less are equal
+MET = 0.01  # the largest median of differences that rounding and other decoders make
+UNLIKE = 0.02  # a larger difference of one photo is told with a reason, if there is one
 COMPARE = (
     "compare the preprocessing, the order of the channels and the order of the labels with your program's"
 )
@@ -51,7 +53,9 @@ class Outcome:
     names: tuple[str, ...]  # of presets
     is_configured: bool = False
     right: list[bool] = field(default_factory=list)  # for each photo
-    differences: list[float] = field(default_factory=list)  # the largest for each photo with probabilities
+    differences: dict[Path, float] = field(
+        default_factory=dict
+    )  # the largest of each photo with probabilities
 
     @property
     def name(self) -> str:
@@ -64,9 +68,22 @@ class Outcome:
         return sum(self.right)
 
     @property
-    def difference(self) -> float | None:
-        """The largest difference to the owner's probabilities; None: there are none."""
-        return max(self.differences, default=None)
+    def median(self) -> float:
+        """The median of the differences to the owner's probabilities; 0: there are none.
+
+        It decides, as single photos may be decoded differently: by TensorFlow, or without their ICC profile.
+        """
+        return statistics.median(self.differences.values()) if self.differences else 0.0
+
+    @property
+    def mean(self) -> float:
+        """The mean of the differences; 0: there are none."""
+        return statistics.fmean(self.differences.values()) if self.differences else 0.0
+
+    @property
+    def largest(self) -> float:
+        """The largest difference; 0: there are none."""
+        return max(self.differences.values(), default=0.0)
 
 
 @dataclass(frozen=True)
@@ -181,10 +198,15 @@ def check(
     """
     facts = network.facts
     outcomes, unreadable = candidates(facts.sizing), dict[Path, GradcamError]()
+    converted: dict[Path, str] = {}
     batch, classes = _Batch(network, max_batch), Counter[int]()
     for photo in sample.photos:
         try:
-            pixels = decode(_bytes_of(photo.path), limits).pixels
+            decoded = decode(_bytes_of(photo.path), limits)
+            pixels = decoded.pixels
+            if decoded.converted_from:
+                source = decoded.converted_from
+                converted[photo.path] = f"{source.name} ({source.kind})"
             check_channels(facts, pixels)
             images = [to_input(pixels, facts.input_size, outcome.sizing) for outcome in outcomes]
             values = values_of(facts, photo.inputs)
@@ -199,8 +221,9 @@ def check(
         path, reason = next(iter(unreadable.items()))
         message = f"None of {counted(len(sample.photos), 'photo')} can be read; {path}: {reason}"
         raise InvalidInput(message)
-    outcomes.sort(key=lambda outcome: (outcome.difference or 0, -outcome.count))
-    advice = advise(outcomes, most_frequent=max(classes.values()) if len(classes) > 1 else 0)
+    outcomes.sort(key=lambda outcome: (outcome.median, outcome.mean, -outcome.count))
+    most_frequent = max(classes.values()) if len(classes) > 1 else 0
+    advice = advise(outcomes, most_frequent=most_frequent, converted=converted)
     return SampleReport(facts.name, classes.total(), tuple(outcomes), unreadable, advice)
 
 
@@ -258,13 +281,15 @@ class _Batch:
             for outcome in outcomes:
                 outcome.right.append(int(own_scores.argmax()) == photo.class_id)
                 if photo.probabilities:
-                    outcome.differences.append(
-                        max(abs(float(row[of]) - value) for of, value in photo.probabilities.items())
+                    outcome.differences[photo.path] = max(
+                        abs(float(row[of]) - value) for of, value in photo.probabilities.items()
                     )
         del self._pixels[:count], self._values[:count], self._readers[:count]
 
 
-def advise(outcomes: Sequence[Outcome], *, most_frequent: int = 0) -> Advice:
+def advise(
+    outcomes: Sequence[Outcome], *, most_frequent: int = 0, converted: Mapping[Path, str] | None = None
+) -> Advice:
     """Say which sizing to use: by the owner's probabilities, else by the number of right photos.
 
     Of equals the configured one is preferred.
@@ -272,13 +297,14 @@ def advise(outcomes: Sequence[Outcome], *, most_frequent: int = 0) -> Advice:
     Args:
         outcomes: Of all sizings; one of them is the configured one.
         most_frequent: The number of photos of the most frequent class, if there are several classes.
+        converted: Photos of which the colours were converted, and from what.
 
     Returns:
         The sentence.
     """
     configured = next(outcome for outcome in outcomes if outcome.is_configured)
     if configured.differences:
-        return _by_probabilities(outcomes, configured)
+        return _by_probabilities(outcomes, configured, converted or {})
     advice = _by_count(outcomes, configured)
     if max(outcome.count for outcome in outcomes) > most_frequent:
         return advice
@@ -286,26 +312,36 @@ def advise(outcomes: Sequence[Outcome], *, most_frequent: int = 0) -> Advice:
     return replace(advice, text=advice.text + text)
 
 
-def _by_probabilities(outcomes: Sequence[Outcome], configured: Outcome) -> Advice:
-    def difference(outcome: Outcome) -> float:
-        return outcome.difference or 0.0
-
-    best = min(outcomes, key=difference)
-    if difference(configured) <= max(SAME, difference(best)):
+def _by_probabilities(
+    outcomes: Sequence[Outcome], configured: Outcome, converted: Mapping[Path, str]
+) -> Advice:
+    least = min(outcome.median for outcome in outcomes)
+    nearest = [outcome for outcome in outcomes if outcome.median <= least + SAME]
+    best = min(nearest, key=lambda outcome: outcome.mean)
+    if configured in nearest and configured.mean <= best.mean + SAME:
         best = configured
-    is_met = difference(best) <= UNLIKE
-    text = (
-        f"Your model {'gives' if is_met else 'is nearest to'} your own probabilities with {best.name}"
-        f"{', as it is configured' if best is configured else ''} (the largest difference is "
-        f"{_number(difference(best))})"
-    )
-    if best is not configured:
+    is_met = best.median <= MET
+    text = f"Your model {'gives' if is_met else 'is nearest to'} your own probabilities with {best.name}"
+    if best is configured:
+        text += f", as it is configured ({_differences(best)})."
+    else:
         text += (
-            f", and differs by up to {_number(difference(configured))} with {configured.name}, as it is "
-            f"configured: set {setting(best.sizing)}"
+            f" ({_differences(best)}), not with {configured.name}, as it is configured "
+            f"({_differences(configured)}): set {setting(best.sizing)}."
         )
-    elsewhere = "" if is_met else f" {_number(difference(best))} is more than a resize explains: {COMPARE}."
-    return Advice(f"{text}.{elsewhere}", None if best is configured else best.sizing)
+    if not is_met:
+        text += f" A median of {_number(best.median)} is more than a resize explains: {COMPARE}."
+    worst = max(best.differences, key=best.differences.__getitem__)
+    if worst in converted and best.largest > UNLIKE:
+        text += (
+            f" The largest difference is that of {worst}, whose colours were converted from "
+            f"{converted[worst]}: where your program ignores that, set GRADCAM_CONVERT_COLORS=false."
+        )
+    return Advice(text, None if best is configured else best.sizing)
+
+
+def _differences(outcome: Outcome) -> str:
+    return f"median difference {_number(outcome.median)}, largest {_number(outcome.largest)}"
 
 
 def _number(difference: float) -> str:
@@ -366,7 +402,8 @@ def _facts(result: SampleReport, everything: Sample) -> dict[str, Any]:
                 "presets": outcome.names,
                 "configured": outcome.is_configured,
                 "right": outcome.count,
-                "largest_difference": outcome.difference,
+                "median_difference": outcome.median if outcome.differences else None,
+                "largest_difference": outcome.largest if outcome.differences else None,
             }
             for outcome in result.outcomes
         ],
@@ -381,7 +418,7 @@ def _print(result: SampleReport, everything: Sample) -> None:
         "sizing",
         f"right of {result.photos}",
         "",
-        *(["largest difference"] if has_probabilities else []),
+        *(["difference", "largest"] if has_probabilities else []),
         " ",
     ]
     table = console.table(*names, numbers=names[1:-1])
@@ -389,7 +426,7 @@ def _print(result: SampleReport, everything: Sample) -> None:
         cells = [", ".join(outcome.names) or outcome.sizing.describe()]
         cells += [str(outcome.count), percent(outcome.count / result.photos)]
         if has_probabilities:
-            cells.append("" if outcome.difference is None else f"{outcome.difference:.4f}")
+            cells += [f"{outcome.median:.4f}", f"{outcome.largest:.4f}"]
         is_configured = outcome.is_configured
         table.add_row(*cells, "configured" if is_configured else "", style="bold" if is_configured else "")
     console.out.print(table)
