@@ -65,7 +65,7 @@ def test_of_every_optional_package_it_is_known_which_extra_brings_it() -> None:
     distributions = importlib.metadata.packages_distributions()
     for name, extra in extras.EXTRAS.items():
         required = {re.split(r"[\[<>=;]", one)[0] for one in PROJECT["optional-dependencies"][extra]}
-        brought = {*distributions.get(name, ())} | {DISTRIBUTIONS.get(name, name)}
+        brought = {*distributions.get(name, ())} | {DISTRIBUTIONS.get(name, name.replace("_", "-"))}
         assert required & brought or any(one.startswith(f"{name}-") for one in required), (name, extra)
 
 

@@ -99,7 +99,7 @@ def test_what_type_checkers_are_told_of_a_job_is_what_a_job_has() -> None:
 @pytest.mark.parametrize(
     ("model", "fields"),
     [
-        (Target, {"top_n", "classes"}),
+        (Target, {"top_n", "classes", "against"}),
         (Webhook, {"url", "events", "secret_ref"}),
         (ImageRef, {"uri", "sha256"}),
     ],
