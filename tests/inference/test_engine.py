@@ -40,7 +40,14 @@ from gradcam_worker.inference import engine_client, messages
 from gradcam_worker.inference.engine_client import EngineClient
 from gradcam_worker.inference.engine_server import EngineFacts, EngineServer
 from gradcam_worker.inference.model_cache import ModelCache
-from gradcam_worker.inference.pixel_pool import ALIGNMENT, HEADER_BYTES, Block, PixelPool
+from gradcam_worker.inference.pixel_pool import (
+    ALIGNMENT,
+    HEADER_BYTES,
+    MFD_NOEXEC_SEAL,
+    Block,
+    MappedPool,
+    PixelPool,
+)
 from gradcam_worker.observability.events import NULL_OBSERVER, Observer
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.testing import TinyNetwork
@@ -966,3 +973,36 @@ def test_whoever_waits_for_memory_holds_no_lock_while_it_asks_how_long_it_may() 
                 other.submit(block.release).result(WAIT_S / 2)
 
     assert pool.reserve(ALIGNMENT, Limit()).offset == block.offset
+
+
+@pytest.mark.parametrize("refused", [errno.EACCES, errno.EINVAL], ids=["others are refused", "before 6.3"])
+def test_shared_memory_is_no_program_where_the_system_knows_that(
+    monkeypatch: pytest.MonkeyPatch, refused: int
+) -> None:
+    make = os.memfd_create
+
+    def make_as_there(name: str, flags: int) -> int:
+        is_no_program = bool(flags & MFD_NOEXEC_SEAL)
+        if is_no_program == (refused == errno.EINVAL):
+            raise OSError(refused, os.strerror(refused))
+        return make(name, flags & ~MFD_NOEXEC_SEAL)
+
+    monkeypatch.setattr(os, "memfd_create", make_as_there)
+    pool = PixelPool(1024 * 1024)
+    pool.reserve(RED.nbytes, Deadline(WAIT_S)).write(RED)
+    assert MappedPool(os.dup(pool.fd), pool.size).pixels(HEADER_BYTES, RED.shape)[0, 0, 0] == 255
+
+
+def test_an_engine_whose_socket_was_removed_can_be_reached_again(path: Path) -> None:
+    socket_path = path.parent / "sockets" / "engine"
+    socket_path.parent.mkdir()
+    with engine(socket_path, ModelCache(lambda _: TinyNetwork())), client(socket_path) as first:
+        first.connect(WAIT_S)
+        socket_path.unlink()
+        socket_path.parent.rmdir()
+        wait_for(socket_path.exists)
+        assert socket_path.stat().st_mode & 0o777 == 0o600
+        assert socket_path.parent.stat().st_mode & 0o777 == 0o700
+        with client(socket_path) as second:
+            second.connect(WAIT_S)
+            assert explain(first).explained == explain(second).explained

@@ -1,5 +1,6 @@
 """The supervisor over small programs; over the real worker in `live/test_kill.py`."""
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 
 from gradcam_worker.errors import InvalidSettings
 from gradcam_worker.runtime import devices
+from gradcam_worker.runtime import supervisor as supervisor_module
 from gradcam_worker.runtime.devices import Device
 from gradcam_worker.runtime.supervisor import Supervisor, plan_processes
 from gradcam_worker.settings import Settings
@@ -510,3 +512,48 @@ def test_each_process_has_a_port_of_its_own_for_its_metrics_and_hears_how_often_
     assert said.read_text() == "0 1\n", "nowhere is not the port beside nowhere"
     with pytest.raises(InvalidSettings, match="the last of 2 processes would be at 65536"):
         Supervisor(Settings(metrics_port=65_535, job_processes=0))
+
+
+def test_the_first_process_of_a_container_reaps_what_others_have_left(tmp_path: Path) -> None:
+    mark = tmp_path / "orphan"
+    child = f"""
+import os, signal, time
+if os.fork() == 0:
+    if os.fork() == 0:
+        open({str(mark)!r}, "w").write(str(os.getpid()))
+    os._exit(0)
+os.wait()
+time.sleep(60)
+"""
+    command = program(child)
+    as_first = "import ctypes; ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER\n"
+    command[-1] = as_first + command[-1]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as supervisor:
+        wait_for(lambda: mark.exists() and mark.read_text())
+        wait_for(lambda: not Path(f"/proc/{mark.read_text()}").exists())
+        assert supervisor.poll() is None
+        supervisor.terminate()
+        supervisor.communicate(timeout=TIMEOUT_S)
+    assert supervisor.returncode == 0
+
+
+def test_the_folder_of_the_sockets_is_locked_and_those_of_killed_supervisors_are_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    prefix, long_ago_s = supervisor_module.FOLDER_PREFIX, time.time() - 2 * supervisor_module.LEFT_AFTER_S
+    left, young, other = (tmp_path / name for name in (f"{prefix}left", f"{prefix}young", "gradcam-left"))
+    for folder in (left, young, other):
+        folder.mkdir()
+        (folder / "engine-0").touch()
+    for folder in (left, other):
+        os.utime(folder, (long_ago_s, long_ago_s))
+    with supervisor_module._socket_folder() as used:
+        os.utime(used, (long_ago_s, long_ago_s))
+        lock = os.open(used, os.O_RDONLY)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(lock)
+        supervisor_module._remove_left_folders()
+        assert {*tmp_path.iterdir()} == {used, young, other}
+    assert not used.exists()

@@ -257,15 +257,7 @@ class EngineServer:
         self._wake.setblocking(False)
         self._loaders = ThreadPoolExecutor(LOADERS, thread_name_prefix="load")
         self._waiting_for: dict[NetworkRow, list[tuple[Connection, Load | Infer | Score]]] = {}
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        with suppress(FileNotFoundError):
-            path.unlink()
-        mask = os.umask(0o177)
-        try:
-            self._listener.bind(str(path))
-        finally:
-            os.umask(mask)
-        self._listener.listen(128)
+        self._path, self._listener = path, _listen(path)
         model_cache.set_expected_elsewhere(self._expected)
         model_cache.keep_replaced_s = KEEP_REPLACED_S
 
@@ -323,6 +315,7 @@ class EngineServer:
                 if time.monotonic() - reported_s >= STATE_INTERVAL_S:
                     reported_s = time.monotonic()
                     self._report_state()
+                    self._listen_again()
                     self._model_cache.drop_replaced()
         finally:
             self._listener.close()
@@ -333,6 +326,22 @@ class EngineServer:
             for connection in [*self._connections]:
                 self._close(connection)
             self._loaders.shutdown(wait=False, cancel_futures=True)
+
+    def _listen_again(self) -> None:
+        """Make the socket again if somebody has removed it, as programs do that tidy up /tmp."""
+        if self._path.exists():
+            return
+        log.warning("engine_socket_removed", socket=self._path, reason="it is made again")
+        try:
+            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            listener = _listen(self._path)
+        except OSError as error:  # the next turn tries again
+            log.error("engine_socket_not_made", socket=self._path, error=error)  # noqa: TRY400  # as above
+            return
+        self._selector.unregister(self._listener)
+        self._listener.close()
+        self._listener = listener
+        self._selector.register(listener, selectors.EVENT_READ)
 
     def _accept(self) -> None:
         try:
@@ -508,6 +517,23 @@ class EngineServer:
         except InternalError as error:  # the device's thread has ended: the engine will be replaced
             for request in requests:
                 request.complete(error=error)
+
+
+def _listen(path: Path) -> socket.socket:
+    """Listen on a socket that only this user can open. A file that is there is replaced."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    with suppress(FileNotFoundError):
+        path.unlink()
+    mask = os.umask(0o177)
+    try:
+        listener.bind(str(path))
+        listener.listen(128)
+    except OSError:
+        listener.close()
+        raise
+    finally:
+        os.umask(mask)
+    return listener
 
 
 def _request(connection: Connection, message: Infer | Score, network: Network) -> RemoteRequest:

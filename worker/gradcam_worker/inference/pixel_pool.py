@@ -10,6 +10,7 @@ when both processes have closed it, however they end. If there is no room, `rese
 back-pressure.
 """
 
+import errno
 import fcntl
 import mmap
 import os
@@ -28,6 +29,7 @@ from gradcam_worker.observability.events import NULL_OBSERVER, Observer
 HEADER_BYTES = 4096
 ALIGNMENT = 64  # of blocks, and size of the state before the pixels
 WAITING, AT_DEVICE = 0, 1  # states of a request
+MFD_NOEXEC_SEAL = 8  # no program can be in it: others are refused where `vm.memfd_noexec` is 2
 WAITING_FOR_MEMORY = "waiting for shared memory"
 
 
@@ -92,7 +94,7 @@ class PixelPool:
             observer: Is told how long requests waited for memory.
         """
         self.size, self._observer = size, observer
-        self.fd = os.memfd_create("gradcam-pixels", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        self.fd = _make_anonymous_file()
         weakref.finalize(self, os.close, self.fd)
         os.ftruncate(self.fd, size)
         # The engine would be killed by a read beyond the end of the file.
@@ -182,6 +184,17 @@ class PixelPool:
         """Bytes that are not reserved."""
         with self._changed:
             return sum(size for _, size in self._free)
+
+
+def _make_anonymous_file() -> int:
+    """Make a file that no folder has; return its file descriptor."""
+    name, flags = "gradcam-pixels", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+    try:
+        return os.memfd_create(name, flags | MFD_NOEXEC_SEAL)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return os.memfd_create(name, flags)  # Linux before 6.3
 
 
 class MappedPool:

@@ -7,16 +7,19 @@ each reports wrong settings. As long as one works, the others are restarted: a b
 work of seven good ones, again and again, as it would if the service manager restarted everything.
 """
 
+import fcntl
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -54,6 +57,10 @@ RESTART = RetryPolicy(first_s=0.5, max_s=30.0)  # short after one crash, long on
 SIGNAL_POLL_INTERVAL_S = 0.5  # see `_next_event`
 LAST_PORT = 65_535
 MAX_SOCKET_PATH_BYTES = 107  # of Linux
+FOLDER_PREFIX = "gradcam-sockets-"
+LEFT_AFTER_S = (
+    3600  # since anything was made in a folder: its processes may outlive their supervisor for a while
+)
 WORKER_POLL_INTERVAL_S = 1.0  # between two checks whether a worker has died: the pipe may stay open
 REQUEUE_TIMEOUT_S = 10.0  # for a worker whose time is up to requeue its running jobs
 ENDED_CLEANLY = {0, -signal.SIGTERM}  # the latter before Celery handles the signal
@@ -134,6 +141,37 @@ def _job_variables(device: Device, settings: Settings, count: int) -> dict[str, 
     return variables | {name: value for name, value in LIGHT.items() if name not in device.environment}
 
 
+@contextmanager
+def _socket_folder() -> Iterator[Path]:
+    """Make a folder for sockets, which only this user can open; remove it in the end.
+
+    It is locked meanwhile: systemd-tmpfiles removes from /tmp what is ten days old, but nothing in a folder
+    with such a lock.
+    """
+    with tempfile.TemporaryDirectory(prefix=FOLDER_PREFIX, ignore_cleanup_errors=True) as name:
+        folder = os.open(name, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            with suppress(OSError):  # not every file system has locks
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield Path(name)
+        finally:
+            os.close(folder)
+
+
+def _remove_left_folders() -> None:
+    """Remove the folders of supervisors that were killed: nobody has locked them."""
+    for left in Path(tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}*"):
+        with suppress(OSError):
+            folder = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                status = os.fstat(folder)
+                if status.st_uid == os.getuid() and time.time() - status.st_mtime > LEFT_AFTER_S:
+                    shutil.rmtree(left)
+            finally:
+                os.close(folder)
+
+
 def _metrics_socket(folder: Path, process: Process) -> Path:
     """Where a process serves its metrics and health, if not at a port."""
     return folder / f"{process.label}.http"
@@ -196,9 +234,10 @@ class Supervisor:
         signal.signal(signal.SIGINT, lambda number, _: self._events.put(number))
         if any(process.role == "engine" for process in self._processes):
             signal.signal(signal.SIGHUP, lambda number, _: self._events.put(number))
-        with tempfile.TemporaryDirectory(prefix="gradcam-", ignore_cleanup_errors=True) as folder:
-            self._folder = Path(folder)  # which only this user can open
-            self._check_socket_paths(self._folder)
+        _remove_left_folders()
+        with _socket_folder() as folder:
+            self._folder = folder
+            self._check_socket_paths(folder)
             if self._has_one_port:
                 self._telemetry = self._serve_metrics(self._folder)
             return self._run()
@@ -240,6 +279,7 @@ class Supervisor:
                 done.add_done_callback(self._events.put)
             while not all(done.done() for done in all_done):
                 event = self._next_event()
+                self._reap_orphans()
                 if self._telemetry:
                     self._telemetry.turned()
                 if event == signal.SIGHUP:
@@ -261,6 +301,20 @@ class Supervisor:
                     log.info("engine_restart_requested", device=process.name, pid=child.pid)
                     self._restarting.add(process)
                     child.terminate()
+
+    def _reap_orphans(self) -> None:
+        """Reap the processes that others have left, if they are children of this process now.
+
+        They are where it is the first process of a container: nobody else would reap them.
+        """
+        if not hasattr(os, "waitid"):  # containers are Linux
+            return
+        with self._lock, suppress(ChildProcessError):
+            ours = {child.pid for child in self._children.values()}
+            ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if ended and ended.si_pid not in ours:
+                os.waitpid(ended.si_pid, os.WNOHANG)
+                log.debug("orphan_reaped", pid=ended.si_pid)
 
     def _next_event(self) -> "int | Future[int] | None":
         """Wait for a signal, or for the end of a process's supervision. Returns None after a timeout.
