@@ -14,6 +14,7 @@ from pydantic import TypeAdapter
 from gradcam_worker.errors import UnknownNetwork
 from gradcam_worker.gradcam.catalog import CATALOG, PREPROCESSING, Head, ModelFile, NetworkRow
 from gradcam_worker.gradcam.models.registry import Registry
+from gradcam_worker.gradcam.models.registry_file import OperatorNetwork
 from gradcam_worker.gradcam.network_inputs import NetworkInput
 from gradcam_worker.gradcam.sizing import SIZINGS, Sizing
 from tests.gradcam.registry_text import MODEL, SHA256, WEIGHTS, write
@@ -358,6 +359,12 @@ class TestChanges:
             thread.join()
         assert inconsistent == []
         assert registry.find("tumours").labels == ("39", "39")
+
+
+def test_the_documentation_lists_every_key_of_a_network() -> None:
+    table = PAGE.read_text().split("\n## Keys\n\n")[1].split("\n\n")[0]
+    keys = [key for row in table.splitlines()[2:] for key in re.findall(r"`(\w+)`", row.split("|")[1])]
+    assert sorted(keys) == sorted(OperatorNetwork.model_fields)
 
 
 def test_the_examples_of_the_documentation_are_a_registry(tmp_path: Path) -> None:
