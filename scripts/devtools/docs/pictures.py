@@ -36,7 +36,10 @@ DOCS = ROOT / "docs" / "images"
 PHOTOS = DATA / "photos"
 NETWORK = "efficientnet_lite0"
 TILE = 360 * 270  # pixels of an image on a sheet: three beside each other fill a page
+SMALL_TILE = 200 * 150  # likewise: nine beside each other
 THRESHOLD = 0.5
+KINDS = ("gradcam", "gradcam++", "layercam", "eigencam", "rise", "occlusion", "integrated_gradients")
+AGAINST, AGAINST_SIGN = "gradcam, against", " / "
 CHROMIUM = (  # nothing but the page: no profile, no network, no first-run greetings
     *("chromium", "--headless=new", "--no-sandbox", "--no-first-run", "--disable-gpu", "--disable-sync"),
     *("--disable-background-networking", "--disable-component-update"),
@@ -69,6 +72,22 @@ def overlay_styles() -> bytes:
             ("alpha 0, contour, box", draw_box(draw_contour(photo, heatmap, THRESHOLD), box)),
         ]
     return encode(sheet(arrange_in_rows(tiles)))
+
+
+def every_method() -> bytes:
+    """The best class of each photo under each kind of method; at last, against the second best class."""
+    network, rows = load_network(NETWORK), []
+    for photo in sorted(PHOTOS.iterdir()):
+        best, second = explain_image(network, photo, top_n=2).explained
+        row = []
+        for name in (*KINDS, AGAINST):
+            others = [second.id] if name == AGAINST else None
+            method = None if name == AGAINST else name
+            seen = explain_image(network, photo, classes=[best.id], against=others, method=method)
+            row.append((name, overlay(as_tile(seen.picture, SMALL_TILE), seen.shown[0])))
+        title = f"{best.name}{AGAINST_SIGN}{second.name}".replace("_", " ")
+        rows.append([(title, as_tile(seen.picture, SMALL_TILE)), *row])
+    return encode(sheet(rows))
 
 
 def gallery_page() -> bytes:
@@ -107,6 +126,7 @@ def _shot(written: bytes) -> bytes:
 MAKERS: dict[str, Callable[[], bytes]] = {
     "grid.jpg": partial(artifact, "grid"),
     "overlay-styles.jpg": overlay_styles,
+    "methods.jpg": every_method,
     "animation.gif": partial(artifact, "animation", "560,812,652"),
     "report.jpg": lambda: _shot(artifact("report")),
     "gallery.jpg": gallery_page,

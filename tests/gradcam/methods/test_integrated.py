@@ -135,6 +135,19 @@ def test_what_does_not_belong_to_it_is_refused(method: Method, why: str) -> None
         explain_image(TinyNetwork(), np.zeros((16, 16, 3), np.uint8), top_n=1, method=method)
 
 
+def test_they_are_drawn_so_that_single_pixels_do_not_hide_the_others_and_measured_as_they_are() -> None:
+    [seen] = explain_pixels(TinyNetwork(), TestOfALinearNetwork.PHOTO, [(0,)], IG)
+    lonely = np.full((1, 100, 100), 0.1, np.float32)
+    lonely[0, 50, 50] = 1
+    spread = replace(seen, heatmaps=lonely)
+    assert_array_equal(spread.scaled, lonely)
+    assert spread.shown.min() == pytest.approx(1, abs=0.05)
+    assert replace(spread, heatmaps=np.zeros_like(lonely)).shown.max() == 0
+    few = np.zeros_like(lonely)
+    few[0, 10, 10] = 1
+    assert replace(spread, heatmaps=few).shown.max() == 1
+
+
 @pytest.mark.parametrize("steps", [None, 8, 20, 33])
 def test_the_parts_hold_every_step_once(steps: int | None) -> None:
     method = replace(IG, steps=steps)

@@ -184,7 +184,7 @@ def _records(number: int, row: Row, outcome: Outcome) -> list[dict[str, Any]]:
     if isinstance(outcome, Problem):
         return [{**common, "error": outcome.code, "error_detail": outcome.detail}]
     explanation, image = outcome.explanation, outcome.image
-    heatmaps = explanation.shown  # in [0, 1] also if the method does not normalize
+    heatmaps = explanation.scaled
     common |= {"uri": image.uri, "sha256": image.sha256, "width": image.width, "height": image.height}
     placement, size = explanation.placement, (image.width, image.height)
     return [

@@ -112,9 +112,21 @@ class Explanation:
         return ", ".join(filter(None, (text, versus(self.against))))
 
     @property
-    def shown(self) -> NDArray[np.float32]:
-        """The heatmaps as they are drawn, (k, rows, columns), in [0, 1]."""
+    def scaled(self) -> NDArray[np.float32]:
+        """The heatmaps, (k, rows, columns), in [0, 1] also if the method does not normalize."""
         return cam.heatmaps(self.heatmaps, "joint")  # changes nothing if the greatest peak is 1
+
+    @property
+    def shown(self) -> NDArray[np.float32]:
+        """The heatmaps as they are drawn, (k, rows, columns), in [0, 1].
+
+        Those of Integrated Gradients are smoothed, and brighter: see `integrated.to_draw`.
+        """
+        return integrated.to_draw(self.scaled) if self._is_integrated else self.scaled
+
+    @property
+    def _is_integrated(self) -> bool:
+        return self.method is not None and self.method.name == integrated.NAME
 
     @property
     def incomplete(self) -> tuple[int, ...]:

@@ -53,7 +53,7 @@ def measure(
         under the curve.
     """
     shape = pixels.shape[0], pixels.shape[1]
-    enlarged = [enlarge(heatmap, shape) for heatmap in explanation.shown]
+    enlarged = [enlarge(heatmap, shape) for heatmap in explanation.scaled]
     curves = [metric for metric in metrics if metric in CURVES]
     areas = _areas(score, pixels, explanation, enlarged, curves) if curves else [{} for _ in enlarged]
     if len(curves) == len(metrics):

@@ -31,6 +31,7 @@ STEPS_AT_ONCE = 8  # of an image, in one request: it occupies the device about a
 GREY = 127  # the level of a grey baseline, as of deleted pixels
 BLUR = 0.05  # standard deviation of a blurred baseline, as a share of the longer side: as for insertion
 MAX_COMPLETENESS_ERROR = 0.1  # above it a result has a warning
+SMOOTHING, PERCENTILE = 0.005, 99.0  # of drawn heatmaps: standard deviation, as a share of the longer side
 MIN_SHARE = 0.01  # of the sum of all absolute attributions: the least difference of scores that counts
 
 Pixels = NDArray[np.uint8]
@@ -82,6 +83,23 @@ def baseline(pixels: Pixels, name: str | None) -> Pixels:
         blurred = [cv2.GaussianBlur(image, (0, 0), sigma).reshape(image.shape) for image in pixels]
         return np.stack(blurred)
     return np.full_like(pixels, GREY if name == "grey" else 0)
+
+
+def to_draw(heatmaps: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Prepare heatmaps for people: a few single pixels are far above all others, and hide them.
+
+    Args:
+        heatmaps: (k, height, width), in [0, 1].
+
+    Returns:
+        Smoothed by about a pixel, and 1 where they are above their 99th percentile.
+    """
+    drawn = np.empty_like(heatmaps)
+    for index, heatmap in enumerate(heatmaps):
+        smooth = cv2.GaussianBlur(heatmap, (0, 0), SMOOTHING * max(heatmap.shape))
+        top = np.percentile(smooth, PERCENTILE) or smooth.max()
+        drawn[index] = np.clip(smooth / top, 0, 1) if top else 0
+    return drawn
 
 
 def positions_and_shares(method: Method) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
