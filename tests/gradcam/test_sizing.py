@@ -29,6 +29,7 @@ FITTED = st.sampled_from(
         Sizing(fit="crop"),
         Sizing(fit="crop", crop_fraction=0.875),
         Sizing(fit="crop", short_side=256),
+        Sizing(fit="crop", size=(256, 300)),
         Sizing(fit="letterbox"),
     ]
 )
@@ -138,7 +139,10 @@ class TestRefused:
         [
             ({"resize": "cubic"}, "resize is 'cubic': it must be one of area, nearest"),
             ({"fit": "pad"}, "fit is 'pad': it must be one of squash, crop, letterbox"),
-            ({"short_side": 256}, "short_side and crop_fraction belong to fit = \"crop\", not to 'squash'"),
+            (
+                {"short_side": 256},
+                "short_side, crop_fraction and size belong to fit = \"crop\", not to 'squash'",
+            ),
             ({"fit": "crop", "short_side": 0}, "short_side is 0: it must be from 1 to"),
             (
                 {"fit": "crop", "crop_fraction": 1.1},
@@ -182,6 +186,8 @@ class TestPresets:
         }
         assert Sizing(fit="letterbox", color=(1, 2, 3)).describe() == "area, letterbox on 1 2 3"
         assert Sizing("lanczos", "crop", short_side=256).describe() == "lanczos, short side 256, centre crop"
+        squashed = Sizing("lanczos4", "crop", size=(256, 300), grey=True)
+        assert squashed.describe() == "grey, lanczos4, squash to 256 x 300, centre crop"
 
     def test_two_that_differ_are_described_differently(self) -> None:
         assert {field.name for field in fields(Sizing)} == {
@@ -190,4 +196,6 @@ class TestPresets:
             "short_side",
             "crop_fraction",
             "color",
+            "size",
+            "grey",
         }, "a new field belongs into the description, by which a manifest is known to be another's"

@@ -1,6 +1,7 @@
 """The input of a network is what its owner's tool makes of the photo."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from PIL import Image, ImageOps
 
 from gradcam_worker.errors import ImagePixelsExceeded
 from gradcam_worker.gradcam.decoding.decode import decode
-from gradcam_worker.gradcam.imaging.network_input import PILLOW_FILTERS, to_input
+from gradcam_worker.gradcam.imaging.network_input import OPENCV_FILTERS, PILLOW_FILTERS, to_input
 from gradcam_worker.gradcam.imaging.resize import Pixels, fit
 from gradcam_worker.gradcam.sizing import SIZINGS, Sizing
 
@@ -64,7 +65,33 @@ class TestSquash:
         expected = tf.image.resize(photo, size).numpy()
         assert_allclose(to_input(photo, size, SIZINGS["tf.image.resize"]), expected, atol=1)
 
-    @pytest.mark.parametrize("resize", ["area", "bilinear", *FILTERS])
+    @pytest.mark.parametrize("size", SIZES)
+    @pytest.mark.parametrize("resize", sorted(OPENCV_FILTERS))
+    def test_opencvs_filters_give_what_opencv_gives(
+        self, resize: Any, size: tuple[int, int], photo: Pixels
+    ) -> None:
+        expected = cv2.resize(photo, size[::-1], interpolation=OPENCV_FILTERS[resize])
+        assert_array_equal(to_input(photo, size, Sizing(resize)), expected)
+
+    @pytest.mark.tensorflow
+    @pytest.mark.parametrize("size", SIZES)
+    def test_resize_bilinear_of_tensorflow_1_is_reproduced_to_its_rounding(
+        self, size: tuple[int, int], photo: Pixels
+    ) -> None:
+        import tensorflow as tf
+
+        expected = tf.compat.v1.image.resize_bilinear(photo[np.newaxis], size).numpy()[0]
+        assert_allclose(to_input(photo, size, Sizing("bilinear_tf1")), expected, atol=0.51)
+
+    @pytest.mark.parametrize("sizing", [*SIZINGS.values(), Sizing(fit="letterbox")], ids=str)
+    def test_a_photo_that_is_made_grey_first_is_one_grey_channel_three_times(
+        self, sizing: Sizing, photo: Pixels
+    ) -> None:
+        grey = cv2.cvtColor(photo, cv2.COLOR_RGB2GRAY)[..., np.newaxis]
+        expected = to_input(grey, (64, 48), sizing).repeat(3, axis=2)
+        assert_array_equal(to_input(photo, (64, 48), replace(sizing, grey=True)), expected)
+
+    @pytest.mark.parametrize("resize", ["area", "bilinear_tf1", *OPENCV_FILTERS, *FILTERS])
     @pytest.mark.parametrize("channels", [1, 4, 7])
     def test_each_channel_of_any_number_is_resized_by_itself(
         self, resize: Any, channels: int, noise: Callable[..., Pixels]
@@ -100,6 +127,17 @@ class TestCrop:
         left, top = (round((side - 224) / 2.0) for side in size)
         expected = resized.crop((left, top, left + 224, top + 224))
         assert_array_equal(to_input(pixels, (224, 224), SIZINGS["torchvision"]), np.asarray(expected))
+
+    def test_the_centre_of_a_squashed_photo_is_cut_out(self, photo: Pixels) -> None:
+        expected = Image.fromarray(photo).resize((300, 256), Image.Resampling.LANCZOS)
+        made = to_input(photo, (224, 224), Sizing("lanczos", "crop", size=(256, 300)))
+        assert_array_equal(made, np.asarray(expected.crop((38, 16, 38 + 224, 16 + 224))))
+
+    def test_what_opencv_resizes_has_rounded_sides(self) -> None:
+        pixels = np.random.default_rng(0).integers(0, 256, (300, 451, 3), np.uint8)
+        expected = cv2.resize(pixels, (385, 256), interpolation=cv2.INTER_LANCZOS4)[16:240, 80:304]
+        made = to_input(pixels, (224, 224), Sizing("lanczos4", "crop", short_side=256))
+        assert_array_equal(made, expected)
 
     def test_what_is_too_small_is_padded_with_black_as_by_torchvision(self) -> None:
         made = to_input(np.full((10, 20, 3), 200, np.uint8), (8, 8), Sizing(fit="crop", short_side=4))

@@ -212,6 +212,8 @@ class TestSizing:
         [
             ('{ resize = "nearest" }', Sizing("nearest")),
             ('{ fit = "crop", short_side = 256 }', Sizing(fit="crop", short_side=256)),
+            ('{ fit = "crop", size = [256, 300] }', Sizing(fit="crop", size=(256, 300))),
+            ("{ grey = true }", Sizing(grey=True)),
             ('{ fit = "letterbox", color = 114 }', Sizing(fit="letterbox", color=(114,))),
             ('{ fit = "letterbox", color = [1, 2, 3] }', Sizing(fit="letterbox", color=(1, 2, 3))),
             (

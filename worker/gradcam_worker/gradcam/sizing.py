@@ -12,12 +12,24 @@ from typing import Literal, get_args
 from gradcam_worker.errors import InvalidSettings
 from gradcam_worker.text.similar_names import nearest
 
-Resize = Literal["area", "nearest", "bilinear", "bilinear_antialias", "bicubic_antialias", "lanczos"]
+Resize = Literal[
+    "area",
+    "nearest",
+    "bilinear",
+    "bilinear_tf1",
+    "bilinear_antialias",
+    "bicubic",
+    "bicubic_antialias",
+    "lanczos",
+    "lanczos4",
+]
 Fit = Literal["squash", "crop", "letterbox"]
 Size = tuple[int, int]  # (height, width) in pixels
 
 MAX_SHORT_SIDE = 16_384  # in pixels
 MAX_LEVEL = 255
+RGB_CHANNELS = 3
+OPENCV_RESIZES = ("bilinear", "bicubic", "lanczos4")
 
 
 def _no_choice(name: str, value: object, choices: tuple[str, ...]) -> str:
@@ -32,12 +44,18 @@ class Sizing:
         resize: How pixels are computed. `area`: the mean of an area, or bilinear where a side is enlarged;
             `nearest`: of Pillow and of `keras.utils.load_img`; `bilinear`: of four pixels, however much the
             photo is shrunk, as `tf.image.resize` and OpenCV's `INTER_LINEAR` do it; `bilinear_antialias`,
-            `bicubic_antialias`, `lanczos`: of Pillow, and so of torchvision and timm.
+            `bicubic_antialias`, `lanczos`: of Pillow, and so of torchvision and timm; `bicubic`, `lanczos4`:
+            of 16 and 64 pixels, as OpenCV's `INTER_CUBIC` and `INTER_LANCZOS4`; `bilinear_tf1`: as
+            `tf.image.resize_bilinear` of TensorFlow 1, whose grid lies at the upper left.
         fit: `squash`: to the input size, whatever the proportions; `crop`: the short side is resized and the
             centre is cut out; `letterbox`: the whole photo is fitted in, and the rest is filled.
         short_side: Of `crop`: to how many pixels the short side is resized before the centre is cut out.
         crop_fraction: Of `crop`, instead of `short_side`: which share of the resized photo's short side the
             centre is; default: all of it.
+        size: Of `crop`, instead of both: to which (height, width) the photo is resized, whatever the
+            proportions, before the centre is cut out.
+        grey: Make the photo grey first, by luminance, rounded to whole levels. For networks that take grey
+            images, or three equal channels, and whose owner's code resizes what is grey already.
         color: Of `letterbox`: what the rest is filled with, one level for all channels or one for each.
 
     Raises:
@@ -53,6 +71,8 @@ class Sizing:
     short_side: int | None = None
     crop_fraction: float | None = None
     color: tuple[int, ...] = (0,)
+    size: Size | None = None
+    grey: bool = False
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -60,12 +80,16 @@ class Sizing:
             (self.resize not in get_args(Resize), _no_choice("resize", self.resize, get_args(Resize))),
             (self.fit not in get_args(Fit), _no_choice("fit", self.fit, get_args(Fit))),
             (
-                self.fit != "crop" and (self.short_side, self.crop_fraction) != (None, None),
-                f'short_side and crop_fraction belong to fit = "crop", not to {self.fit!r}',
+                self.fit != "crop" and (self.short_side, self.crop_fraction, self.size) != (None, None, None),
+                f'short_side, crop_fraction and size belong to fit = "crop", not to {self.fit!r}',
             ),
             (
-                self.short_side is not None and self.crop_fraction is not None,
-                "short_side and crop_fraction exclude each other: give one of them",
+                (self.short_side, self.crop_fraction, self.size).count(None) < 2,  # noqa: PLR2004  # of three
+                "short_side, crop_fraction and size exclude each other: give one of them",
+            ),
+            (
+                self.size is not None and not all(1 <= side <= MAX_SHORT_SIDE for side in self.size),
+                f"size is {self.size}: its height and width must be from 1 to {MAX_SHORT_SIDE} pixels",
             ),
             (
                 self.short_side is not None and not 1 <= self.short_side <= MAX_SHORT_SIDE,
@@ -88,7 +112,10 @@ class Sizing:
                 raise InvalidSettings(message)
 
     def check_channels(self, channels: int) -> None:
-        """Check that the colour suits images with this number of channels. Raises InvalidSettings."""
+        """Check that it suits images with this number of channels. Raises InvalidSettings."""
+        if self.grey and channels != RGB_CHANNELS:
+            message = f"grey is for photos, which have {RGB_CHANNELS} channels: these images have {channels}"
+            raise InvalidSettings(message)
         if len(self.color) not in {1, channels}:
             message = f"color has {len(self.color)} levels for {channels} channels: give one, or one for each"
             raise InvalidSettings(message)
@@ -99,15 +126,18 @@ class Sizing:
             "squash": "squash",
             "crop": f"short side {self.short_side}, centre crop"
             if self.short_side
+            else f"squash to {self.size[0]} x {self.size[1]}, centre crop"
+            if self.size
             else f"centre crop of {self.crop_fraction or 1:g}",
             "letterbox": f"letterbox on {' '.join(map(str, self.color))}",
         }[self.fit]
-        return f"{self.resize}, {fitted}"
+        return f"{'grey, ' if self.grey else ''}{self.resize}, {fitted}"
 
     def layout(self, photo_size: Size, input_size: Size) -> "Layout":
         """Compute to which size a photo is resized, and where in it the input lies.
 
-        Sides are rounded as by torchvision and timm for a crop, by Pillow's `ImageOps.pad` for a letterbox.
+        Sides are rounded as by torchvision and timm for a crop, or as by tools of OpenCV if it resizes; by
+        Pillow's `ImageOps.pad` for a letterbox.
 
         Args:
             photo_size: (height, width) of the photo.
@@ -127,13 +157,16 @@ class Sizing:
 
     def _resized_for_crop(self, photo_size: Size, input_size: Size) -> Size:
         """The size to which a photo is resized before its centre is cut out."""
+        if self.size:
+            return self.size
         (height, width), fraction = photo_size, self.crop_fraction or 1.0
         wanted = [math.floor(side / fraction) for side in input_size]
         if self.short_side is None and wanted[0] != wanted[1]:  # so that the photo covers it, as in timm
             ratio = min(height / wanted[0], width / wanted[1])
             return max(round(height / ratio), wanted[0]), max(round(width / ratio), wanted[1])
         short = self.short_side or wanted[0]
-        long = int(short * max(photo_size) / min(photo_size))
+        long = short * max(photo_size) / min(photo_size)
+        long = round(long) if self.resize in OPENCV_RESIZES else int(long)
         return (short, long) if height <= width else (long, short)
 
     def placement(self, photo_size: Size, input_size: Size) -> "Placement | None":

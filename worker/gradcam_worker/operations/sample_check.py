@@ -163,9 +163,9 @@ def candidates(configured: Sizing) -> list[Outcome]:
     """The sizings to try, each once: the configured one, then presets and every other way to resize."""
     names: dict[Sizing, list[str]] = {configured: []}
     for name, sizing in SIZINGS.items():
-        names.setdefault(sizing, []).append(name)
+        names.setdefault(replace(sizing, grey=configured.grey), []).append(name)
     for resize in get_args(Resize):
-        names.setdefault(Sizing(resize), [])
+        names.setdefault(Sizing(resize, grey=configured.grey), [])
     return [
         Outcome(sizing, tuple(presets), is_configured=sizing == configured)
         for sizing, presets in names.items()
@@ -382,7 +382,10 @@ def _chance(one: Outcome, other: Outcome) -> float:
 def setting(sizing: Sizing) -> str:
     """The line of the registry that sets a sizing."""
     presets = [name for name, preset in SIZINGS.items() if preset == sizing]
-    return f'sizing = "{presets[0]}"' if presets else f'sizing = {{ resize = "{sizing.resize}" }}'
+    if presets:
+        return f'sizing = "{presets[0]}"'
+    fitted = f', fit = "crop", crop_fraction = {sizing.crop_fraction}' if sizing.crop_fraction else ""
+    return f'sizing = {{ resize = "{sizing.resize}"{fitted}{", grey = true" if sizing.grey else ""} }}'
 
 
 def _facts(result: SampleReport, everything: Sample) -> dict[str, Any]:

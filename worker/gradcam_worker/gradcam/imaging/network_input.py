@@ -1,5 +1,6 @@
 """The input of a network, made of a photo as its owner's tools do it: see `gradcam_worker.gradcam.sizing`."""
 
+from dataclasses import replace
 from functools import lru_cache
 
 import cv2
@@ -15,6 +16,11 @@ PILLOW_FILTERS = {
     "bilinear_antialias": Image.Resampling.BILINEAR,
     "bicubic_antialias": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
+}
+OPENCV_FILTERS = {
+    "bilinear": cv2.INTER_LINEAR,
+    "bicubic": cv2.INTER_CUBIC,
+    "lanczos4": cv2.INTER_LANCZOS4,
 }
 MAX_RESIZED_PIXELS = 2**24  # of which a centre is cut out: a photo of 1 x 60,000 pixels would have billions
 MAX_ASPECT = 4  # is allowed in any case, however large the input
@@ -35,6 +41,10 @@ def to_input(pixels: Pixels, input_size: Size, sizing: Sizing) -> Pixels:
         ImagePixelsExceeded: The image is so long and narrow that it would have too many pixels before its
             centre is cut out.
     """
+    if sizing.grey:
+        grey = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)[..., np.newaxis]
+        alike = to_input(grey, input_size, replace(sizing, grey=False, color=sizing.color[:1]))
+        return np.repeat(alike, pixels.shape[2], axis=2)
     layout = sizing.layout((pixels.shape[0], pixels.shape[1]), input_size)
     _check_size(pixels, layout.resized)
     resized = _resize(pixels, layout.resized, sizing)
@@ -60,15 +70,17 @@ def _resize(pixels: Pixels, size: Size, sizing: Sizing) -> Pixels:
     if pixels.shape[:2] == size:
         return pixels.copy()
     resized = np.empty((*size, pixels.shape[2]), np.uint8)
-    if sizing.resize == "bilinear":
+    if sizing.resize in OPENCV_FILTERS:
         for first in range(0, pixels.shape[2], MAX_OPENCV_CHANNELS):
             channels = np.s_[..., first : first + MAX_OPENCV_CHANNELS]
-            shrunk = cv2.resize(pixels[channels], size[::-1], interpolation=cv2.INTER_LINEAR)
+            shrunk = cv2.resize(pixels[channels], size[::-1], interpolation=OPENCV_FILTERS[sizing.resize])
             resized[channels] = shrunk.reshape(resized[channels].shape)  # OpenCV drops an axis of one channel
         return resized
     if sizing.resize == "nearest":
         rows, columns = map(_nearest, pixels.shape[:2], size)
         return np.ascontiguousarray(pixels[rows[:, np.newaxis], columns])
+    if sizing.resize == "bilinear_tf1":
+        return _resize_as_tensorflow_1(pixels, size)
     # One channel at a time: Pillow would store three as four.
     for channel in range(pixels.shape[2]):
         image = Image.fromarray(np.ascontiguousarray(pixels[..., channel]))
@@ -82,6 +94,20 @@ def _nearest(length: int, resized: int) -> NDArray[np.int32]:
     numbers = Image.fromarray(np.arange(length, dtype=np.int32)[np.newaxis])
     chosen = np.asarray(numbers.resize((resized, 1), Image.Resampling.NEAREST), np.int32)
     return chosen.reshape(-1)
+
+
+def _resize_as_tensorflow_1(pixels: Pixels, size: Size) -> Pixels:
+    """Interpolate between four pixels, on a grid that begins at the centre of the first one."""
+    rows, columns = (
+        np.arange(resized, dtype=np.float32) * np.float32(length / resized)
+        for length, resized in zip(pixels.shape[:2], size, strict=True)
+    )
+    top, left = rows.astype(np.intp)[:, np.newaxis], columns.astype(np.intp)
+    bottom, right = np.minimum(top + 1, pixels.shape[0] - 1), np.minimum(left + 1, pixels.shape[1] - 1)
+    down, across = (rows[:, np.newaxis] - top)[..., np.newaxis], (columns - left)[:, np.newaxis]
+    upper = pixels[top, left] * (1 - across) + pixels[top, right] * across
+    lower = pixels[bottom, left] * (1 - across) + pixels[bottom, right] * across
+    return np.asarray(np.rint(upper * (1 - down) + lower * down), np.uint8)
 
 
 def _cut(resized: Pixels, size: Size, top: int, left: int, sizing: Sizing) -> Pixels:

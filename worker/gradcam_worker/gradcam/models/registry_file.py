@@ -186,6 +186,8 @@ class SizingTable(Table):
     short_side: StrictInt | None = None
     crop_fraction: float | None = None
     color: Annotated[tuple[Level, ...], BeforeValidator(_as_list), Field(min_length=1)] = (0,)
+    size: tuple[StrictInt, StrictInt] | None = None
+    grey: StrictBool = False
 
     @model_validator(mode="after")
     def _check_combination(self) -> Self:
@@ -195,7 +197,9 @@ class SizingTable(Table):
 
     def sizing(self) -> Sizing:
         """Convert it to a `Sizing`. Raises InvalidSettings."""
-        return Sizing(self.resize, self.fit, self.short_side, self.crop_fraction, self.color)
+        return Sizing(
+            self.resize, self.fit, self.short_side, self.crop_fraction, self.color, self.size, self.grey
+        )
 
 
 @contextmanager
