@@ -1,4 +1,4 @@
-"""Trained classifiers by strangers, from the package index: our predictions beside those of their owners.
+"""Trained classifiers of other people, from the package index: our predictions beside those of their owners.
 
     PYTHONPATH=scripts python -m devtools.agreement.public_classifiers FOLDER [NAME ...]
 
