@@ -15,6 +15,7 @@ from gradcam_worker.gradcam import explain_image, load_score_network
 from gradcam_worker.gradcam.catalog import PREPROCESSING, Head, ModelFile, NetworkRow
 from gradcam_worker.gradcam.models import score_files
 from gradcam_worker.gradcam.models.weights import WeightsFile, file_sha256
+from gradcam_worker.gradcam.network import Method
 
 SIZE = (12, 16)
 KERNEL = np.array([[6, -3], [-3, 6], [-3, -3]], np.float32)  # of the three colours, for two classes
@@ -215,6 +216,29 @@ def test_a_file_that_is_no_tflite_model_is_refused(tmp_path: Path) -> None:
     path.write_bytes(b"\x1c\x00\x00\x00TFL3 and nothing more")
     with pytest.raises(NetworkIncompatible, match="model cannot be loaded as TFLite"):
         load_score_network(path, **OPTIONS)
+
+
+@pytest.mark.tensorflow
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras's own, as it saves
+def test_a_network_that_is_refused_since_it_crops_is_explained_by_its_scores(tmp_path: Path) -> None:
+    from gradcam_worker.gradcam.backend import keras
+    from gradcam_worker.gradcam.models.loading import load_network
+
+    layers, path = keras.layers, tmp_path / "model.keras"
+    inputs = keras.Input((16, 16, 3))
+    pooled = layers.GlobalAveragePooling2D()(layers.Cropping2D(((0, 0), (8, 0)))(inputs))
+    keras.Model(inputs, layers.Dense(2)(pooled)).save(path)
+    file = WeightsFile(path, file_sha256(path))
+    row = NetworkRow(
+        "net", (16, 16), PREPROCESSING["unit"], file=ModelFile(str(path), file.sha256), labels=()
+    )
+    with pytest.raises(NetworkIncompatible, match=r"RISE and occlusion, .* write scores_only = true into"):
+        load_network(row, file=file)
+    network = score_files.load_file(replace(row, scores_only=True), file)
+    method = Method("occlusion", window=4, stride=4, normalize="none")
+    heatmaps = explain_image(network, PIXELS[0], classes=[0, 1], method=method).heatmaps
+    assert_array_equal(heatmaps[:, :, :2], 0)
+    assert heatmaps[:, :, 2:].max() > 0
 
 
 @pytest.mark.tensorflow

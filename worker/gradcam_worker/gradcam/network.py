@@ -13,6 +13,11 @@ from gradcam_worker.gradcam.network_inputs import NetworkInput, samples
 from gradcam_worker.gradcam.sizing import DEFAULT_SIZING, Sizing
 from gradcam_worker.text.short_repr import short_repr
 
+WAY_OUT = (
+    "RISE and occlusion, which only need its scores, can explain it as it is: write scores_only = true into "
+    "its table of the registry, or wrap_callable(model, ...) in Python"
+)
+
 
 @dataclass(frozen=True)
 class NetworkFacts:

@@ -56,8 +56,10 @@ def plain(text: str, style: str = "") -> Text:
 
 
 def status_text(document: StatusDocument) -> Text:
-    """The status in its colour, with the stage of a running job, and whether cancelling is requested."""
+    """The status in its colour, with stage and passes of a running job, and whether it is to be cancelled."""
     stage = f" · {document.stage}" if document.stage else ""
+    if document.stage and document.passes:
+        stage += f", {document.passes.done} of {document.passes.total} passes"
     cancel = " · cancel requested" if document.cancel_requested_at and not document.final else ""
     return Text(document.status + stage + cancel, STATUS_COLORS[document.status])
 

@@ -16,6 +16,7 @@ from gradcam_worker.gradcam.backend import keras
 from gradcam_worker.gradcam.graph.axes import TOKENS_RANK, Side, Tokens, infer_axes, is_map, is_tokens
 from gradcam_worker.gradcam.graph.graph import Graph, Step
 from gradcam_worker.gradcam.graph.head import Scores, only_reshapes
+from gradcam_worker.gradcam.network import WAY_OUT
 
 MAX_LISTED = 6  # layers named in a message
 SKIPPED = {  # between the target layer and the scores: they move or drop positions, and have no weights
@@ -169,7 +170,7 @@ class LayerIndex:
                 return layer
         message = (
             "No layer between the image and the scores keeps rows and columns and has weights: there is "
-            f"nothing that Grad-CAM could explain. {self.summary()}"
+            f"nothing that Grad-CAM could explain. {self.summary()} {WAY_OUT}."
         )
         raise NetworkIncompatible(message)
 
@@ -253,7 +254,7 @@ class LayerIndex:
         message = (
             "The network reads a sequence of tokens, and no layer after an attention is a grid of patches "
             "that all have an effect on the scores; its patch embedding would explain nothing. Name a "
-            f"target layer. {self.summary()}"
+            f"target layer. {self.summary()} {WAY_OUT}."
         )
         raise NetworkIncompatible(message)
 

@@ -17,6 +17,7 @@ import numpy as np
 from gradcam_worker.errors import NetworkIncompatible
 from gradcam_worker.gradcam.backend import keras
 from gradcam_worker.gradcam.graph.graph import Graph, ModelInput, Step, Values, is_custom_layer
+from gradcam_worker.gradcam.network import WAY_OUT
 
 MAX_STEPS = 20_000  # the largest network of `keras.applications` has about 1,300
 ROOT = ""  # the path of the model itself
@@ -112,7 +113,8 @@ def _with_graph(model: Any, input_shape: tuple[int, int, int]) -> Any:
     if opened is None:
         message = (
             f"{type(model).__name__} {model.name!r} has no static graph: its `call` could not be followed "
-            "with symbolic tensors. Build it as a functional or Sequential model, or of layers and keras.ops."
+            "with symbolic tensors. Build it as a functional or Sequential model, or of layers and "
+            f"keras.ops. {WAY_OUT}."
         )
         raise NetworkIncompatible(message)
     return opened
@@ -230,7 +232,7 @@ class _Tracer:
         for node in _sorted_nodes(keras.tree.flatten(model.outputs), slots):
             self._add(node, slots, prefix, counts)
             if len(self.steps) > MAX_STEPS:
-                message = f"{model.name} has more than {MAX_STEPS} steps."
+                message = f"{model.name} has more than {MAX_STEPS} steps. {WAY_OUT}."
                 raise NetworkIncompatible(message)
         return [slots[id(output)] for output in keras.tree.flatten(model.outputs)]
 

@@ -19,7 +19,7 @@ from gradcam_worker.gradcam.graph.graph import Graph, Values, run
 from gradcam_worker.gradcam.graph.head import Scores
 from gradcam_worker.gradcam.graph.target_layer import LayerIndex, TargetLayer, cropping_layer
 from gradcam_worker.gradcam.models.sample_images import varied_images
-from gradcam_worker.gradcam.models.score_network import WAY_OUT
+from gradcam_worker.gradcam.network import WAY_OUT
 from gradcam_worker.text.visible import abridged
 
 SAME = {

@@ -127,13 +127,15 @@ def _keras(row: NetworkRow, file: WeightsFile) -> ScoreNetwork:
 
     with backend.default_configuration():
         model = loading.load_operator_model(row, file)
-        if len(model.inputs) != 1:
-            message = f"{row.name} has {len(model.inputs)} inputs; one, the image, is needed."
-            raise NetworkIncompatible(message)
-        dtype = backend.keras.backend.standardize_dtype(model.inputs[0].dtype)
-        check_whole_numbers(row, dtype)
-        names = output_names(model)
-        output = names.index(choose_output(row, names))
+        dtype, output = "float32", 0
+        if inputs := getattr(model, "inputs", None):  # a subclassed model has none
+            if len(inputs) != 1:
+                message = f"{row.name} has {len(inputs)} inputs; one, the image, is needed."
+                raise NetworkIncompatible(message)
+            dtype = backend.keras.backend.standardize_dtype(inputs[0].dtype)
+            check_whole_numbers(row, dtype)
+            names = output_names(model)
+            output = names.index(choose_output(row, names))
 
         def run(images: NDArray[np.float32]) -> Any:
             outputs = model.predict_on_batch(to_type(images, dtype))

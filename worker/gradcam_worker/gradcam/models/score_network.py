@@ -25,10 +25,6 @@ DECLARE = (
     'declare what they are: head = {kind = "softmax"} or {kind = "sigmoid"} for scores, {kind = '
     '"probabilities"} for probabilities (in Python: Head(kind="sigmoid"))'
 )
-WAY_OUT = (
-    "RISE and occlusion, which only need its scores, can explain it as it is: write scores_only = true into "
-    "its table of the registry, or wrap_callable(model, ...) in Python"
-)
 
 Pixels = NDArray[np.uint8]
 Run = Callable[[NDArray[Any]], Any]  # images (n, height, width, channels) -> (n, units)
