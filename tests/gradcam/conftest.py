@@ -57,7 +57,8 @@ def build_with_keras(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
             patch.setattr(file_utils, "get_file", get_file)
             if file is None:
                 patch.setattr(keras.Model, "load_weights", lambda *_: None)
-            model = getattr(keras.applications, str(row.builder).split(":")[1])(weights="imagenet")
+            builder = getattr(keras.applications, str(row.builder).split(":")[1])
+            model = builder(weights="imagenet", input_shape=(*row.input_size, 3))
         model.requested_files = requested_files
         return model
 

@@ -2,6 +2,7 @@
 
 import zipfile
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -182,20 +183,23 @@ def test_a_keras_file_of_keras_2_is_converted(tmp_path: Path) -> None:
         assert b'"keras_version": "3.' in archive.read("metadata.json")
 
 
-def test_a_lambda_becomes_layers_where_its_code_may_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("library", "name"), [("keras", "a.h5"), ("keras", "a.keras"), ("tf_keras", "a.keras")]
+)
+def test_a_lambda_becomes_layers_where_its_code_may_run(library: str, name: str, tmp_path: Path) -> None:
     import keras
 
     from gradcam_worker.gradcam.conversion.convert import convert
 
-    old = classifier(keras, rescale=keras.layers.Lambda(lambda x: x / 127.5 - 1.0, name="mine"))
-    for name in ("old.h5", "old.keras"):
-        old.save(tmp_path / name)
-        with pytest.raises(Refused, match=r"holds a layer Lambda \(mine\), which can run code"):
-            convert(tmp_path / name, tmp_path / "new.keras")
-        converted = convert(tmp_path / name, tmp_path / "new.keras", allow_code=True)
-        assert converted.rebuilt == GRAPH
-        new = keras.saving.load_model(tmp_path / "new.keras")
-        assert_allclose(np.asarray(new(PIXELS, training=False)), np.asarray(old(PIXELS)), atol=1e-5)
+    own = import_module(library)
+    old = classifier(own, rescale=own.layers.Lambda(lambda x: x / 127.5 - 1.0, name="mine"))
+    old.save(tmp_path / name)
+    with pytest.raises(Refused, match=r"holds a layer Lambda \(mine\).* which can run code"):
+        convert(tmp_path / name, tmp_path / "new.keras")
+    converted = convert(tmp_path / name, tmp_path / "new.keras", allow_code=True)
+    assert converted.rebuilt == GRAPH
+    new = keras.saving.load_model(tmp_path / "new.keras")
+    assert_allclose(np.asarray(new(PIXELS, training=False)), np.asarray(old(PIXELS)), atol=1e-5)
 
 
 def test_a_new_model_that_computes_something_else_is_refused_and_not_kept(

@@ -16,11 +16,15 @@ from numpy.testing import assert_allclose
 from numpy.typing import NDArray
 
 from gradcam_worker.gradcam.catalog import CATALOG, NetworkRow
+from gradcam_worker.gradcam.models.registry import Registry
+from gradcam_worker.gradcam.models.weights import WeightsFile
 from gradcam_worker.gradcam.network import Computed
 
 ROWS = list(CATALOG.values())
 THEIRS = [row for row in ROWS if not row.shipped]  # Keras's own
 every_row = pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
+WEIGHTS = "s3://models/imagenet.weights.h5"
+POOL = 2**22  # numbers
 DOCUMENT = Path(__file__).parents[3] / "docs" / "reference" / "networks.md"
 
 
@@ -60,8 +64,18 @@ def test_preprocessing_is_what_keras_does_for_its_weights(
     assert_allclose(preprocess(pixels, row.preprocessing), keras_preprocess(pixels.copy()), atol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def little_garbage() -> Iterator[None]:
+    """What is loaded already is not searched for garbage again: that takes half a second each time."""
+    import_module("gradcam_worker.gradcam.models.loading")
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture
-def clear_keras_session() -> Iterator[None]:
+def clear_keras_session(little_garbage: None) -> Iterator[None]:
     """Number layers from the beginning; free a network of a gigabyte before the next one is built."""
     import keras
 
@@ -71,10 +85,61 @@ def clear_keras_session() -> Iterator[None]:
     gc.collect()
 
 
+@pytest.fixture(scope="module")
+def pools() -> dict[str, NDArray[np.float32]]:
+    """Random numbers of each distribution that networks begin with."""
+    rng = np.random.default_rng(0)
+    normal = rng.standard_normal(POOL, np.float32)
+    return {
+        "normal": normal,
+        "truncated_normal": np.clip(normal, -2, 2),
+        "uniform": rng.random(POOL, np.float32),
+    }
+
+
+@pytest.fixture
+def cheap_weights(pools: dict[str, NDArray[np.float32]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random weights are cut out of a pool: to draw two billion takes half a minute."""
+    from keras.src.initializers import random_initializers
+
+    starts = np.random.default_rng(1)
+
+    def cut(kind: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        return np.resize(pools[kind][starts.integers(POOL // 2) :], shape)
+
+    def spread(kind: str) -> Callable[..., NDArray[np.float32]]:
+        return lambda shape, mean=0.0, stddev=1.0, **_: (
+            cut(kind, shape) * np.float32(stddev) + np.float32(mean)
+        )
+
+    def uniform(shape: tuple[int, ...], minval: float, maxval: float, **_: Any) -> NDArray[np.float32]:
+        return cut("uniform", shape) * np.float32(maxval - minval) + np.float32(minval)
+
+    monkeypatch.setattr(random_initializers.random, "normal", spread("normal"))
+    monkeypatch.setattr(random_initializers.random, "truncated_normal", spread("truncated_normal"))
+    monkeypatch.setattr(random_initializers.random, "uniform", uniform)
+
+
 def graph(model: Any) -> str:
     """The configuration of a model, without the name of its input, which differs in a copy."""
     (name,) = (layer["name"] for layer in model.get_config()["layers"] if layer["class_name"] == "InputLayer")
     return json.dumps(model.get_config()).replace(f'"{name}"', '"input"')
+
+
+@pytest.fixture(scope="module")
+def registered(tmp_path_factory: pytest.TempPathFactory) -> Registry:
+    """A registry with each network of Keras, as an operator who has its ImageNet weights writes it."""
+    lines = []
+    for row in THEIRS:
+        table = {"architecture": row.name, "weights": WEIGHTS, "sha256": "0" * 64, "labels": "imagenet"}
+        lines += [
+            f"[networks.own-{row.name}]",
+            *(f"{key} = {json.dumps(value)}" for key, value in table.items()),
+        ]
+        lines += ["pretrained = true"]
+    path = tmp_path_factory.mktemp("registry") / "networks.toml"
+    path.write_text("\n".join(lines))
+    return Registry(path)
 
 
 @pytest.fixture
@@ -96,17 +161,22 @@ def built_graphs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.tensorflow
-@pytest.mark.filterwarnings("ignore:`input_shape` is undefined or non-square")  # MobileNetV3, of itself
-@pytest.mark.usefixtures("clear_keras_session")
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras's own, as it saves
+@pytest.mark.usefixtures("clear_keras_session", "cheap_weights")
 @every_row
-def test_it_has_the_target_layer_of_its_row_keras_graph_and_a_short_backward_pass_with_the_same_heatmap(
+def test_it_has_the_layer_of_its_row_one_graph_in_all_ways_and_a_short_backward_pass_with_the_same_heatmap(
     row: NetworkRow,
     built_graphs: list[str],
     build_with_keras: Callable[..., Any],
+    registered: Registry,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One test for three promises: what takes time is to build a network."""
-    import keras
+    """One test for three promises: what takes time is to build a network.
+
+    Weights from a file, from the download of Keras and from a registry entry have one graph, in all networks.
+    That the files are read alike is seen in the smallest network of each architecture.
+    """
     import tensorflow as tf
 
     from devtools.agreement import networks
@@ -146,22 +216,80 @@ def test_it_has_the_target_layer_of_its_row_keras_graph_and_a_short_backward_pas
     assert seen.target_layer == row.target_layer
     assert (seen.input_size, seen.map_size) == (row.input_size, row.map_size)
     assert (seen.preprocessing, seen.parameters) == (row.preprocessing.name, row.parameters)
-    assert seen.finite
-    assert seen.nonzero
+    assert (seen.finite, seen.nonzero) == (True, True)
     assert seen.fits_its_row
     assert [*map(bool, network._shortcuts.values())] == [True]
     peak = np.abs(exact.raw).max()
     assert peak > 0
     assert_allclose(short.raw, exact.raw, atol=1e-5 * peak, rtol=0)
-    built.clear()
-    passes.clear()
-    del network
     if row in THEIRS:
-        keras.utils.clear_session()
-        with keras.StatelessScope():  # weights get no values: half of the time that it takes to build
-            model = build_with_keras(row)
-        assert built_graphs == [graph(model)], "without ImageNet weights it is what Keras builds with them"
+        own, model = registered.find(f"own-{row.name}"), network._model
+        built.clear()
+        passes.clear()
+        del network
+        if compiles:
+            compare_weights_from_files(row, own, model, tmp_path, monkeypatch)
+        del model
+        if not compiles:
+            build_without_values(row, own, build_with_keras, built_graphs)
+        assert len(built_graphs) == (4 if compiles else 3)
+        assert len({*built_graphs}) == 1, "without ImageNet weights it is what Keras builds with them"
+
+
+def build_without_values(
+    row: NetworkRow, own: NetworkRow, build_with_keras: Callable[..., Any], built_graphs: list[str]
+) -> None:
+    """Build what Keras builds with its download, and a registry entry: half of the time without values."""
+    import keras
+
+    from gradcam_worker.gradcam.models import loading
+
+    keras.utils.clear_session()
+    with keras.StatelessScope():
+        model = build_with_keras(row)
+        built_graphs.append(graph(model))
         assert model.requested_files == list(row.keras_files)
+        del model
+        keras.utils.clear_session()
+        loading._build(own, pretrained=True, weights=None)
+
+
+def compare_weights_from_files(
+    row: NetworkRow, own: NetworkRow, model: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Load a file as Keras's downloads are in the three ways, and compare the outputs."""
+    import h5py
+    import keras
+    from keras.src.legacy.saving.legacy_h5_format import save_weights_to_hdf5_group
+    from keras.src.utils import file_utils
+
+    from gradcam_worker.gradcam.models import loading
+
+    path = folder / row.keras_files[0]
+    with h5py.File(path, "w") as file:
+        save_weights_to_hdf5_group(file, model)
+    pixels = np.random.default_rng(0).uniform(0, 255, (1, *row.input_size, 3)).astype(np.float32)
+    expected = np.asarray(model(pixels, training=False))
+    requested: list[str] = []
+
+    def get_file(name: str, *_: Any, **__: Any) -> str:
+        requested.append(name)
+        return str(path)
+
+    for module in (file_utils, keras.utils):
+        monkeypatch.setattr(module, "get_file", get_file)
+    file_of_registry = WeightsFile(path, "0" * 64)
+    for load in (
+        lambda: loading._load_catalog_model(row, folder)[0],
+        lambda: loading._load_catalog_model(row, None)[0],
+        lambda: loading.load_operator_model(own, file_of_registry),
+    ):
+        keras.utils.clear_session()
+        loaded = load()
+        assert_allclose(np.asarray(loaded(pixels, training=False)), expected, rtol=1e-5, atol=1e-9)
+        del loaded
+    path.unlink()  # half a gigabyte of VGG
+    assert {*requested} == {*row.keras_files}
 
 
 def is_smallest_of_its_architecture(row: NetworkRow) -> bool:

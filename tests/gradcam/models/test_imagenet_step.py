@@ -21,7 +21,6 @@ pytestmark = [
         "ignore:__array__ implementation:DeprecationWarning"
     ),  # Keras's own, as it saves
     pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5 file"),
-    pytest.mark.filterwarnings("ignore:`input_shape` is undefined or non-square"),  # MobileNetV3, of itself
 ]
 
 ROW = CATALOG["efficientnetb0"]

@@ -5,7 +5,6 @@ The child is limited in time and memory, and ends with its parent. Its answer is
 
 import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -92,7 +91,6 @@ def _run_child(request: Request, folder: Path, *, allow_code: bool) -> dict[str,
         "CUDA_VISIBLE_DEVICES": "",  # a GPU may be at work, and rounds in another way
         "KERAS_BACKEND": "tensorflow",
         "TF_CPP_MIN_LOG_LEVEL": "3",
-        "TF_ENABLE_ONEDNN_OPTS": os.environ.get("TF_ENABLE_ONEDNN_OPTS", "1"),
     }
     # -P: a folder in the working directory must not be imported instead of this package.
     command = [sys.executable, "-P", "-m", "gradcam_worker.operations.convert", json.dumps(order)]

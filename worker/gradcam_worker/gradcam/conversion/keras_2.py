@@ -28,11 +28,12 @@ ARITHMETIC: dict[
 }
 
 
-def load(path: Path) -> Any:
+def load(path: Path, *, allow_code: bool) -> Any:
     """Load a file or folder of Keras 2.
 
     Args:
         path: HDF5, a `.keras` file, or the folder of a SavedModel.
+        allow_code: Whether lambda layers in a `.keras` file are loaded. In the other two they always are.
 
     Returns:
         A model of tf_keras.
@@ -43,7 +44,7 @@ def load(path: Path) -> Any:
     """
     with extras.required("Converting a model of Keras 2", "convert", extras.WORKER):
         import tf_keras
-    return tf_keras.models.load_model(path, compile=False)
+    return tf_keras.models.load_model(path, compile=False, safe_mode=not allow_code)
 
 
 def to_keras_3(model: Any, folder: Path) -> Any:

@@ -85,7 +85,7 @@ def open_source(
         model = keras.saving.load_model(link, compile=False, safe_mode=not allow_code)
         layers = Rebuild(LAYERS, lambda: model)
     else:
-        model = keras_2.load(link)
+        model = keras_2.load(link, allow_code=allow_code)
         layers = Rebuild(LAYERS, lambda: keras_2.to_keras_3(model, folder))
     return _of_keras(f"Keras {version or 'before 2'}, {kind}", model, layers, input_size)
 
@@ -146,7 +146,9 @@ def _open_saved_model(path: Path, folder: Path, input_size: tuple[int, int] | No
         Rebuild(GRAPH, lambda: _from_function(call, inputs, loaded)),
     ]
     if (path / "keras_metadata.pb").is_file():
-        rebuilds.insert(0, Rebuild(LAYERS, lambda: keras_2.to_keras_3(keras_2.load(path), folder)))
+        rebuilds.insert(
+            0, Rebuild(LAYERS, lambda: keras_2.to_keras_3(keras_2.load(path, allow_code=True), folder))
+        )
     return Source(
         "SavedModel" + (" of Keras 2" if len(rebuilds) > 1 else ""),
         inputs,

@@ -197,9 +197,10 @@ def _build(row: NetworkRow, *, pretrained: bool = True, **options: Any) -> Any:
         message = f"{row.name} is a whole model in a file; it has no architecture to build without it."
         raise NetworkIncompatible(message)
     module, function = row.builder.split(":")
+    if module == "keras.applications" or row.file is not None:  # MobileNetV3 takes any size if none is given
+        options["input_shape"] = (*row.input_size, row.preprocessing.input_channels)
     if row.file is not None:
-        shape = (*row.input_size, row.preprocessing.input_channels)
-        options |= {"classes": row.classes, "input_shape": shape}
+        options["classes"] = row.classes
         if row.head.kind:  # softmax or sigmoid: see `registry_file`
             options["classifier_activation"] = row.head.kind
     model = getattr(import_module(module), function)(**options)
