@@ -279,11 +279,12 @@ def compare_weights_from_files(
     for module in (file_utils, keras.utils):
         monkeypatch.setattr(module, "get_file", get_file)
     file_of_registry = WeightsFile(path, "0" * 64)
-    for load in (
+    ways: tuple[Callable[[], Any], ...] = (
         lambda: loading._load_catalog_model(row, folder)[0],
         lambda: loading._load_catalog_model(row, None)[0],
         lambda: loading.load_operator_model(own, file_of_registry),
-    ):
+    )
+    for load in ways:
         keras.utils.clear_session()
         loaded = load()
         assert_allclose(np.asarray(loaded(pixels, training=False)), expected, rtol=1e-5, atol=1e-9)
