@@ -46,7 +46,7 @@ class ColorTag:
     @cached_property
     def digest(self) -> bytes:
         """A digest of both."""
-        return hashlib.sha256(self.kind.encode() + self.data).digest()
+        return hashlib.blake2b(self.data, person=self.kind.encode()).digest()
 
 
 @dataclass(frozen=True)
