@@ -48,8 +48,8 @@ MAX_AUTO_JOB_PROCESSES = 16
 # back, and OpenBLAS would start a thread for each core, in each process.
 LIGHT = {
     "MALLOC_ARENA_MAX": "2",
-    "MALLOC_MMAP_THRESHOLD_": str(2**20),
-    "MALLOC_TRIM_THRESHOLD_": str(2**20),
+    "MALLOC_MMAP_THRESHOLD_": str(4 * 2**20),  # with 1 MiB each job asked the system for its arrays anew
+    "MALLOC_TRIM_THRESHOLD_": str(8 * 2**20),
     "OPENBLAS_NUM_THREADS": "1",
 }
 MAX_FAILED_STARTS = 5  # in a row, on every device, before the supervisor gives up
