@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gradcam_worker.errors import JobTimeout, with_sentence
 from gradcam_worker.execution.attempt import JobContext
 from gradcam_worker.gradcam.explain import Explanation, choose_method, explain_by_scores
 from gradcam_worker.gradcam.network import Classifier, Method, NetworkFacts
@@ -70,11 +71,20 @@ def explain_in_passes(
         JobTimeout: The deadline passed.
         JobCanceled: The job was cancelled.
     """
+    passes = PassState(done=0, total=0)
 
     def passed(done: int, total: int) -> None:
+        nonlocal passes
+        passes = PassState(done=done, total=total)
         context.progressed()
-        report(PassState(done=done, total=total))
+        report(passes)
         context.deadline.check(f"pass {done + 1} of {total}" if done < total else "explain")
 
     score = partial(inference.scores, network, deadline=context.deadline, bulk=True, values=values)
-    return explain_by_scores(network, score, pixels, classes, method, passed)
+    try:
+        return explain_by_scores(network, score, pixels, classes, method, passed)
+    except JobTimeout as error:
+        advice = "give more time (timeout_s), or take " + (
+            "fewer masks" if method.name == "rise" else "a larger stride"
+        )
+        raise with_sentence(error, f"{passes.done} of {passes.total} passes were done: {advice}.") from error
