@@ -179,7 +179,7 @@ class TestPresets:
         assert {name: sizing.describe() for name, sizing in SIZINGS.items()} == {
             "area": "area, squash",
             "keras.load_img": "nearest, squash",
-            "tf.image.resize": "bilinear, squash",
+            "tf.image.resize": "bilinear_tf, squash",
             "torchvision": "bilinear_antialias, centre crop of 0.875",
             "timm": "bicubic_antialias, centre crop of 0.875",
             "opencv": "bilinear, squash",

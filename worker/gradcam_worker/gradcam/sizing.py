@@ -16,6 +16,7 @@ Resize = Literal[
     "area",
     "nearest",
     "bilinear",
+    "bilinear_tf",
     "bilinear_tf1",
     "bilinear_antialias",
     "bicubic",
@@ -43,10 +44,11 @@ class Sizing:
     Attributes:
         resize: How pixels are computed. `area`: the mean of an area, or bilinear where a side is enlarged;
             `nearest`: of Pillow and of `keras.utils.load_img`; `bilinear`: of four pixels, however much the
-            photo is shrunk, as `tf.image.resize` and OpenCV's `INTER_LINEAR` do it; `bilinear_antialias`,
-            `bicubic_antialias`, `lanczos`: of Pillow, and so of torchvision and timm; `bicubic`, `lanczos4`:
-            of 16 and 64 pixels, as OpenCV's `INTER_CUBIC` and `INTER_LANCZOS4`; `bilinear_tf1`: as
-            `tf.image.resize_bilinear` of TensorFlow 1, whose grid lies at the upper left.
+            photo is shrunk, as OpenCV's `INTER_LINEAR`; `bilinear_tf`: the same as `tf.image.resize` does it,
+            rounded; `bilinear_antialias`, `bicubic_antialias`, `lanczos`: of Pillow, and so of torchvision
+            and timm; `bicubic`, `lanczos4`: of 16 and 64 pixels, as OpenCV's `INTER_CUBIC` and
+            `INTER_LANCZOS4`; `bilinear_tf1`: as `tf.image.resize_bilinear` of TensorFlow 1, whose grid lies
+            at the upper left.
         fit: `squash`: to the input size, whatever the proportions; `crop`: the short side is resized and the
             centre is cut out; `letterbox`: the whole photo is fitted in, and the rest is filled.
         short_side: Of `crop`: to how many pixels the short side is resized before the centre is cut out.
@@ -192,7 +194,7 @@ DEFAULT_SIZING = Sizing()
 SIZINGS = {
     "area": DEFAULT_SIZING,
     "keras.load_img": Sizing("nearest"),  # keras.utils.load_img and flow_from_directory
-    "tf.image.resize": Sizing("bilinear"),  # also image_dataset_from_directory
+    "tf.image.resize": Sizing("bilinear_tf"),  # also image_dataset_from_directory
     "torchvision": Sizing("bilinear_antialias", "crop", crop_fraction=0.875),  # Resize(256), CenterCrop(224)
     "timm": Sizing("bicubic_antialias", "crop", crop_fraction=0.875),
     "opencv": Sizing("bilinear"),  # cv2.resize

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import cv2
 import numpy as np
@@ -22,6 +23,7 @@ OPENCV_FILTERS = {
     "bicubic": cv2.INTER_CUBIC,
     "lanczos4": cv2.INTER_LANCZOS4,
 }
+TENSORFLOW_CORNERS = {"bilinear_tf": 0.5, "bilinear_tf1": 0.0}
 MAX_RESIZED_PIXELS = 2**24  # of which a centre is cut out: a photo of 1 x 60,000 pixels would have billions
 MAX_ASPECT = 4  # is allowed in any case, however large the input
 
@@ -79,8 +81,8 @@ def _resize(pixels: Pixels, size: Size, sizing: Sizing) -> Pixels:
     if sizing.resize == "nearest":
         rows, columns = map(_nearest, pixels.shape[:2], size)
         return np.ascontiguousarray(pixels[rows[:, np.newaxis], columns])
-    if sizing.resize == "bilinear_tf1":
-        return _resize_as_tensorflow_1(pixels, size)
+    if sizing.resize in TENSORFLOW_CORNERS:
+        return _resize_as_tensorflow(pixels, size, TENSORFLOW_CORNERS[sizing.resize])
     # One channel at a time: Pillow would store three as four.
     for channel in range(pixels.shape[2]):
         image = Image.fromarray(np.ascontiguousarray(pixels[..., channel]))
@@ -96,18 +98,37 @@ def _nearest(length: int, resized: int) -> NDArray[np.int32]:
     return chosen.reshape(-1)
 
 
-def _resize_as_tensorflow_1(pixels: Pixels, size: Size) -> Pixels:
-    """Interpolate between four pixels, on a grid that begins at the centre of the first one."""
-    rows, columns = (
-        np.arange(resized, dtype=np.float32) * np.float32(length / resized)
+def _resize_as_tensorflow(pixels: Pixels, size: Size, corner: float) -> Pixels:
+    """Interpolate between four pixels as TensorFlow does, in its arithmetic, and round.
+
+    `corner` is where in a pixel its position is: 0.5, its centre, or 0 as in TensorFlow 1. OpenCV's levels
+    are 0.1 too low on average.
+    """
+    (top, bottom, down), (left, right, across) = (
+        _between(length, resized, np.float32(corner))
         for length, resized in zip(pixels.shape[:2], size, strict=True)
     )
-    top, left = rows.astype(np.intp)[:, np.newaxis], columns.astype(np.intp)
-    bottom, right = np.minimum(top + 1, pixels.shape[0] - 1), np.minimum(left + 1, pixels.shape[1] - 1)
-    down, across = (rows[:, np.newaxis] - top)[..., np.newaxis], (columns - left)[:, np.newaxis]
-    upper = pixels[top, left] * (1 - across) + pixels[top, right] * across
-    lower = pixels[bottom, left] * (1 - across) + pixels[bottom, right] * across
-    return np.asarray(np.rint(upper * (1 - down) + lower * down), np.uint8)
+    upper, lower = (
+        _blend(rows[:, left], rows[:, right], across[:, np.newaxis]) for rows in (pixels[top], pixels[bottom])
+    )
+    return np.asarray(np.rint(_blend(upper, lower, down[:, np.newaxis, np.newaxis])), np.uint8)
+
+
+def _between(
+    length: int, resized: int, corner: np.float32
+) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.float32]]:
+    """Between which two pixels of a side each resized one lies, and how far from the first."""
+    scale = np.float32(length) / np.float32(resized)
+    places = (np.arange(resized, dtype=np.float32) + corner) * scale - corner
+    before = np.floor(places)
+    first = np.maximum(before, 0).astype(np.intp)
+    second = np.minimum(before + 1, length - 1).astype(np.intp)
+    return first, second, np.asarray(places - before, np.float32)
+
+
+def _blend(first: Any, second: Any, share: NDArray[np.float32]) -> NDArray[np.float32]:
+    start = first.astype(np.float32)
+    return np.asarray(start + (second - start) * share, np.float32)
 
 
 def _cut(resized: Pixels, size: Size, top: int, left: int, sizing: Sizing) -> Pixels:
