@@ -19,6 +19,7 @@ PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text
 DISTRIBUTIONS = {  # what brings a package that is not installed here, or that comes with another
     "botocore": "boto3",
     "h5py": "keras",
+    "keras_hub": "keras-hub",
     "prometheus_client": "prometheus-client",
     "pynvml": "nvidia-ml-py",
     "tf_keras": "tf-keras",

@@ -19,6 +19,7 @@ EXTRAS = {  # by the name that is imported, the smallest extra that brings it
     "httpcore": WORKER,
     "httpx": WORKER,
     "keras": WORKER,
+    "keras_hub": "hub",
     "kombu": WORKER,
     "numpy": WORKER,
     "obstore": "s3",

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from gradcam_worker.gradcam.explain import Explanation as Explanation
     from gradcam_worker.gradcam.explain import Prediction as Prediction
     from gradcam_worker.gradcam.explain import explain_image as explain_image
+    from gradcam_worker.gradcam.models.hub_preset import load_preset as load_preset
     from gradcam_worker.gradcam.models.loading import load_network as load_network
     from gradcam_worker.gradcam.models.loading import wrap_model as wrap_model
     from gradcam_worker.gradcam.models.score_files import load_score_network as load_score_network
@@ -67,6 +68,7 @@ __all__ = [
     "Sizing",
     "explain_image",
     "load_network",
+    "load_preset",
     "load_score_network",
     "wrap_callable",
     "wrap_model",
@@ -90,6 +92,7 @@ if not TYPE_CHECKING:
             "Sizing": "gradcam_worker.gradcam.sizing",
             "explain_image": "gradcam_worker.gradcam.explain",
             "load_network": "gradcam_worker.gradcam.models.loading",
+            "load_preset": "gradcam_worker.gradcam.models.hub_preset",
             "load_score_network": "gradcam_worker.gradcam.models.score_files",
             "wrap_callable": "gradcam_worker.gradcam.models.score_network",
             "wrap_model": "gradcam_worker.gradcam.models.loading",

@@ -154,7 +154,10 @@ def registry_lines(converted: dict[str, Any], output: Path) -> list[str]:
     """
     height, width = converted["input_size"] or (0, 0)
     channels = converted["channels"]
-    if converted["rescales"]:
+    photos = converted.get("photos")
+    if photos:
+        preprocessing = _inline(photos["preprocessing"])
+    elif converted["rescales"]:
         preprocessing = '"none"  # its first layers rescale their input'
     elif channels == 1:
         preprocessing = '{ scale = 1.0, offset = 0.0, channels = "grey" }  # scale, offset: as it was trained'
@@ -167,7 +170,13 @@ def registry_lines(converted: dict[str, Any], output: Path) -> list[str]:
         f'sha256 = "{converted["sha256"]}"',
         f"preprocessing = {preprocessing}",
         f"input_size = [{height}, {width}]",
+        *([f"sizing = {_inline(photos['sizing'])}"] if photos else []),
     ]
+
+
+def _inline(table: dict[str, Any]) -> str:
+    """A table of TOML in one line."""
+    return f"{{ {', '.join(f'{key} = {json.dumps(value)}' for key, value in table.items())} }}"
 
 
 def show(converted: dict[str, Any], request: Request) -> None:

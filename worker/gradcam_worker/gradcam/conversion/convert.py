@@ -41,6 +41,7 @@ class Converted:
         map_size: (rows, columns) of that layer.
         classes: Their number.
         problem: Why it cannot be explained; empty if it can be.
+        photos: What is done to photos before, as keys of the registry; None: it is not known.
     """
 
     source: str
@@ -59,6 +60,7 @@ class Converted:
     map_size: tuple[int, int] = (0, 0)
     classes: int = 0
     problem: str = ""
+    photos: dict[str, Any] | None = None
 
 
 def convert(
@@ -150,6 +152,7 @@ def _describe(
         left_out=checked.left_out,
         input_size=(height, width) if images else None,
         channels=channels,
+        photos=_photos(source),
     )
     if not images:
         return replace(converted, problem="its input is no image")
@@ -172,6 +175,15 @@ def _describe(
         map_size=facts.map_size,
         classes=len(network.labels),
     )
+
+
+def _photos(source: Source) -> dict[str, Any] | None:
+    """What is done to photos before, as keys of the registry."""
+    if source.photos is None:
+        return None
+    given, sizing = source.photos, source.photos.sizing
+    scaling = {"scale": [*given.scale], "offset": [*given.offset]}
+    return {"preprocessing": scaling, "sizing": {"resize": sizing.resize, "fit": sizing.fit}}
 
 
 def _any_preprocessing(channels: int) -> Preprocessing:

@@ -9,12 +9,12 @@ from typing import Any, Literal
 from gradcam_worker.gradcam.models import model_file
 from gradcam_worker.gradcam.models.model_file import Refused
 
-Format = Literal["hdf5", "keras", "saved_model", "frozen_graph", "tflite"]
+Format = Literal["hdf5", "keras", "keras_hub", "saved_model", "frozen_graph", "tflite"]
 SAVED_MODEL_FILE = "saved_model.pb"
 # What a configuration may name without being able to run anything but layers of Keras.
 KERAS_MODULE = re.compile(
     r"(tf_)?keras(\.src)?(\.(activations|constraints|dtype_policies|engine|initializers|layers|losses|metrics"
-    r"|mixed_precision|models|ops|optimizers|regularizers)(\.\w+)*)?"
+    r"|mixed_precision|models|ops|optimizers|regularizers)(\.\w+)*)?|keras_hub(\.\w+)*"
 )
 CALLS_ANYTHING = {"FlaxLayer", "JaxLayer", "KerasLayer", "Lambda", "TFSMLayer", "TorchModuleWrapper"}
 CALLS_A_FUNCTION = {"SlicingOpLambda", "TFOpLambda"}  # of TensorFlow, by its name
@@ -38,11 +38,7 @@ def recognise(path: Path) -> Format:
         OSError: It cannot be read.
     """
     if path.is_dir():
-        if (path / SAVED_MODEL_FILE).is_file():
-            return "saved_model"
-        raise Refused(
-            model_file.refusal_of_folder(path) or "is a folder, and no SavedModel: name the file in it"
-        )
+        return _recognise_folder(path)
     if path.name == SAVED_MODEL_FILE:
         message = f"belongs to a SavedModel: name its folder, {str(path.parent)!r}"
         raise Refused(message)
@@ -61,6 +57,15 @@ def recognise(path: Path) -> Format:
     if path.suffix == ".pb":
         return "frozen_graph"
     raise Refused(model_file.refusal_by_ending(path.name))
+
+
+def _recognise_folder(path: Path) -> Format:
+    if (path / SAVED_MODEL_FILE).is_file():
+        return "saved_model"
+    if model_file.is_preset(path):
+        return "keras_hub"
+    why = "is a folder, and neither a SavedModel nor a preset of keras-hub: name the file in it"
+    raise Refused(model_file.refusal_of_folder(path) or why)
 
 
 def _recognise_archive(path: Path) -> Format:
@@ -92,12 +97,28 @@ def code_in(path: Path, form: Format) -> str | None:
         return "is a graph of TensorFlow, whose operations can read and write files"
     if form == "saved_model":
         return "is a SavedModel, whose operations and layers can read and write files and run code"
-    config = hdf5_config(path) if form == "hdf5" else model_file.read_config(path, path.name)
+    config: Any
+    if form == "keras_hub":
+        config = [_json(file) for file in sorted(path.glob("*.json"))]
+    else:
+        config = hdf5_config(path) if form == "hdf5" else model_file.read_config(path, path.name)
     suspects = list(dict.fromkeys(suspect for node in _nodes(config) if (suspect := _suspect(node))))
     if not suspects:
         return None
     more = f" and {len(suspects) - 3} more" if len(suspects) > 3 else ""  # noqa: PLR2004  # a short message
     return f"holds {', '.join(suspects[:3])}{more}, which can run code"
+
+
+def _json(path: Path) -> Any:
+    """A file of a preset. Raises Refused."""
+    if path.stat().st_size > model_file.MAX_CONFIG_BYTES:
+        message = f"holds a {path.name} of more than {model_file.MAX_CONFIG_BYTES:,} bytes"
+        raise Refused(message)
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        message = f"holds a {path.name} that is no JSON: {error}"
+        raise Refused(message) from error
 
 
 def hdf5_config(path: Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from gradcam_worker.gradcam.backend import keras
 from gradcam_worker.gradcam.conversion import formats, keras_2, tflite_file, tflite_layers
 from gradcam_worker.gradcam.conversion.formats import Format
-from gradcam_worker.gradcam.models import model_file
+from gradcam_worker.gradcam.models import hub_preset, model_file
+from gradcam_worker.gradcam.models.hub_preset import PresetInput
 from gradcam_worker.gradcam.models.model_file import Refused
 
 Arrays = Sequence[NDArray[Any]]
@@ -47,6 +48,7 @@ class Source:
     rebuilds: tuple[Rebuild, ...]  # the best one first
     rounds: bool = False  # whether its arithmetic rounds to 8 or 16 bits
     limits: tuple[float, float] | None = None  # of the numbers that its input can hold, where it is quantised
+    photos: PresetInput | None = None  # what is done to photos before, where that is known
 
 
 def open_source(
@@ -66,10 +68,13 @@ def open_source(
 
     Raises:
         Refused: It cannot be loaded.
-        MissingExtra: It was saved by Keras 2, and tf_keras is not installed.
+        NetworkIncompatible: It is a preset of keras-hub that cannot be loaded.
+        MissingExtra: It was saved by Keras 2, and tf_keras is not installed; or keras-hub is not.
     """
     if form == "tflite":
         return _open_tflite(path)
+    if form == "keras_hub":
+        return _open_preset(path, input_size)
     if form == "saved_model":
         return _open_saved_model(path, folder, input_size)
     if form == "frozen_graph":
@@ -118,6 +123,14 @@ def _complete(shape: tuple[int | None, ...], input_size: tuple[int, int] | None)
 
 def _dtype_name(dtype: Any) -> str:
     return str(getattr(dtype, "name", dtype))
+
+
+def _open_preset(path: Path, input_size: tuple[int, int] | None) -> Source:
+    model = hub_preset.open_preset(path)
+    photos = hub_preset.read_input(model)
+    layers = Rebuild(LAYERS, lambda: model)
+    source = _of_keras("keras-hub", model, layers, photos.input_size if photos else input_size)
+    return replace(source, rebuilds=(layers,), photos=photos)
 
 
 def _open_saved_model(path: Path, folder: Path, input_size: tuple[int, int] | None) -> Source:

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+PRESET_FILES = ("config.json", "task.json")  # of keras-hub
 MAX_MEMBERS = 10_000  # of an archive: Keras writes three, and one for each asset
 MAX_DIRECTORY_BYTES = 4 * 1024**2  # of the list of members, which is read before they can be counted
 MAX_CONFIG_BYTES = 32 * 1024**2  # the largest of keras.applications has 1 MB
@@ -154,6 +155,15 @@ def refusal_by_content(path: Path, name: str) -> str | None:
     return None
 
 
+def is_preset(folder: Path) -> bool:
+    """Whether a folder is the preset of a classifier of keras-hub; a backbone alone has no task.
+
+    Args:
+        folder: The folder.
+    """
+    return all((folder / name).is_file() for name in PRESET_FILES)
+
+
 def refusal_of_folder(path: Path) -> str | None:
     """Why a folder is not loaded as a model.
 
@@ -165,6 +175,8 @@ def refusal_of_folder(path: Path) -> str | None:
     """
     if (path / "saved_model.pb").is_file():
         return f"is a folder, {SAVED_MODEL.format(shlex.quote(path.name))}"
+    if is_preset(path):
+        return f"is a preset of keras-hub: convert it with `{CONVERT.format(shlex.quote(path.name))}`"
     if (path / "config.json").is_file() and (path / "model.weights.h5").is_file():
         return (
             "is a folder, a .keras file unpacked: pack what is in it, as in "

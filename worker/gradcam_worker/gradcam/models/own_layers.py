@@ -5,12 +5,14 @@ import inspect
 import re
 from typing import Any
 
+from gradcam_worker import extras
 from gradcam_worker.errors import NetworkIncompatible
 from gradcam_worker.gradcam.backend import keras
 from gradcam_worker.gradcam.catalog import NetworkRow
 from gradcam_worker.text.visible import ending
 
 NOT_FOUND = re.compile(r"Could not locate (?:class|function) '([^']{1,200})'")
+HUB = re.compile(r"parent module keras_hub[.\w]* cannot be imported")
 MAX_CONFIGURATION = 60  # characters of a configuration that a message keeps
 
 
@@ -72,6 +74,10 @@ def why_not_loaded(error: Exception, row: NetworkRow) -> str:
         The reason, which ends a sentence.
     """
     text = str(error)
+    if HUB.search(text):
+        return extras.describe("keras-hub", "It was made with keras-hub, and", "hub", extras.WORKER).rstrip(
+            "."
+        )
     if match := NOT_FOUND.search(text):
         name = match[1]
         if row.imports:
