@@ -64,7 +64,7 @@ def _recognise_folder(path: Path) -> Format:
         return "saved_model"
     if model_file.is_preset(path):
         return "keras_hub"
-    why = "is a folder, and neither a SavedModel nor a preset of keras-hub: name the file in it"
+    why = "is a folder, and no SavedModel or preset of keras-hub: name the file in it"
     raise Refused(model_file.refusal_of_folder(path) or why)
 
 
