@@ -35,7 +35,11 @@ SQL += "_database(Settings(status_sql_url='sqlite:////tmp/status.db'))"
 OTEL = "from gradcam_worker.observability.tracing import connect; connect('http://collector:4318', 'a')"
 DEMO = "from pathlib import Path; from gradcam_worker.operations.servers import valkey\n"
 DEMO += "with valkey(Path('.')): pass"
+SCORES = "from gradcam_worker.gradcam import load_score_network; open('/tmp/gradcam{0}', 'w').close()\n"
+SCORES += "load_score_network('/tmp/gradcam{0}', input_size=(8, 8), preprocessing='unit')"
 DOORS = [
+    (SCORES.format(".onnx"), "onnxruntime"),
+    (SCORES.format(".tflite"), "ai_edge_litert"),
     *(("from gradcam_worker.gradcam import explain_image", name) for name in ("numpy", "cv2", "PIL")),
     ("from gradcam_worker.gradcam import explain_image", "simplejpeg"),
     *((LOAD, name) for name in ("numpy", "keras", "tensorflow")),

@@ -66,6 +66,11 @@ class OnnxModel:
                 )
             except Exception as error:  # onnxruntime has a class of its own for each reason
                 message = f"{row.name} cannot be loaded as ONNX: {abridged(str(error))}"
+                if "external" in str(error).lower():
+                    message = (
+                        f"{row.name} keeps weights in other files, which its checksum does not cover: make "
+                        "one file of them, onnx.save(onnx.load('NAME.onnx'), 'ONE.onnx')."
+                    )
                 raise NetworkIncompatible(message) from error
         entry = self._only_input()
         self._input = entry.name
