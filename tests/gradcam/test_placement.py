@@ -22,6 +22,7 @@ GREY, RED = 90, (230, 20, 20)
 FITS = {
     **SIZINGS,
     "short side 20": Sizing("bilinear", "crop", short_side=20),
+    "crop of a squashed photo": Sizing("bilinear", "crop", size=(20, 20)),
     "letterbox": Sizing("bilinear_antialias", "letterbox", color=(114,)),
 }
 
