@@ -249,7 +249,8 @@ def test_a_quantised_file_needs_a_limit_that_its_rounding_meets(tmp_path: Path) 
     converter.representative_dataset = lambda: ([image[np.newaxis]] for image in images)
     (tmp_path / "old.tflite").write_bytes(converter.convert())
     with pytest.raises(
-        Refused, match=r"The file is quantised, it rounds to 8 or 16 bits .* with --tolerance"
+        Refused,
+        match=r"of 21 images\)\. The file is quantised, it rounds to 8 or 16 bits .* with --tolerance",
     ):
         convert(tmp_path / "old.tflite", tmp_path / "new.keras")
     converted = convert(tmp_path / "old.tflite", tmp_path / "new.keras", tolerance=0.1)
