@@ -37,6 +37,25 @@ def test_the_options_of_a_method_reach_the_job(
     )
 
 
+def test_inputs_of_the_network_reach_the_job(
+    environment: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    submitted: list[Job] = []
+    monkeypatch.setattr(
+        "gradcam_worker.client.client.GradcamClient.submit", lambda _, job, **__: submitted.append(job)
+    )
+    assert main(["submit", "s3://photos/cat.jpg", "--input", "age=61", "--input", "code=a=b"]) == 0
+    assert submitted[0].inputs == {"age": "61", "code": "a=b"}
+    for wrong, why in (
+        (["age"], "'age' is none of NAME=VALUE"),
+        (["=61"], "'=61' is none of NAME=VALUE"),
+        (["age=61", "age=62"], "'age=62' is given twice"),
+    ):
+        options = [word for one in wrong for word in ("--input", one)]
+        assert main(["submit", "s3://photos/cat.jpg", *options]) == 2
+        assert why in capsys.readouterr().err
+
+
 def test_a_job_is_submitted_and_its_status_shown(
     environment: Settings, capsys: pytest.CaptureFixture[str]
 ) -> None:

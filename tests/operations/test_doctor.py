@@ -169,6 +169,33 @@ def test_an_own_network_is_fetched_checked_and_explained_once(
 
 
 @pytest.mark.tensorflow
+def test_modules_and_further_inputs_of_an_own_network_are_shown(settings: Settings, tmp_path: Path) -> None:
+    import keras
+
+    inputs = keras.Input((32, 32, 3), name="image"), keras.Input((1,), name="age")
+    x = keras.layers.GlobalAveragePooling2D()(keras.layers.Conv2D(4, 3, name="last")(inputs[0]))
+    scores = keras.layers.Dense(3, "softmax")(keras.layers.Concatenate()([x, inputs[1]]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # between Keras and NumPy
+        keras.Model(inputs, scores).save(tmp_path / "own.keras")
+    body = f"""
+model = "own.keras"
+sha256 = "{file_sha256(tmp_path / "own.keras")}"
+preprocessing = "unit"
+imports = ["json"]
+[networks.own.inputs.age]
+maximum = 120
+"""
+    finding = own_network(tmp_path, settings, body)
+    assert finding.well, finding.detail
+    assert "; beside the image: age (number, up to 120); with layers of json" in finding.detail
+    assert (
+        "describe age, as in [networks.own.inputs.age]"
+        in own_network(tmp_path, settings, body.partition("imports")[0]).detail
+    )
+
+
+@pytest.mark.tensorflow
 def test_an_own_network_of_one_unit_without_a_sigmoid_is_named_with_the_line_to_add(
     settings: Settings, tmp_path: Path
 ) -> None:
