@@ -129,6 +129,22 @@ def test_the_explained_rows_of_an_earlier_file_are_kept_byte_for_byte() -> None:
     assert summary.failed == 0
 
 
+def test_rows_of_before_a_change_of_sizing_are_kept_beside_measured_ones() -> None:
+    shard = shard_of(*(Row(uri=f"s3://in/{number}.png") for number in range(2)), metrics=["confidence_drop"])
+    kept_rows, _ = dataset.read_explained_rows(
+        dataset.to_bytes(shard, NETWORK, GRID, [explained_row(), NOT_FOUND])[0]
+    )
+    data, _ = dataset.to_bytes(shard, NETWORK, GRID, [None, explained_row()], kept_rows, has_shown=True)
+    assert read(data)["row"].to_pylist() == [10, 11]
+
+
+@pytest.mark.parametrize("method", [{}, {"name": "gradcam"}], ids=["by-default", "by-name"])
+def test_a_file_names_its_method(method: dict[str, Any]) -> None:
+    shard = shard_of(Row(uri="s3://in/a.png"), method=method)
+    table = read(dataset.to_bytes(shard, NETWORK, GRID, [NOT_FOUND])[0])
+    assert json.loads(table.schema.metadata[b"gradcam"])["method"]["name"] == "gradcam"
+
+
 def test_rows_of_another_grid_cannot_be_kept() -> None:
     shard = shard_of(Row(uri="s3://in/a.png"))
     kept_rows, _ = dataset.read_explained_rows(dataset.to_bytes(shard, NETWORK, GRID, [explained_row()])[0])

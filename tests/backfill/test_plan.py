@@ -13,6 +13,10 @@ def test_the_same_backfill_later_is_the_same() -> None:
     assert later.difference_from(plan()) is None
 
 
+def test_a_backfill_of_an_earlier_version_which_named_the_default_method_is_the_same() -> None:
+    assert plan().difference_from(plan(method={"name": "gradcam", "layer": None})) is None
+
+
 def test_what_tells_two_apart_is_said_in_one_sentence() -> None:
     there = plan(weights_sha256=None)
     assert plan(network="resnet50").difference_from(there) == (

@@ -40,6 +40,14 @@ def test_defaults_are_not_written_for_each_row() -> None:
     assert "timeout_s" not in said
 
 
+@pytest.mark.parametrize(
+    "method", [{}, {"flip": True}, {"name": "gradcam"}, {"name": "gradcam", "flip": True}]
+)
+def test_workers_are_told_whether_a_method_was_chosen_by_its_name(method: dict[str, Any]) -> None:
+    received = parse(json.loads(Shard.model_validate({**FIELDS, "method": method}).to_json()))
+    assert received.method.model_fields_set == {*method}
+
+
 def test_a_payload_that_is_no_shard_is_parsed_as_a_job() -> None:
     job = {"image": "s3://in/a.png", "network": "efficientnet_lite0", "target": {"top_n": 1}}
     assert isinstance(parse(job), Job)

@@ -154,7 +154,7 @@ def to_bytes(
             kept_rows = kept_rows.append_column(SHOWN_COLUMN, whole)
         with _read_errors_as_storage_unavailable():  # another version may have written other columns
             order: Any = [("row", "ascending"), ("index", "ascending")]
-            table = pa.concat_tables([table, kept_rows]).sort_by(order)
+            table = pa.concat_tables([table, kept_rows.select(columns.names)]).sort_by(order)
     codes = Counter(table["error"].drop_null().to_pylist())
     summary = Summary(len(shard.rows), codes.total(), dict(sorted(codes.items())), network)
     metadata = {
@@ -168,7 +168,7 @@ def to_bytes(
         "codes": summary.codes,
         "grid": grid,
         "network": network.model_dump(mode="json"),
-        "method": shard.method.model_dump(mode="json"),
+        "method": {"name": shard.method.name, **shard.method.model_dump(mode="json")},
         "generator": f"gradcam-worker {__version__}",
         **({"against": shard.target.against} if shard.target.against else {}),
     }

@@ -80,9 +80,10 @@ class Plan(RequestModel):
         Ids, times and outputs are not compared.
         """
         for name in ("input", *SPEC_FIELDS, "shard_rows"):
-            ours, theirs = (_as_text(getattr(plan, name)) for plan in (self, other))
+            # Not as JSON: earlier versions wrote the name of the default method, too.
+            ours, theirs = getattr(self, name), getattr(other, name)
             if ours != theirs:
-                return f"Its {name} is {theirs}, and now {ours} is asked for."
+                return f"Its {name} is {_as_text(theirs)}, and now {_as_text(ours)} is asked for."
         return None
 
 

@@ -61,6 +61,8 @@ class Shard(RequestModel):
     def to_json(self) -> str:
         """Serialize as JSON, without defaults: a shard has many rows."""
         fields = self.model_dump(mode="json", exclude_defaults=True)
+        if self.method.is_named:  # a name that was left open is not gradcam for every network
+            fields["method"] = {"name": self.method.name, **fields.get("method", {})}
         return json.dumps({"schema": self.schema_, **fields}, separators=(",", ":"))
 
     def fingerprint(self) -> str:
