@@ -64,6 +64,8 @@ def test_without_inputs_the_job_is_as_earlier_workers_know_it() -> None:
         ({}, "inputs.age: it is {}: it must be"),
         (None, "inputs.age: it is None: it must be"),
         (float("inf"), "inputs.age: it is inf: it must be"),
+        (10**400, "inputs.age: it is 1000"),
+        ([-(10**400)], "inputs.age: it is a list with -1000"),
         ([1, "a"], "inputs.age: it is a list with 'a': it must hold numbers"),
         ("a" * 1025, "inputs.age: it is a text of 1,025 characters; at most 1,024 are allowed"),
     ],

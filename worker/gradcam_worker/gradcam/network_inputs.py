@@ -20,6 +20,7 @@ Encoding = Literal["one_hot", "index"]
 InputValue = float | str | tuple[float, ...]  # as it is given; a category as its text
 
 MAX_INTEGER = 2**24  # that a float32 holds exactly
+MAX_NUMBER = (2 - 2**-23) * 2.0**127  # the largest float32
 MAX_LISTED = 12  # categories in a message
 KINDS = {"number": "a number", "integer": "a whole number", "category": "one of its values"}
 
@@ -126,14 +127,15 @@ class NetworkInput:
 
     def _number(self, value: Any) -> float:
         number = _as_number(value)
-        limit = MAX_INTEGER if self.kind == "integer" else math.inf
+        limit = MAX_INTEGER if self.kind == "integer" else MAX_NUMBER
         if number is None or (self.kind == "integer" and not number.is_integer()):
             message = f"{self.name} must be {KINDS[self.kind]}, not {_shown(value)}"
             raise InvalidNetworkInput(message)
         low = -limit if self.minimum is None else self.minimum
         high = limit if self.maximum is None else self.maximum
-        if not low <= number <= high:
-            bounds = ", ".join(_range(self)) or f"-{MAX_INTEGER} to {MAX_INTEGER}"
+        if not max(low, -limit) <= number <= min(high, limit):
+            is_stated = abs(number) <= limit
+            bounds = ", ".join(_range(self)) if is_stated else f"-{limit:.12g} to {limit:.12g}"
             message = f"{self.name} must lie in the range {bounds}; it is {_shown(value)}"
             raise InvalidNetworkInput(message)
         return number

@@ -1,6 +1,6 @@
 """The wire format of a job's options: classes, method, artifacts and metrics."""
 
-import math
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -30,6 +30,7 @@ MASKING_PARAMETERS = {  # of the methods that cover parts of the image
     "occlusion": ("window", "stride"),
 }
 PARAMETERS = {**MASKING_PARAMETERS, "integrated_gradients": ("steps", "baseline")}
+MAX_FLOAT = sys.float_info.max  # a whole number in JSON may be larger, and infinity is no number
 MAX_INPUTS, MAX_INPUT_LENGTH, MAX_INPUT_NUMBERS = 64, 1024, 65_536  # of a network, beside the image
 
 
@@ -55,7 +56,7 @@ def describe_input_problem(value: object) -> str | None:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MAX_FLOAT
 
 
 def _check_input(value: object) -> object:
