@@ -193,3 +193,10 @@ def test_the_explained_rows_are_read_in_batches() -> None:
     assert [len(batch.class_ids) for batch in batches] == [1, 1]
     assert all(batch.heatmaps.shape == (1, *GRID) for batch in batches)
     assert batches[1].record(0)["row"] == 12
+
+
+def test_fewer_rows_are_read_at_once_where_heatmaps_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    shard = shard_of(*[Row(uri="s3://in/a.png")] * 3)
+    data, _ = dataset.to_bytes(shard, NETWORK, GRID, [explained_row()] * 3)
+    monkeypatch.setattr(dataset, "MAX_BATCH_CELLS", 2 * 16 + 1)
+    assert [len(batch.class_ids) for batch in dataset.read_batches(data)] == [2, 1]

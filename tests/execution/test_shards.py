@@ -39,6 +39,7 @@ from gradcam_worker.errors import (
 from gradcam_worker.execution import pipeline, shards
 from gradcam_worker.execution.attempt import JobContext, JobResult, Progress
 from gradcam_worker.gradcam.decoding.decode import Decoded, decode
+from gradcam_worker.gradcam.methods import integrated
 from gradcam_worker.gradcam.network import GRADCAM, Computed, Method, Network
 from gradcam_worker.gradcam.sizing import Sizing
 from gradcam_worker.images.fetch import FetchedBytes, UriFetcher
@@ -334,6 +335,22 @@ def test_integrated_gradients_of_a_shard_have_the_size_of_the_input() -> None:
     assert metadata["grid"] == [16, 16]
     assert (metadata["method"]["steps"], metadata["method"]["baseline"]) == (64, "black")
     assert metadata["network"]["layer"] == "input"
+
+
+def test_integrated_gradients_of_many_classes_are_computed_for_fewer_images_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Counting(TinyNetwork):
+        def begin(self, pixels: Any, *others: Any) -> Any:
+            sizes.add(len(pixels))
+            return super().begin(pixels, *others)
+
+    sizes: set[int] = set()
+    monkeypatch.setattr(integrated, "MAX_VALUES", 2 * 3 * 16 * 16)  # of two images
+    harness = Harness(network=Counting())
+    harness.run(shard_of(IMAGES, target={"top_n": 3}, method={"name": integrated.NAME, "steps": 8}))
+    assert sizes == {2}
+    assert not harness.errors
 
 
 def test_boxes_and_peaks_are_in_pixels_of_the_full_size_of_an_image_decoded_at_a_smaller_scale() -> None:

@@ -15,6 +15,7 @@ each process, and most processes never see a shard.
 
 import io
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -44,6 +45,8 @@ MISSING_COLUMN = "missing"  # the last column, which files of earlier versions l
 SHOWN_COLUMN = "shown_xyxy"  # after it, where the network's sizing crops or pads images
 LATER_METRICS = ("confidence_drop", "confidence_increase")  # columns that files of earlier versions lack
 BOX_THRESHOLD = 0.5  # as a share of the heatmap's peak; the default of a manifest
+
+MAX_BATCH_CELLS = 2**22  # of all heatmaps that are read at once: 32 MB as float64
 
 Grid = tuple[int, int]  # rows and columns of every heatmap
 
@@ -317,7 +320,7 @@ class Batch:
 
 
 def read_batches(data: bytes, max_rows: int = 4096) -> Iterator[Batch]:
-    """Read the records of explained images, at most `max_rows` at a time.
+    """Read the records of explained images, at most `max_rows` at a time, or fewer if heatmaps are large.
 
     Raises:
         StorageUnavailable: The file is not a shard's file.
@@ -327,7 +330,8 @@ def read_batches(data: bytes, max_rows: int = 4096) -> Iterator[Batch]:
 
     with _read_errors_as_storage_unavailable():
         metadata = _read_metadata(data)
-        for batch in pq.ParquetFile(io.BytesIO(data)).iter_batches(batch_size=max_rows):
+        rows = min(max_rows, max(MAX_BATCH_CELLS // max(math.prod(metadata["grid"]), 1), 1))
+        for batch in pq.ParquetFile(io.BytesIO(data)).iter_batches(batch_size=rows):
             explained = batch.filter(pc.is_null(batch["error"]))
             values = explained["heatmap"].flatten().to_numpy(zero_copy_only=False)
             yield Batch(

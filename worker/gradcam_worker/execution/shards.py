@@ -177,6 +177,9 @@ class _ShardRun:
             self.shard = shard = shard.model_copy(update={"method": spec_of(self.method)})
         self.rows = ShardRows(shard, services, context, store, self.network)
         self.batch_size = 1 if self.in_passes else services.inference.shard_batch_size(self.network)
+        if self.method.name == integrated.NAME:
+            at_once = integrated.images_at_once(len(self.classes), self.network.facts.input_size)
+            self.batch_size = min(self.batch_size, at_once)
 
     def grid_and_layer(self) -> tuple[dataset.Grid, str]:
         """Return the grid and the layer of the heatmaps. If no row was explained, explain a grey image."""

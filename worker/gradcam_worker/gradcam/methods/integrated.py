@@ -32,6 +32,7 @@ GREY = 127  # the level of a grey baseline, as of deleted pixels
 BLUR = 0.05  # standard deviation of a blurred baseline, as a share of the longer side: as for insertion
 MAX_COMPLETENESS_ERROR = 0.1  # above it a result has a warning
 SMOOTHING, PERCENTILE = 0.005, 99.0  # of drawn heatmaps: standard deviation, as a share of the longer side
+MAX_VALUES = 2**24  # attributions of all images and classes of a shard's pass: 128 MB as float64
 MIN_SHARE = 0.01  # of the sum of all absolute attributions: the least difference of scores that counts
 
 Pixels = NDArray[np.uint8]
@@ -121,6 +122,16 @@ def parts(method: Method) -> Iterator[Method]:
     steps = method.steps or STEPS
     for first in range(0, steps, STEPS_AT_ONCE):
         yield replace(method, flip=False, part=(first, min(first + STEPS_AT_ONCE, steps)))
+
+
+def images_at_once(classes: int, input_size: tuple[int, int]) -> int:
+    """The number of images whose attributions may be in memory at once, as those of a shard are.
+
+    Args:
+        classes: Explained in each image.
+        input_size: Height and width of the network's input in pixels.
+    """
+    return max(MAX_VALUES // (classes * input_size[0] * input_size[1]), 1)
 
 
 def integrate(
