@@ -1,3 +1,5 @@
+import tracemalloc
+
 import cv2
 import numpy as np
 import pytest
@@ -180,3 +182,15 @@ class TestContour:
     @pytest.mark.parametrize("size", [(1, 1), (1, 40), (2, 3), (16, 16)])
     def test_an_image_of_any_size_is_large_enough(self, size: tuple[int, int]) -> None:
         assert draw_contour(plain(*size), hill(7), 0.5).shape == (*size, 3)
+
+
+def test_nothing_large_is_kept_of_a_heatmap_as_fine_as_the_input_of_a_network() -> None:
+    heatmap = np.random.default_rng(0).random((224, 224), np.float32)
+    hot_box(heatmap, (30, 40), 0.5)
+    tracemalloc.start()
+    try:
+        hot_box(heatmap, (3000, 4000), 0.5)
+        kept_bytes, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept_bytes < 1_000_000

@@ -24,6 +24,7 @@ FILLED = 2  # what a flood fill writes over 1
 LIGHT, DARK = (255, 255, 255), (0, 0, 0)  # a light line with a dark edge is visible on any image
 LINE_SHARE = 250  # a line is 1 pixel wide for each 250 pixels of a square image's side
 SUBPIXELS = 4  # bits: OpenCV takes points in sixteenths of a pixel
+MAX_KEPT_WEIGHTS = 2**17  # of a side's pixels and cells: 1 MB, for each of 16 sides
 MAX_DEVIATION = 0.1  # of the drawn line from the contour, in pixels: the joints of short segments are visible
 
 
@@ -69,7 +70,6 @@ def hot_box(
     return left + columns.first, top + rows.first, right + columns.first, bottom + rows.first
 
 
-@lru_cache(maxsize=16)
 def _bilinear(cells: int, span: Span) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
     """The weights of the cells along a span of an image (pixels, cells), and the corners of the patches.
 
@@ -78,11 +78,20 @@ def _bilinear(cells: int, span: Span) -> tuple[NDArray[np.float64], NDArray[np.i
     patch that reaches it. The first and last pixels of the patches, 30 x 30 for 14 x 14 cells, are therefore
     enough to find a region, however large the image.
     """
+    is_small = cells * (span.last - span.first) <= MAX_KEPT_WEIGHTS
+    return _kept_weights(cells, span) if is_small else _weights(cells, span)
+
+
+def _weights(cells: int, span: Span) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
+    """See `_bilinear`."""
     positions = cell_positions(cells, span)
     distance = np.abs(np.clip(positions, 0, cells - 1)[:, np.newaxis] - np.arange(cells))
     last = np.flatnonzero(np.diff(np.floor(positions)))  # of each patch but the last
     corners = np.unique(np.concatenate([[0], last, last + 1, [len(positions) - 1]]))
     return np.maximum(1 - distance, 0), corners
+
+
+_kept_weights = lru_cache(maxsize=16)(_weights)
 
 
 def _connections(hot: NDArray[np.bool_]) -> Pixels:
