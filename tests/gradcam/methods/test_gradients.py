@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -7,6 +9,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.testing import assert_allclose, assert_array_equal
 
 from gradcam_worker.errors import DeviceOutOfMemory
+from tests.gradcam.small_networks import Wrap
 
 if TYPE_CHECKING:
     from gradcam_worker.gradcam.methods.gradients import Parts
@@ -205,3 +208,49 @@ def test_nothing_is_compiled_by_xla_on_the_cpu(parts: "Parts", monkeypatch: pyte
     (found,) = traced
     assert not found.get_concrete_function().function_def.attr["_XlaMustCompile"].b
     assert not tf.config.optimizer.get_jit()
+
+
+TRANSFORMER = """
+import keras
+import numpy as np
+
+from gradcam_worker.gradcam import wrap_model
+
+layers = keras.layers
+keras.utils.set_random_seed(0)
+inputs = keras.Input((224, 224, 3))
+x = layers.Reshape((196, 64))(layers.Conv2D(64, 16, 16)(inputs))
+x = layers.Add(name="first")([x, layers.MultiHeadAttention(2, 32)(x, x)])
+y = layers.LayerNormalization(name="last")(x)
+x = layers.Add()([x, layers.MultiHeadAttention(2, 32)(y, y)])
+network = wrap_model(keras.Model(inputs, layers.Dense(3)(x[:, 0])), preprocessing="tf", target_layer="last")
+pixels = np.random.default_rng(0).integers(0, 256, (1, 224, 224, 3), np.uint8)
+together = network.compute(pixels, np.array([[0, 1, 2]], np.int32)).raw
+single = [network.compute(pixels, np.array([[id]], np.int32)).raw for id in range(3)]
+assert np.abs(together - np.concatenate(single, 1)).max() <= 1e-5 * np.abs(together).max()
+"""
+
+
+def test_several_classes_of_one_image_go_back_through_attention_which_ended_the_process() -> None:
+    done = subprocess.run([sys.executable, "-c", TRANSFORMER], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("attends", [True, False])
+def test_all_classes_are_vectorised_but_where_activations_are_multiplied_with_each_other(
+    attends: bool, wrap: Wrap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import keras
+    import tensorflow as tf
+
+    vectorised: list[Any] = []
+    vectorized_map = tf.vectorized_map
+    monkeypatch.setattr(tf, "vectorized_map", lambda *args: vectorised.append(args) or vectorized_map(*args))
+    layers = keras.layers
+    inputs = keras.Input((8, 8, 3))
+    x = layers.Conv2D(6, 2, 2, name="last")(inputs)
+    y = layers.Reshape((16, 6))(x)
+    y = layers.MultiHeadAttention(1, 6)(y, y) if attends else layers.Dense(6, "tanh")(y)
+    network = wrap(keras.Model(inputs, layers.Dense(3)(layers.Flatten()(y))), "last")
+    network.compute(np.zeros((1, 8, 8, 3), np.uint8), np.array([[0, 1]], np.int32))
+    assert bool(vectorised) != attends

@@ -88,10 +88,7 @@ Path("found.json").write_text(json.dumps(found))
 def test_presets_of_keras_hub_are_explained_with_their_own_preprocessing(
     tmp_path: Path, photos: Path
 ) -> None:
-    environment = os.environ | {
-        "KAGGLEHUB_CACHE": str(tmp_path / "cache"),
-        "TF_ENABLE_ONEDNN_OPTS": "0",  # TensorFlow 2.21 ends with a segmentation fault: see the page
-    }
+    environment = os.environ | {"KAGGLEHUB_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(photos / "coffee.jpg")],
         cwd=tmp_path,

@@ -305,17 +305,47 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return "resource_exhausted" in text or "out of memory" in text
 
 
+# Operations that may multiply activations with each other, as attention does, or hide others that do.
+PRODUCTS = {
+    "BatchMatMul",
+    "BatchMatMulV2",
+    "BatchMatMulV3",
+    "Einsum",
+    "PartitionedCall",
+    "StatefulPartitionedCall",
+}
+
+
 def _tensorflow_linearize(function: Callable[[Any], Any], at: Any) -> tuple[Any, Pull]:
     import tensorflow as tf
 
     with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
         tape.watch(at)
-        scores = function(at)
+        with _recorded_operations() as operations:
+            scores = function(at)
 
     def pull_one(cotangent: Any) -> Any:
         return tape.gradient(scores, at, cotangent, unconnected_gradients="zero")
 
+    if operations & PRODUCTS and backend.device_name() == "cpu":
+        # oneDNN of TensorFlow 2.21 crashes at some vectorised products: (2, 1, 196, 196) by (1, 1, 196, 64).
+        return scores, lambda cotangents: tf.map_fn(pull_one, cotangents, fn_output_signature=at.dtype)
     return scores, lambda cotangents: tf.vectorized_map(pull_one, cotangents)
+
+
+@contextmanager
+def _recorded_operations() -> Iterator[set[str]]:
+    """Collect the kinds of the operations that a block adds to the graph that is traced, if one is."""
+    import tensorflow as tf
+
+    kinds: set[str] = set()
+    if tf.executing_eagerly():
+        yield kinds
+        return
+    graph = tf.compat.v1.get_default_graph()
+    before = len(graph.get_operations())
+    yield kinds
+    kinds |= {operation.type for operation in graph.get_operations()[before:]}
 
 
 def _tensorflow_compile(
