@@ -245,7 +245,12 @@ def test_all_classes_are_vectorised_but_where_activations_are_multiplied_with_ea
 
     vectorised: list[Any] = []
     vectorized_map = tf.vectorized_map
-    monkeypatch.setattr(tf, "vectorized_map", lambda *args: vectorised.append(args) or vectorized_map(*args))
+
+    def remember(*args: Any) -> Any:
+        vectorised.append(args)
+        return vectorized_map(*args)
+
+    monkeypatch.setattr(tf, "vectorized_map", remember)
     layers = keras.layers
     inputs = keras.Input((8, 8, 3))
     x = layers.Conv2D(6, 2, 2, name="last")(inputs)
