@@ -23,7 +23,7 @@ import trustme
 from pydantic import SecretStr
 
 from gradcam_worker.gradcam.classes import DATA
-from gradcam_worker.gradcam.models.weights import file_sha256
+from gradcam_worker.gradcam.files.weights import file_sha256
 from gradcam_worker.operations import servers
 from gradcam_worker.schemas.job import Job
 from gradcam_worker.settings import Settings

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from gradcam_worker.cli.main import main
 from gradcam_worker.gradcam.catalog import CATALOG
-from gradcam_worker.gradcam.models.weights import file_sha256
+from gradcam_worker.gradcam.files.weights import file_sha256
 
 KERAS_FILE = CATALOG["vgg16"].keras_files[0]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from devtools.agreement.public_classifiers import PUBLIC
-from gradcam_worker.gradcam.models.registry import Registry
+from gradcam_worker.gradcam.registry.registry import Registry
 
 
 @pytest.mark.parametrize("name", PUBLIC)

@@ -15,8 +15,8 @@ from gradcam_worker.execution.attempt import JobContext, JobResult
 from gradcam_worker.execution.pipeline import run_job
 from gradcam_worker.execution.services import Services
 from gradcam_worker.gradcam.catalog import NetworkRow
-from gradcam_worker.gradcam.models.registry import Registry
 from gradcam_worker.gradcam.network import GRADCAM, Computed, Method
+from gradcam_worker.gradcam.registry.registry import Registry
 from gradcam_worker.inference.model_cache import ModelCache
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.schemas.job import Job

@@ -19,8 +19,8 @@ from gradcam_worker.execution.attempt import JobContext, JobResult, Progress
 from gradcam_worker.execution.pipeline import run_job
 from gradcam_worker.execution.shards import run_shard
 from gradcam_worker.gradcam.explain import explain_image
-from gradcam_worker.gradcam.models.score_network import ScoreNetwork, wrap_callable
 from gradcam_worker.gradcam.network import GRADCAM, Computed, Method, Network
+from gradcam_worker.gradcam.score_networks.score_network import ScoreNetwork, wrap_callable
 from gradcam_worker.inference.engine_client import EngineClient
 from gradcam_worker.inference.engine_server import EngineFacts, EngineServer
 from gradcam_worker.inference.model_cache import ModelCache

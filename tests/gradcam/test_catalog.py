@@ -5,7 +5,7 @@ import pytest
 from gradcam_worker.errors import UnknownNetwork
 from gradcam_worker.gradcam.catalog import CATALOG, ModelFile, find
 from gradcam_worker.gradcam.classes import DATA
-from gradcam_worker.gradcam.models.weights import file_sha256
+from gradcam_worker.gradcam.files.weights import file_sha256
 
 
 @pytest.mark.parametrize(

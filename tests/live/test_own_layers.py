@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gradcam_worker.gradcam.models.weights import file_sha256
+from gradcam_worker.gradcam.files.weights import file_sha256
 
 pytestmark = [pytest.mark.live, pytest.mark.tensorflow]
 

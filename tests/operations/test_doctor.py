@@ -10,7 +10,7 @@ from pydantic import SecretStr
 
 from gradcam_worker.cli.main import main
 from gradcam_worker.gradcam.catalog import CATALOG
-from gradcam_worker.gradcam.models.weights import file_sha256
+from gradcam_worker.gradcam.files.weights import file_sha256
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.operations.doctor import (
     Finding,

@@ -18,7 +18,7 @@ from gradcam_worker.cli.main import main
 from gradcam_worker.errors import InvalidInput, NetworkIncompatible
 from gradcam_worker.gradcam.classes import ClassIndex
 from gradcam_worker.gradcam.decoding.decode import Limits, decode
-from gradcam_worker.gradcam.models.weights import file_sha256
+from gradcam_worker.gradcam.files.weights import file_sha256
 from gradcam_worker.gradcam.network_inputs import NetworkInput
 from gradcam_worker.gradcam.sizing import SIZINGS, Sizing
 from gradcam_worker.operations import sample, sample_check

@@ -40,7 +40,7 @@ KEYS = {"s3_access_key_id": "testing", "s3_secret_access_key": "testing"}
 
 
 class Taken(io.BytesIO):
-    """A sink in memory, see `gradcam_worker.gradcam.models.weights.Sink`."""
+    """A sink in memory, see `gradcam_worker.gradcam.files.weights.Sink`."""
 
     expected: int | None = None
 

@@ -157,7 +157,7 @@ def owner(s3_settings: Any) -> S3:
 
 
 class Sink(io.BytesIO):
-    """See `gradcam_worker.gradcam.models.weights.Sink`."""
+    """See `gradcam_worker.gradcam.files.weights.Sink`."""
 
     def expect(self, size: int | None) -> None:
         """Any size will do."""

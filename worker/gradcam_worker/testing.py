@@ -36,8 +36,8 @@ with extras.required("gradcam_worker.testing"):
     from gradcam_worker.gradcam.classes import ClassIndex, Label
     from gradcam_worker.gradcam.decoding.decode import Limits
     from gradcam_worker.gradcam.methods import cam, integrated
-    from gradcam_worker.gradcam.models.registry import Registry
     from gradcam_worker.gradcam.network import GRADCAM, Computed, Method, Network, NetworkFacts
+    from gradcam_worker.gradcam.registry.registry import Registry
     from gradcam_worker.images.fetch import FetchedBytes
     from gradcam_worker.inference.model_cache import ModelCache
     from gradcam_worker.ledger.memory.outbox import MemoryOutbox

@@ -11,7 +11,7 @@ import pytest
 from numpy.testing import assert_allclose
 
 from gradcam_worker.errors import MissingExtra
-from gradcam_worker.gradcam.models.model_file import Refused
+from gradcam_worker.gradcam.files.model_file import Refused
 
 pytestmark = [
     pytest.mark.tensorflow,

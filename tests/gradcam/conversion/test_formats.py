@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gradcam_worker.gradcam.conversion.formats import code_in, recognise
-from gradcam_worker.gradcam.models.model_file import Refused
+from gradcam_worker.gradcam.files.model_file import Refused
 
 OLD_KERAS = Path(__file__).parents[1] / "models" / "old_keras"
 

@@ -8,7 +8,7 @@ import pytest
 from numpy.testing import assert_allclose
 from numpy.typing import NDArray
 
-from gradcam_worker.gradcam.models.model_file import Refused
+from gradcam_worker.gradcam.files.model_file import Refused
 
 pytestmark = [
     pytest.mark.tensorflow,

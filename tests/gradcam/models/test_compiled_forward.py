@@ -13,8 +13,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 from numpy.typing import NDArray
 
 from gradcam_worker.errors import DeviceOutOfMemory, InvalidSettings
+from gradcam_worker.gradcam.files.file_cache import FileCache
 from gradcam_worker.gradcam.models import openvino_forward
-from gradcam_worker.gradcam.models.file_cache import FileCache
 from gradcam_worker.gradcam.network import GRADCAM, Method
 from gradcam_worker.runtime.service_factory import build_services
 from gradcam_worker.settings import Settings

@@ -16,9 +16,9 @@ from numpy.testing import assert_allclose
 from numpy.typing import NDArray
 
 from gradcam_worker.gradcam.catalog import CATALOG, NetworkRow
-from gradcam_worker.gradcam.models.registry import Registry
-from gradcam_worker.gradcam.models.weights import WeightsFile
+from gradcam_worker.gradcam.files.weights import WeightsFile
 from gradcam_worker.gradcam.network import Computed
+from gradcam_worker.gradcam.registry.registry import Registry
 
 ROWS = list(CATALOG.values())
 THEIRS = [row for row in ROWS if not row.shipped]  # Keras's own

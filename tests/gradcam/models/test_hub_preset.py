@@ -22,8 +22,8 @@ from gradcam_worker.gradcam.conversion.convert import convert
 from gradcam_worker.gradcam.decoding.decode import decode
 from gradcam_worker.gradcam.models.hub_preset import find_preset, load_preset
 from gradcam_worker.gradcam.models.loading import load_network
-from gradcam_worker.gradcam.models.registry import Registry
-from gradcam_worker.gradcam.models.weights import WeightsFile
+from gradcam_worker.gradcam.registry.registry import Registry
+from gradcam_worker.gradcam.files.weights import WeightsFile
 from gradcam_worker.operations.convert import registry_lines
 from dataclasses import asdict
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from gradcam_worker.errors import NetworkIncompatible
 from gradcam_worker.gradcam.catalog import CATALOG, ModelFile, NetworkRow
-from gradcam_worker.gradcam.models.weights import WeightsFile
+from gradcam_worker.gradcam.files.weights import WeightsFile
 
 pytestmark = [
     pytest.mark.tensorflow,

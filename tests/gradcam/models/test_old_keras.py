@@ -12,7 +12,7 @@ from numpy.testing import assert_allclose
 
 from gradcam_worker.errors import NetworkIncompatible
 from gradcam_worker.gradcam.catalog import PREPROCESSING, ModelFile, NetworkRow
-from gradcam_worker.gradcam.models.weights import WeightsFile
+from gradcam_worker.gradcam.files.weights import WeightsFile
 
 pytestmark = pytest.mark.tensorflow
 

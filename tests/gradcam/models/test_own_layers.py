@@ -47,8 +47,8 @@ import sys
 from pathlib import Path
 from gradcam_worker.errors import GradcamError
 from gradcam_worker.gradcam.models.loading import load_network
-from gradcam_worker.gradcam.models.registry import Registry
-from gradcam_worker.gradcam.models.weights import WeightsFile, file_sha256
+from gradcam_worker.gradcam.registry.registry import Registry
+from gradcam_worker.gradcam.files.weights import WeightsFile, file_sha256
 for name, row in Registry(Path("networks.toml")).rows().items():
     if row.file:
         assert not any(module.startswith("mole_layers") for module in sys.modules), "imported too early"
@@ -87,7 +87,7 @@ def run(folder: Path, program: str) -> str:
 def test_layers_of_a_package_that_the_registry_names_are_found_and_else_the_reason_is_told(
     tmp_path: Path,
 ) -> None:
-    from gradcam_worker.gradcam.models.weights import file_sha256
+    from gradcam_worker.gradcam.files.weights import file_sha256
 
     package = tmp_path / "mole_layers"
     package.mkdir()

@@ -226,7 +226,7 @@ def run(
 def _plan(fields: dict[str, Any], settings: Settings) -> "Plan":
     """Make a plan, with the checksum of the weights that this machine's registry lists. Raises InvalidJob."""
     from gradcam_worker.backfill.plan import Plan
-    from gradcam_worker.gradcam.models.registry import Registry
+    from gradcam_worker.gradcam.registry.registry import Registry
 
     weights = None
     with contextlib.suppress(UnknownNetwork):  # unknown on this machine; the workers may know it

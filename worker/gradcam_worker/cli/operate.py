@@ -7,8 +7,8 @@ import click
 from gradcam_worker.cli.options import json_option
 from gradcam_worker.errors import GradcamError, InternalError, InvalidSettings, WeightsUnavailable
 from gradcam_worker.gradcam.catalog import NetworkRow
-from gradcam_worker.gradcam.models import weights
-from gradcam_worker.gradcam.models.registry import Registry
+from gradcam_worker.gradcam.files import weights
+from gradcam_worker.gradcam.registry.registry import Registry
 from gradcam_worker.operations import console
 from gradcam_worker.settings import Settings
 from gradcam_worker.text.visible import counted, visible

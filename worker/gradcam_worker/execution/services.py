@@ -14,7 +14,7 @@ from gradcam_worker.storage.stores import Store
 
 
 class ModelRegistry(Protocol):
-    """See `gradcam_worker.gradcam.models.registry.Registry`."""
+    """See `gradcam_worker.gradcam.registry.registry.Registry`."""
 
     def find(self, name: str) -> NetworkRow:
         """Look up the current row of a network. Raises UnknownNetwork."""

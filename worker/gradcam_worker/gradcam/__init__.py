@@ -19,7 +19,12 @@ The modules and packages, from plain data to loaded networks:
     explain           predictions, heatmaps and overlays of classes in an image
     faithfulness      how faithful an explanation is: deletion, insertion, change of confidence
     report            an explanation as a self-contained HTML page
+    files             files of models: formats, weights, labels, the cache of downloads
+    registry          an operator's own networks
     models            loading a network of the catalog, or any Keras model
+    score_networks    networks that only give scores: any function, ONNX, TFLite
+    randomization     how far heatmaps depend on what a network has learned
+    conversion        files of other formats to `.keras`
     backend           Keras and its backend
 """
 
@@ -45,11 +50,11 @@ if TYPE_CHECKING:
     from gradcam_worker.gradcam.models.hub_preset import load_preset as load_preset
     from gradcam_worker.gradcam.models.loading import load_network as load_network
     from gradcam_worker.gradcam.models.loading import wrap_model as wrap_model
-    from gradcam_worker.gradcam.models.score_files import load_score_network as load_score_network
-    from gradcam_worker.gradcam.models.score_network import wrap_callable as wrap_callable
     from gradcam_worker.gradcam.network import Method as Method
     from gradcam_worker.gradcam.network import Network as Network
     from gradcam_worker.gradcam.network_inputs import NetworkInput as NetworkInput
+    from gradcam_worker.gradcam.score_networks.score_files import load_score_network as load_score_network
+    from gradcam_worker.gradcam.score_networks.score_network import wrap_callable as wrap_callable
     from gradcam_worker.gradcam.sizing import Placement as Placement
     from gradcam_worker.gradcam.sizing import Sizing as Sizing
 
@@ -93,8 +98,8 @@ if not TYPE_CHECKING:
             "explain_image": "gradcam_worker.gradcam.explain",
             "load_network": "gradcam_worker.gradcam.models.loading",
             "load_preset": "gradcam_worker.gradcam.models.hub_preset",
-            "load_score_network": "gradcam_worker.gradcam.models.score_files",
-            "wrap_callable": "gradcam_worker.gradcam.models.score_network",
+            "load_score_network": "gradcam_worker.gradcam.score_networks.score_files",
+            "wrap_callable": "gradcam_worker.gradcam.score_networks.score_network",
             "wrap_model": "gradcam_worker.gradcam.models.loading",
         },
     )

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from gradcam_worker.errors import UnknownNetwork
+from gradcam_worker.errors import NetworkIncompatible, UnknownNetwork
 from gradcam_worker.gradcam.network_inputs import NetworkInput
 from gradcam_worker.gradcam.sizing import DEFAULT_SIZING, Sizing
 from gradcam_worker.text.similar_names import nearest
@@ -67,6 +67,16 @@ PREPROCESSING = {  # named as in Keras, if Keras has it
 }
 
 
+def find_preprocessing(preprocessing: Preprocessing | str) -> Preprocessing:
+    """The preprocessing of this name. Raises NetworkIncompatible."""
+    if not isinstance(preprocessing, str):
+        return preprocessing
+    if preprocessing not in PREPROCESSING:
+        message = f"There is no preprocessing {preprocessing!r}; there are {', '.join(PREPROCESSING)}."
+        raise NetworkIncompatible(message)
+    return PREPROCESSING[preprocessing]
+
+
 HeadKind = Literal["softmax", "sigmoid", "probabilities"]  # the last: its outputs are used as they are
 
 
@@ -107,7 +117,7 @@ class NetworkRow:
     imagenet_scale: tuple[float, ...] = ()
     shipped: str | None = None  # the weights file in `data/`, if it is shipped
     sha256: str | None = None  # of the shipped file
-    # Of an operator's networks only, see `models.registry`:
+    # Of an operator's networks only, see `registry.registry`:
     file: ModelFile | None = None  # `.keras`, or with a builder `.weights.h5`
     labels: tuple[str, ...] | None = None  # None: ImageNet's; empty: numbered classes
     classes: int | None = None  # with a builder: of its head; None: the default of Keras

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from gradcam_worker.gradcam.catalog import NetworkRow
 from gradcam_worker.gradcam.classes import DATA, percent
-from gradcam_worker.gradcam.models import weights
+from gradcam_worker.gradcam.files import weights
 from gradcam_worker.gradcam.sizing import DEFAULT_SIZING
 from gradcam_worker.ledger.dead_letters import DeadLetter, ReplayResult
 from gradcam_worker.ledger.outbox import DeadDelivery

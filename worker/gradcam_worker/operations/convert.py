@@ -213,7 +213,7 @@ def show(converted: dict[str, Any], request: Request) -> None:
 def _answer(order: dict[str, Any]) -> dict[str, Any]:
     """What the child does. Returns the answer."""
     from gradcam_worker.gradcam.conversion import formats
-    from gradcam_worker.gradcam.models.model_file import Refused
+    from gradcam_worker.gradcam.files.model_file import Refused
 
     path, folder = Path(order["path"]), Path(order["folder"])
     try:

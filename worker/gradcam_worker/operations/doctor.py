@@ -17,7 +17,7 @@ from gradcam_worker.errors import (
     StorageUnavailable,
 )
 from gradcam_worker.gradcam.catalog import CATALOG, NetworkRow
-from gradcam_worker.gradcam.models import weights
+from gradcam_worker.gradcam.files import weights
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.redis_server.eviction import FIX, EvictionMonitor
 from gradcam_worker.runtime import devices, preflight

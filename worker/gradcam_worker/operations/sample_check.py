@@ -22,10 +22,10 @@ from gradcam_worker.gradcam.classes import percent
 from gradcam_worker.gradcam.decoding.decode import Limits, decode
 from gradcam_worker.gradcam.explain import check_channels, values_of
 from gradcam_worker.gradcam.imaging.network_input import to_input
-from gradcam_worker.gradcam.models.registry import Registry
 from gradcam_worker.gradcam.network import Network
 from gradcam_worker.gradcam.network import scores as compute_scores
 from gradcam_worker.gradcam.probabilities import to_probabilities
+from gradcam_worker.gradcam.registry.registry import Registry
 from gradcam_worker.gradcam.sizing import SIZINGS, Resize, Sizing
 from gradcam_worker.inference.model_cache import choose_shard_batch_size
 from gradcam_worker.operations import console, sample

@@ -23,8 +23,8 @@ from gradcam_worker.errors import (
     StorageUnavailable,
     UnknownNetwork,
 )
-from gradcam_worker.gradcam.models import weights
-from gradcam_worker.gradcam.models.registry import Registry
+from gradcam_worker.gradcam.files import weights
+from gradcam_worker.gradcam.registry.registry import Registry
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.redis_server.client import NO_CLUSTER
 from gradcam_worker.redis_server.eviction import FIX, EvictionMonitor

@@ -5,7 +5,7 @@ import gc
 import time
 
 from gradcam_worker.errors import InvalidSettings, PermanentError, WeightsUnavailable
-from gradcam_worker.gradcam.models.registry import Registry
+from gradcam_worker.gradcam.registry.registry import Registry
 from gradcam_worker.inference.model_cache import ModelCache
 from gradcam_worker.observability.health import Health
 from gradcam_worker.settings import Settings

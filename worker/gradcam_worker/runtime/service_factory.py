@@ -8,10 +8,11 @@ from gradcam_worker.delivery.webhooks import Webhooks
 from gradcam_worker.execution.services import Services
 from gradcam_worker.gradcam.catalog import NetworkRow
 from gradcam_worker.gradcam.decoding.decode import Limits
-from gradcam_worker.gradcam.models import openvino_forward, weights
-from gradcam_worker.gradcam.models.file_cache import FileCache
-from gradcam_worker.gradcam.models.registry import Registry
+from gradcam_worker.gradcam.files import weights
+from gradcam_worker.gradcam.files.file_cache import FileCache
+from gradcam_worker.gradcam.models import openvino_forward
 from gradcam_worker.gradcam.network import Network
+from gradcam_worker.gradcam.registry.registry import Registry
 from gradcam_worker.images.fetch import UriFetcher
 from gradcam_worker.inference.client import InferenceClient
 from gradcam_worker.inference.model_cache import ModelCache
@@ -112,7 +113,7 @@ def load(settings: Settings, s3: S3, row: NetworkRow) -> Network:
     if row.file:
         file = weights.fetch_cached(row.file, settings.cache, s3.download, settings.cache_bytes)
     if row.scores_only and file:
-        from gradcam_worker.gradcam.models.score_files import load_file
+        from gradcam_worker.gradcam.score_networks.score_files import load_file
 
         return load_file(row, file, threads=settings.intra_op_threads)
     from gradcam_worker.gradcam.models.loading import load_network

@@ -28,7 +28,7 @@ from botocore.exceptions import ClientError
 from obstore.auth.boto3 import Boto3CredentialProvider
 
 from gradcam_worker.errors import ImageTooLarge, WeightsUnavailable
-from gradcam_worker.gradcam.models.weights import Sink
+from gradcam_worker.gradcam.files.weights import Sink
 from gradcam_worker.observability.logs import ContextThreadPool
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.resilience.retry import HALF_OR_MORE, Retries, RetryPolicy

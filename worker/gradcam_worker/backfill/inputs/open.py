@@ -295,7 +295,7 @@ def _open_file(where: str, settings: Settings, stack: ExitStack) -> io.BufferedR
 
 
 class _FileSink:
-    """See `gradcam_worker.gradcam.models.weights.Sink`."""
+    """See `gradcam_worker.gradcam.files.weights.Sink`."""
 
     def __init__(self, file: Any) -> None:
         self.write = file.write

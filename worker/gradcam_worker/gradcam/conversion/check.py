@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from gradcam_worker.gradcam.backend import keras
 from gradcam_worker.gradcam.conversion.sources import Arrays, InputSpec, Source
-from gradcam_worker.gradcam.models.model_file import Refused
+from gradcam_worker.gradcam.files.model_file import Refused
 from gradcam_worker.gradcam.models.sample_images import varied_images
 
 # What is done to pixels, since it is not known what the model was trained on: nothing, to [0, 1], to [-1, 1].

@@ -11,9 +11,9 @@ from gradcam_worker.gradcam.catalog import PREPROCESSING, ModelFile, NetworkRow,
 from gradcam_worker.gradcam.conversion import check, formats, sources
 from gradcam_worker.gradcam.conversion.check import Checked
 from gradcam_worker.gradcam.conversion.sources import Rebuild, Source
+from gradcam_worker.gradcam.files.model_file import Refused
+from gradcam_worker.gradcam.files.weights import WeightsFile, file_sha256
 from gradcam_worker.gradcam.models.loading import load_network
-from gradcam_worker.gradcam.models.model_file import Refused
-from gradcam_worker.gradcam.models.weights import WeightsFile, file_sha256
 from gradcam_worker.text.visible import abridged
 
 TOLERANCE = 1e-4  # largest difference of an output, as a share of the range of the outputs

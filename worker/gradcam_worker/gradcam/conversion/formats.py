@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from gradcam_worker.gradcam.models import model_file
-from gradcam_worker.gradcam.models.model_file import Refused
+from gradcam_worker.gradcam.files import model_file
+from gradcam_worker.gradcam.files.model_file import Refused
 
 Format = Literal["hdf5", "keras", "keras_hub", "saved_model", "frozen_graph", "tflite"]
 SAVED_MODEL_FILE = "saved_model.pb"

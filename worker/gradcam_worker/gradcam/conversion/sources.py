@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from gradcam_worker.gradcam.backend import keras
 from gradcam_worker.gradcam.conversion import formats, keras_2, tflite_file, tflite_layers
 from gradcam_worker.gradcam.conversion.formats import Format
-from gradcam_worker.gradcam.models import hub_preset, model_file
+from gradcam_worker.gradcam.files import model_file
+from gradcam_worker.gradcam.files.model_file import Refused
+from gradcam_worker.gradcam.models import hub_preset
 from gradcam_worker.gradcam.models.hub_preset import PresetInput
-from gradcam_worker.gradcam.models.model_file import Refused
 
 Arrays = Sequence[NDArray[Any]]
 FREE_SIDE = 224  # pixels, where a model takes images of any size and none is asked for

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gradcam_worker.gradcam.models.model_file import Refused
+from gradcam_worker.gradcam.files.model_file import Refused
 
 QUANTISED = frozenset({"UINT8", "INT8", "INT16"})
 INTEGERS: Mapping[str, Any] = MappingProxyType(

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from gradcam_worker.gradcam.backend import keras
 from gradcam_worker.gradcam.conversion.tflite_file import Operator, Tensor, TfliteGraph
-from gradcam_worker.gradcam.models.model_file import Refused
+from gradcam_worker.gradcam.files.model_file import Refused
 
 layers, ops = keras.layers, keras.ops
 MAX_NUMBERS = 2**20  # of a constant that is written into the configuration: 20 MB of JSON

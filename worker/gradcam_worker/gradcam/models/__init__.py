@@ -1,4 +1,4 @@
-"""Loading networks: the registry, model files, weights, and `keras_network.KerasNetwork`.
+"""Keras models that are taken apart: loading, checks, precision, the forward pass.
 
 Begin at `loading.load_network`.
 """

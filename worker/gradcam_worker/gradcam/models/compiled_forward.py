@@ -12,9 +12,9 @@ from gradcam_worker.errors import InvalidSettings, WeightsUnavailable
 from gradcam_worker.gradcam import backend
 from gradcam_worker.gradcam.backend import keras
 from gradcam_worker.gradcam.catalog import NetworkRow
+from gradcam_worker.gradcam.files.file_cache import FileCache
 from gradcam_worker.gradcam.methods import gradients
 from gradcam_worker.gradcam.models import openvino_forward
-from gradcam_worker.gradcam.models.file_cache import FileCache
 from gradcam_worker.gradcam.models.keras_network import KerasNetwork
 from gradcam_worker.gradcam.models.openvino_forward import OpenVinoForward
 from gradcam_worker.gradcam.models.sample_images import varied_images

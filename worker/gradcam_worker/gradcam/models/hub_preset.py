@@ -15,9 +15,9 @@ from gradcam_worker.errors import NetworkIncompatible, WeightsUnavailable
 from gradcam_worker.gradcam import backend
 from gradcam_worker.gradcam.backend import keras
 from gradcam_worker.gradcam.catalog import Head, Preprocessing
-from gradcam_worker.gradcam.models import model_file
+from gradcam_worker.gradcam.files import model_file
+from gradcam_worker.gradcam.files.label_file import Labels
 from gradcam_worker.gradcam.models.keras_network import KerasNetwork
-from gradcam_worker.gradcam.models.label_file import Labels
 from gradcam_worker.gradcam.models.loading import wrap_model
 from gradcam_worker.gradcam.sizing import Resize, Sizing
 from gradcam_worker.text.similar_names import nearest

@@ -15,6 +15,7 @@ from gradcam_worker.errors import GradcamError, InvalidNetworkInput, NetworkInco
 from gradcam_worker.gradcam import backend, catalog
 from gradcam_worker.gradcam.backend import keras
 from gradcam_worker.gradcam.catalog import HeadKind, NetworkRow, Preprocessing
+from gradcam_worker.gradcam.files import label_file
 from gradcam_worker.gradcam.graph import shortcut
 from gradcam_worker.gradcam.graph.graph import Step, Values, run
 from gradcam_worker.gradcam.graph.head import ROUNDING, decide_kind, find_logits
@@ -23,7 +24,7 @@ from gradcam_worker.gradcam.graph.target_layer import LayerIndex, TargetLayer, h
 from gradcam_worker.gradcam.graph.trace import trace_model
 from gradcam_worker.gradcam.methods import cam, gradients, integrated
 from gradcam_worker.gradcam.methods.score_gradients import logit, score_gradient
-from gradcam_worker.gradcam.models import further_inputs, label_file, load_checks
+from gradcam_worker.gradcam.models import further_inputs, load_checks
 from gradcam_worker.gradcam.models.precision import policy_of
 from gradcam_worker.gradcam.network import GRADCAM, Computed, Method, NetworkFacts
 from gradcam_worker.gradcam.network_inputs import samples as sample_values

@@ -14,15 +14,15 @@ from typing import Any
 from gradcam_worker.errors import NetworkIncompatible, WeightsUnavailable
 from gradcam_worker.gradcam import backend, catalog
 from gradcam_worker.gradcam.backend import keras
-from gradcam_worker.gradcam.catalog import Head, NetworkRow, Preprocessing
+from gradcam_worker.gradcam.catalog import Head, NetworkRow, Preprocessing, find_preprocessing
+from gradcam_worker.gradcam.files import label_file, model_file, weights
+from gradcam_worker.gradcam.files.file_cache import FileCache
+from gradcam_worker.gradcam.files.label_file import Labels
+from gradcam_worker.gradcam.files.weights import WeightsFile
 from gradcam_worker.gradcam.graph.trace import IMAGE_RANK, input_names
-from gradcam_worker.gradcam.models import compiled_forward, label_file, model_file, own_layers, weights
-from gradcam_worker.gradcam.models.file_cache import FileCache
+from gradcam_worker.gradcam.models import compiled_forward, own_layers
 from gradcam_worker.gradcam.models.keras_network import KerasNetwork
-from gradcam_worker.gradcam.models.label_file import Labels
 from gradcam_worker.gradcam.models.precision import with_precision
-from gradcam_worker.gradcam.models.score_network import find_preprocessing
-from gradcam_worker.gradcam.models.weights import WeightsFile
 from gradcam_worker.gradcam.network_inputs import NetworkInput
 from gradcam_worker.gradcam.sizing import Sizing, resolve_sizing
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from gradcam_worker import extras
 from gradcam_worker.errors import DeviceOutOfMemory, InvalidSettings
-from gradcam_worker.gradcam.models.file_cache import FileCache
+from gradcam_worker.gradcam.files.file_cache import FileCache
 
 SUFFIX = ".openvino"
 SIZE_BYTES, DIGEST_BYTES = 8, hashlib.sha256().digest_size

@@ -8,14 +8,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradcam_worker.errors import NetworkIncompatible, WeightsChecksumMismatch, WeightsUnavailable
-from gradcam_worker.gradcam.catalog import Head, Layout, ModelFile, NetworkRow, Preprocessing
-from gradcam_worker.gradcam.models import label_file
-from gradcam_worker.gradcam.models.label_file import Labels
-from gradcam_worker.gradcam.models.onnx_scores import OnnxModel
-from gradcam_worker.gradcam.models.score_network import ScoreNetwork, find_preprocessing
-from gradcam_worker.gradcam.models.tensor_layout import check_whole_numbers, choose_output, to_type
-from gradcam_worker.gradcam.models.tflite_scores import TfliteModel
-from gradcam_worker.gradcam.models.weights import WeightsFile, file_sha256
+from gradcam_worker.gradcam.catalog import (
+    Head,
+    Layout,
+    ModelFile,
+    NetworkRow,
+    Preprocessing,
+    find_preprocessing,
+)
+from gradcam_worker.gradcam.files import label_file
+from gradcam_worker.gradcam.files.label_file import Labels
+from gradcam_worker.gradcam.files.weights import WeightsFile, file_sha256
+from gradcam_worker.gradcam.score_networks.onnx_scores import OnnxModel
+from gradcam_worker.gradcam.score_networks.score_network import ScoreNetwork
+from gradcam_worker.gradcam.score_networks.tensor_layout import check_whole_numbers, choose_output, to_type
+from gradcam_worker.gradcam.score_networks.tflite_scores import TfliteModel
 from gradcam_worker.gradcam.sizing import Sizing, resolve_sizing
 
 ONNX, TFLITE = ".onnx", ".tflite"

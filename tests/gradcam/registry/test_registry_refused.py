@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from gradcam_worker.errors import InvalidSettings
-from gradcam_worker.gradcam.models.registry import Registry
+from gradcam_worker.gradcam.registry.registry import Registry
 from tests.gradcam.registry_text import MODEL, SHA256, WEIGHTS, write
 
 

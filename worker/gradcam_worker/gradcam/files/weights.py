@@ -17,8 +17,8 @@ from typing import Any, Protocol
 from gradcam_worker.errors import WeightsChecksumMismatch, WeightsUnavailable
 from gradcam_worker.gradcam.catalog import ModelFile, NetworkRow
 from gradcam_worker.gradcam.classes import DATA
-from gradcam_worker.gradcam.models import model_file
-from gradcam_worker.gradcam.models.file_cache import FileCache
+from gradcam_worker.gradcam.files import model_file
+from gradcam_worker.gradcam.files.file_cache import FileCache
 from gradcam_worker.text.visible import abridged
 
 DOWNLOAD_STALL_S = 30  # seconds without a byte before Keras's download counts as failed

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from gradcam_worker.errors import MethodNotSupported, NetworkIncompatible
 from gradcam_worker.gradcam import explain_image, wrap_callable
 from gradcam_worker.gradcam.catalog import PREPROCESSING, Head, Preprocessing
-from gradcam_worker.gradcam.models.score_network import ScoreNetwork, preprocess
+from gradcam_worker.gradcam.score_networks.score_network import ScoreNetwork, preprocess
 
 SIZE = (16, 24)
 PIXELS = np.full((*SIZE, 3), 90, np.uint8)

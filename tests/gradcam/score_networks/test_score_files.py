@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from gradcam_worker.errors import NetworkIncompatible, WeightsChecksumMismatch
 from gradcam_worker.gradcam import explain_image, load_score_network
 from gradcam_worker.gradcam.catalog import PREPROCESSING, Head, ModelFile, NetworkRow
-from gradcam_worker.gradcam.models import score_files
-from gradcam_worker.gradcam.models.weights import WeightsFile, file_sha256
+from gradcam_worker.gradcam.files.weights import WeightsFile, file_sha256
 from gradcam_worker.gradcam.network import Method
+from gradcam_worker.gradcam.score_networks import score_files
 
 SIZE = (12, 16)
 KERNEL = np.array([[6, -3], [-3, 6], [-3, -3]], np.float32)  # of the three colours, for two classes

@@ -35,7 +35,7 @@ from gradcam_worker.gradcam.catalog import (
     NetworkRow,
     Preprocessing,
 )
-from gradcam_worker.gradcam.models import model_file
+from gradcam_worker.gradcam.files import model_file
 from gradcam_worker.gradcam.network_inputs import Encoding, InputKind, InputValue, NetworkInput
 from gradcam_worker.gradcam.sizing import MAX_LEVEL, Fit, Resize, Sizing, find_sizing
 from gradcam_worker.text.similar_names import nearest

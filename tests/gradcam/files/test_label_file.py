@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from gradcam_worker.errors import NetworkIncompatible
-from gradcam_worker.gradcam.models import label_file
+from gradcam_worker.gradcam.files import label_file
 
 NAMES = ("crane, bird", "pier", "12")
 CONFIG = {

@@ -15,8 +15,8 @@ import pytest
 from gradcam_worker.errors import WeightsChecksumMismatch, WeightsUnavailable
 from gradcam_worker.gradcam.catalog import CATALOG, ModelFile
 from gradcam_worker.gradcam.classes import DATA
-from gradcam_worker.gradcam.models.file_cache import FileCache
-from gradcam_worker.gradcam.models.weights import (
+from gradcam_worker.gradcam.files.file_cache import FileCache
+from gradcam_worker.gradcam.files.weights import (
     Sink,
     WeightsFile,
     download,
@@ -251,7 +251,7 @@ class TestFetchCached:
         program = (
             "import sys, time; from pathlib import Path\n"
             "from gradcam_worker.gradcam.catalog import ModelFile\n"
-            "from gradcam_worker.gradcam.models.weights import fetch_cached, file_sha256\n"
+            "from gradcam_worker.gradcam.files.weights import fetch_cached, file_sha256\n"
             "source, sha256, folder = sys.argv[1:]\n"
             "print('ready', flush=True); sys.stdin.readline()\n"
             "print(file_sha256(fetch_cached(ModelFile(source, sha256), Path(folder), None).path))\n"
@@ -354,7 +354,7 @@ class TestCacheLimit:
     ) -> None:
         program = (
             "import sys, time; from pathlib import Path\n"
-            "from gradcam_worker.gradcam.models.file_cache import FileCache\n"
+            "from gradcam_worker.gradcam.files.file_cache import FileCache\n"
             "with FileCache(Path(sys.argv[1]), None).create('one', 's3://models/one.keras') as part:\n"
             "    part.write(bytes(60)); print('written', flush=True); time.sleep(600)\n"
         )
@@ -379,7 +379,7 @@ class TestCacheLimit:
             "import hashlib, sys; from pathlib import Path\n"
             "from gradcam_worker.errors import WeightsUnavailable\n"
             "from gradcam_worker.gradcam.catalog import ModelFile\n"
-            "from gradcam_worker.gradcam.models.weights import fetch_cached\n"
+            "from gradcam_worker.gradcam.files.weights import fetch_cached\n"
             "folder, first = Path(sys.argv[1]), int(sys.argv[2])\n"
             "got = 0\n"
             "for turn in range(60):\n"

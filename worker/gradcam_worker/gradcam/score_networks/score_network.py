@@ -10,10 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradcam_worker.errors import GradcamError, MethodNotSupported, NetworkIncompatible
-from gradcam_worker.gradcam.catalog import PREPROCESSING, Head, HeadKind, NetworkRow, Preprocessing
+from gradcam_worker.gradcam.catalog import (
+    Head,
+    HeadKind,
+    NetworkRow,
+    Preprocessing,
+    find_preprocessing,
+)
+from gradcam_worker.gradcam.files import label_file
+from gradcam_worker.gradcam.files.label_file import Labels
 from gradcam_worker.gradcam.methods import masking
-from gradcam_worker.gradcam.models import label_file
-from gradcam_worker.gradcam.models.label_file import Labels
 from gradcam_worker.gradcam.models.sample_images import varied_images
 from gradcam_worker.gradcam.network import GRADCAM, Computed, Method, NetworkFacts
 from gradcam_worker.gradcam.sizing import Sizing, resolve_sizing
@@ -197,16 +203,6 @@ def wrap_callable(
         scores_only=True,
     )
     return ScoreNetwork(row, function, prepares=preprocessing is not None, backend="a Python function")
-
-
-def find_preprocessing(preprocessing: Preprocessing | str) -> Preprocessing:
-    """The preprocessing of this name. Raises NetworkIncompatible."""
-    if not isinstance(preprocessing, str):
-        return preprocessing
-    if preprocessing not in PREPROCESSING:
-        message = f"There is no preprocessing {preprocessing!r}; there are {', '.join(PREPROCESSING)}."
-        raise NetworkIncompatible(message)
-    return PREPROCESSING[preprocessing]
 
 
 def preprocess(pixels: Pixels, preprocessing: Preprocessing) -> NDArray[np.float32]:

@@ -31,9 +31,9 @@ from pydantic import ValidationError
 from gradcam_worker.errors import InvalidSettings
 from gradcam_worker.gradcam import catalog
 from gradcam_worker.gradcam.catalog import CATALOG, ModelFile, NetworkRow
-from gradcam_worker.gradcam.models import label_file
-from gradcam_worker.gradcam.models.label_file import IMAGENET, IMAGENET_CLASSES
-from gradcam_worker.gradcam.models.registry_file import (
+from gradcam_worker.gradcam.files import label_file
+from gradcam_worker.gradcam.files.label_file import IMAGENET, IMAGENET_CLASSES
+from gradcam_worker.gradcam.registry.registry_file import (
     OperatorNetwork,
     RegistryFile,
     describe_errors,

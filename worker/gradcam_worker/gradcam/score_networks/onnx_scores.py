@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from gradcam_worker import extras
 from gradcam_worker.errors import DeviceOutOfMemory, NetworkIncompatible
 from gradcam_worker.gradcam.catalog import NetworkRow
-from gradcam_worker.gradcam.models.tensor_layout import (
+from gradcam_worker.gradcam.score_networks.tensor_layout import (
     check_whole_numbers,
     choose_output,
     find_layout,

@@ -134,7 +134,7 @@ class FileCache:
 
 
 class PartialFile:
-    """A file that is being written. A sink, see `gradcam_worker.gradcam.models.weights.Sink`."""
+    """A file that is being written. A sink, see `gradcam_worker.gradcam.files.weights.Sink`."""
 
     def __init__(self, cache: FileCache, file: Any, path: Path, target: Path, source: str) -> None:
         self._cache, self._file, self._path, self._target, self._source = cache, file, path, target, source

@@ -13,9 +13,9 @@ from pydantic import TypeAdapter
 
 from gradcam_worker.errors import UnknownNetwork
 from gradcam_worker.gradcam.catalog import CATALOG, PREPROCESSING, Head, ModelFile, NetworkRow
-from gradcam_worker.gradcam.models.registry import Registry
-from gradcam_worker.gradcam.models.registry_file import OperatorNetwork
 from gradcam_worker.gradcam.network_inputs import NetworkInput
+from gradcam_worker.gradcam.registry.registry import Registry
+from gradcam_worker.gradcam.registry.registry_file import OperatorNetwork
 from gradcam_worker.gradcam.sizing import SIZINGS, Sizing
 from tests.gradcam.registry_text import MODEL, SHA256, WEIGHTS, write
 

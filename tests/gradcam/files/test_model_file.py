@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gradcam_worker.gradcam.models import model_file
-from gradcam_worker.gradcam.models.model_file import (
+from gradcam_worker.gradcam.files import model_file
+from gradcam_worker.gradcam.files.model_file import (
     Refused,
     check_weights,
     read_config,
