@@ -1,5 +1,6 @@
 """The input of a network is what its owner's tool makes of the photo."""
 
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,12 @@ from PIL import Image, ImageOps
 
 from gradcam_worker.errors import ImagePixelsExceeded
 from gradcam_worker.gradcam.decoding.decode import decode
-from gradcam_worker.gradcam.imaging.network_input import OPENCV_FILTERS, PILLOW_FILTERS, to_input
+from gradcam_worker.gradcam.imaging.network_input import (
+    OPENCV_FILTERS,
+    PILLOW_FILTERS,
+    TENSORFLOW_CORNERS,
+    to_input,
+)
 from gradcam_worker.gradcam.imaging.resize import Pixels, fit
 from gradcam_worker.gradcam.sizing import SIZINGS, Sizing
 
@@ -119,6 +125,19 @@ class TestSquash:
 
 
 class TestCrop:
+    @pytest.mark.parametrize("resize", [*TENSORFLOW_CORNERS, *OPENCV_FILTERS, *FILTERS])
+    def test_a_long_and_narrow_photo_takes_little_more_memory_than_its_resized_pixels(
+        self, resize: Any, noise: Callable[..., Pixels]
+    ) -> None:
+        pixels = noise(10, 2500)
+        tracemalloc.start()
+        try:
+            to_input(pixels, (64, 64), Sizing(resize, "crop"))
+            _, peak_bytes = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert peak_bytes < 5 * (64 * 16_000 * 3)
+
     @pytest.mark.parametrize("turned", [False, True])
     def test_torchvisions_transforms_are_reproduced(self, turned: bool, photo: Pixels) -> None:
         pixels = np.ascontiguousarray(photo.swapaxes(0, 1)) if turned else photo

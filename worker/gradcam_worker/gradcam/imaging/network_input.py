@@ -25,6 +25,7 @@ OPENCV_FILTERS = {
 }
 TENSORFLOW_CORNERS = {"bilinear_tf": 0.5, "bilinear_tf1": 0.0}
 MAX_RESIZED_PIXELS = 2**24  # of which a centre is cut out: a photo of 1 x 60,000 pixels would have billions
+STRIP_PIXELS = 2**16  # computed in float32 at a time, which takes 4 MB for a photo
 MAX_ASPECT = 4  # is allowed in any case, however large the input
 
 
@@ -108,10 +109,16 @@ def _resize_as_tensorflow(pixels: Pixels, size: Size, corner: float) -> Pixels:
         _between(length, resized, np.float32(corner))
         for length, resized in zip(pixels.shape[:2], size, strict=True)
     )
-    upper, lower = (
-        _blend(rows[:, left], rows[:, right], across[:, np.newaxis]) for rows in (pixels[top], pixels[bottom])
-    )
-    return np.asarray(np.rint(_blend(upper, lower, down[:, np.newaxis, np.newaxis])), np.uint8)
+    resized = np.empty((*size, pixels.shape[2]), np.uint8)
+    step = max(STRIP_PIXELS // size[1], 1)
+    for first in range(0, size[0], step):
+        rows = slice(first, first + step)
+        upper, lower = (
+            _blend(strip[:, left], strip[:, right], across[:, np.newaxis])
+            for strip in (pixels[top[rows]], pixels[bottom[rows]])
+        )
+        resized[rows] = np.rint(_blend(upper, lower, down[rows, np.newaxis, np.newaxis]))
+    return resized
 
 
 def _between(
