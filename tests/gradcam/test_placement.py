@@ -1,5 +1,6 @@
 """Heatmaps are drawn where the network saw them, whichever part of the photo its input shows."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,16 @@ def photo_with_object(size: Size, top: int, left: int, side: int) -> Pixels:
 
 def explain_red(pixels: Pixels, sizing: Sizing) -> Explained:
     return explain_image(SizedNetwork(sizing), pixels, classes=["red"])
+
+
+def test_a_heatmap_that_is_hot_on_the_padding_alone_is_zero_on_the_photo() -> None:
+    explanation = explain_red(photo_with_object((60, 180), 10, 30, 20), Sizing(fit="letterbox"))
+    padding = np.zeros_like(explanation.heatmaps)
+    padding[:, 0] = 1
+    assert explanation.zero_heatmaps == ()
+    assert replace(explanation, heatmaps=padding).zero_heatmaps == tuple(
+        prediction.id for prediction in explanation.explained
+    )
 
 
 def shown_part(photo: Size, sizing: Sizing) -> tuple[int, int, int, int]:

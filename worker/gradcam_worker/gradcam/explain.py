@@ -140,8 +140,10 @@ class Explanation:
 
     @property
     def zero_heatmaps(self) -> tuple[int, ...]:
-        """The ids of explained classes whose heatmap is zero: no region counts for them."""
-        is_zero = self.heatmaps.max(axis=(1, 2)) == 0
+        """The ids of explained classes whose heatmap is zero on the image: no region counts for them."""
+        grid = self.heatmaps.shape[1], self.heatmaps.shape[2]
+        rows, columns = self.placement.visible(grid) if self.placement else (slice(None), slice(None))
+        is_zero = self.heatmaps[:, rows, columns].max(axis=(1, 2)) == 0
         return tuple(prediction.id for prediction, zero in zip(self.explained, is_zero, strict=True) if zero)
 
 
