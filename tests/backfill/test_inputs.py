@@ -890,6 +890,12 @@ class TestNetworkInputs:
         where = write("a.jsonl", json.dumps({"image": A, "inputs": inputs}))
         assert problem in why(read(where)[0])
 
+    def test_a_row_with_a_problem_keeps_its_inputs_for_another_backfill(self, write: Write) -> None:
+        lines = [{"image": A, "id": "x", "inputs": {"age": age}} for age in (61, 62)]
+        found = read(write("a.jsonl", "\n".join(map(json.dumps, lines))))
+        assert [bool(row.problem) for row in found] == [False, True]
+        assert [row.inputs for row in found] == [{"age": 61}, {"age": 62}]
+
     def test_a_column_that_is_not_there_is_named(self, write: Write) -> None:
         where = write("a.csv", f"image,age\n{A},61\n")
         assert refused(where, inputs={"age": "years"}).endswith(

@@ -118,6 +118,7 @@ class TestKeys:
             {"id": "7"},
             {"sha256": SHA},
             {"version": "2"},
+            {"inputs": {"age": 61}},
         ],
         ids=lambda changed: next(iter(changed)),
     )
@@ -126,6 +127,13 @@ class TestKeys:
         assert before[0] == after[0]
         assert before[1] != after[1]
         assert before[1][:9] == after[1][:9] == "00000001-"
+
+    def test_a_row_whose_inputs_no_message_takes_is_refused_without_them(self) -> None:
+        (shard,) = cut_shards(rows(2, inputs={"scan": [0.123456789] * 60_000}), plan())
+        assert len(shard.to_json()) < MAX_ROWS_BYTES
+        assert shard.rows[1].inputs is None
+        assert shard.rows[1].problem
+        assert f"at most {MAX_ROWS_BYTES:,}" in shard.rows[1].problem.detail
 
     def test_a_problem_changes_the_key(self) -> None:
         problem = {"type": "t", "title": "t", "detail": "d", "code": "c", "retryable": False, "attempt": 0}

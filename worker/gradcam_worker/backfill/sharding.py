@@ -80,7 +80,8 @@ def _fit(row: Row, max_bytes: int) -> tuple[Row, str, int]:
         return row, text, size
     detail = f"The row has {size:,} bytes as JSON; at most {max_bytes:,} fit into a message."
     problem = Problem.of(InvalidRow(detail), stage="plan", attempt=0)
-    refused = row.model_copy(update={"uri": visible(row.uri[:MAX_SHOWN_URI]), "problem": problem})
+    uri = visible(row.uri[:MAX_SHOWN_URI])
+    refused = row.model_copy(update={"uri": uri, "inputs": None, "problem": problem})
     text = _digest_text(refused)
     return refused, text, _message_bytes(text)
 

@@ -120,7 +120,7 @@ class RowParser:
             return Row(uri=kept, id=name, sha256=checksum, inputs=inputs)
         located = type(error)(f"{self._unit} {number}: {error}")
         problem = Problem.of(located, stage="plan", attempt=0)
-        return Row(uri=kept, id=name, sha256=checksum, problem=problem)
+        return Row(uri=kept, id=name, sha256=checksum, inputs=inputs, problem=problem)
 
 
 class Ids:
