@@ -71,7 +71,12 @@ def explained_image(uri: str, classes: Sequence[ExplainedClass], data: bytes | N
     return ExplainedRow(record, explanation, [None] * len(classes), [None] * len(classes))
 
 
-def file(outcomes: Sequence[tuple[str, Outcome]], first: int = 0, grid: tuple[int, int] = (4, 4)) -> bytes:
+def file(
+    outcomes: Sequence[tuple[str, Outcome]],
+    first: int = 0,
+    grid: tuple[int, int] = (4, 4),
+    against: tuple[int | str, ...] | None = None,
+) -> bytes:
     """A shard's file with these outcomes of the images at these URIs."""
     rows = tuple(Row(uri=uri, id=f"id-{first + index}") for index, (uri, _) in enumerate(outcomes))
     shard = Shard(
@@ -81,7 +86,7 @@ def file(outcomes: Sequence[tuple[str, Outcome]], first: int = 0, grid: tuple[in
         first=first,
         rows=rows,
         network=NETWORK.name,
-        target=Target(top_n=2),
+        target=Target(top_n=2, against=against),
         output="s3://results/cams",
     )
     return to_bytes(shard, NETWORK, grid, [outcome for _, outcome in outcomes])[0]
@@ -146,6 +151,16 @@ class TestClasses:
         assert (facts["Images"], facts["Failed"]) == ("9", "image_not_found 1")
         assert facts["Network, layer"] == "efficientnet_lite0, blocks"
         assert "Incomplete" not in facts
+
+    def test_a_page_says_against_which_classes_others_were_explained(
+        self, outcomes: list[tuple[str, Outcome]]
+    ) -> None:
+        store = MemoryStore({"data/a.parquet": file(outcomes, against=("crane, bird", 3))})
+        page_data = data_of(make_gallery(store).page)
+        assert dict(page_data["facts"])["Against"] == "crane, bird, 3"
+        assert (
+            "counts for the class, rather than for those that it is explained against" in page_data["about"]
+        )
 
     def test_the_mean_heatmap_is_divided_by_its_peak(
         self, store: MemoryStore, outcomes: list[tuple[str, Outcome]]

@@ -313,6 +313,7 @@ class Batch:
     probabilities: NDArray[np.float32]  # (n,)
     heatmaps: NDArray[np.float16]  # (n, rows, columns)
     other_columns: "pa.RecordBatch"  # all columns but the heatmaps
+    against: tuple[int | str, ...] = ()  # the classes that each is explained against, as they were asked for
 
     def record(self, index: int) -> dict[str, Any]:
         """One record, without its heatmap."""
@@ -341,4 +342,5 @@ def read_batches(data: bytes, max_rows: int = 4096) -> Iterator[Batch]:
                 explained["probability"].to_numpy(zero_copy_only=False),
                 values.reshape(len(explained), *metadata["grid"]),
                 explained.drop_columns(["heatmap"]),
+                tuple(metadata.get("against", ())),
             )

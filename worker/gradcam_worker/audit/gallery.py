@@ -232,6 +232,9 @@ def _page_data(
         "Network, layer": "; ".join(statistics.networks),
         "Method": method,
     }
+    if statistics.against:
+        counts += ", rather than for those that it is explained against"
+        facts["Against"] = ", ".join(map(str, statistics.against))
     if not complete:
         facts["Incomplete"] = "the backfill has not ended"
 

@@ -72,6 +72,7 @@ class ClassStatistics:
     classes: dict[int, ClassSummary] = field(default_factory=dict)
     networks: dict[str, None] = field(default_factory=dict)
     method: MethodSpec = field(default_factory=MethodSpec)
+    against: tuple[int | str, ...] = ()  # the classes that each is explained against
     rows: int = 0
     codes: Counter[str] = field(default_factory=Counter)
 
@@ -85,7 +86,7 @@ class ClassStatistics:
             InvalidInput: Its heatmaps have another size than those before.
         """
         ids, maps = batch.class_ids, batch.heatmaps
-        self.method = batch.method
+        self.method, self.against = batch.method, batch.against
         if not len(ids):
             return
         order = np.argsort(ids, kind="stable")
