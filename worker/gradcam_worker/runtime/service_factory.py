@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 from gradcam_worker.delivery.webhooks import Webhooks
+from gradcam_worker.errors import MissingExtra, NetworkIncompatible
 from gradcam_worker.execution.services import Services
 from gradcam_worker.gradcam.catalog import NetworkRow
 from gradcam_worker.gradcam.decoding.decode import Limits
@@ -108,6 +109,11 @@ def load(settings: Settings, s3: S3, row: NetworkRow) -> Network:
 
     Returns:
         The network, ready to compute.
+
+    Raises:
+        NetworkIncompatible: It cannot be loaded or explained, or an extra that it needs is not installed.
+        WeightsChecksumMismatch: Its file has another checksum.
+        WeightsUnavailable: Its weights cannot be read.
     """
     file = None
     if row.file:
@@ -115,7 +121,11 @@ def load(settings: Settings, s3: S3, row: NetworkRow) -> Network:
     if row.scores_only and file:
         from gradcam_worker.gradcam.score_networks.score_files import load_file
 
-        return load_file(row, file, threads=settings.intra_op_threads)
+        try:
+            return load_file(row, file, threads=settings.intra_op_threads)
+        except MissingExtra as error:  # which is for callers of Python: no job ends with it
+            message = f"{row.name} cannot be loaded here: {error}"
+            raise NetworkIncompatible(message) from error
     from gradcam_worker.gradcam.models.loading import load_network
 
     return load_network(
