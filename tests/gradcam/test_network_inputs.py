@@ -90,7 +90,15 @@ def test_a_network_without_further_inputs_takes_none() -> None:
         resolve((), {"age": 61}, "vgg16")
 
 
-@pytest.mark.parametrize("one", ALL)
+@pytest.mark.parametrize(
+    "one",
+    [
+        *ALL,
+        NetworkInput("count", "integer", minimum=0.5),
+        NetworkInput("count", "integer", maximum=-0.5),
+        NetworkInput("count", "integer", minimum=0.8, maximum=1.1),
+    ],
+)
 def test_the_value_of_an_image_that_nobody_gives_one_for_is_allowed(one: NetworkInput) -> None:
     assert one.check(one.sample) == one.sample
     assert len(samples((one,))) == one.width

@@ -146,9 +146,10 @@ class TestRefused:
             ({"fit": "crop", "short_side": 0}, "short_side is 0: it must be from 1 to"),
             (
                 {"fit": "crop", "crop_fraction": 1.1},
-                "crop_fraction is 1.1: it must be above 0, and at most 1",
+                "crop_fraction is 1.1: it must be from 0.1 to 1",
             ),
             ({"fit": "crop", "crop_fraction": math.nan}, "crop_fraction is nan"),
+            ({"fit": "crop", "crop_fraction": 0.0001}, "crop_fraction is 0.0001"),
             ({"fit": "crop", "crop_fraction": 0.9, "short_side": 256}, "exclude each other"),
             ({"fit": "crop", "color": (114,)}, "color belongs to fit = \"letterbox\", not to 'crop'"),
             ({"fit": "letterbox", "color": (256,)}, "color is [256]: it must be one level from 0 to 255"),

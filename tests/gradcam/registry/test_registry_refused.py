@@ -61,6 +61,11 @@ def test_the_number_of_labels_must_be_that_of_classes(tmp_path: Path) -> None:
         (MODEL + 'inputs.age.type = "text"', "inputs.age.type: Input should be 'number', 'integer' or"),
         (MODEL + "inputs.age = { minimum = 5, maximum = 4 }", "inputs.age: minimum is larger than maximum"),
         (MODEL + "inputs.age = { maximum = 4, default = 5 }", "inputs.age: default: it must lie in"),
+        (MODEL + "inputs.age = { minimum = 1e300 }", "inputs.age: no value is possible: it must lie in"),
+        (
+            MODEL + 'inputs.age = { type = "integer", minimum = 0.2, maximum = 0.8 }',
+            "inputs.age: no value is possible: it must lie in",
+        ),
         (MODEL + "inputs.age = { default = 5, constant = 5 }", "inputs.age: give either default or constant"),
         (MODEL + 'inputs.age = { values = ["a"] }', 'inputs.age: values is for type = "category"'),
         (MODEL + "inputs.age = { scale = 0 }", "inputs.age: scale must not be 0"),

@@ -77,6 +77,8 @@ class NetworkInput:
         if self.kind == "category":
             return self.values[0]
         low, high = self.minimum, self.maximum
+        if self.kind == "integer":
+            low, high = low and float(math.ceil(low)), high and float(math.floor(high))
         if low is not None and high is not None:
             middle = (low + high) / 2
             number = float(math.floor(middle)) if self.kind == "integer" else middle

@@ -28,6 +28,7 @@ Fit = Literal["squash", "crop", "letterbox"]
 Size = tuple[int, int]  # (height, width) in pixels
 
 MAX_SHORT_SIDE = 16_384  # in pixels
+MIN_CROP_FRACTION = 0.1  # so that the resized photo, of which a centre is cut out, fits into memory
 MAX_LEVEL = 255
 RGB_CHANNELS = 3
 OPENCV_RESIZES = ("bilinear", "bicubic", "lanczos4")
@@ -98,8 +99,8 @@ class Sizing:
                 f"short_side is {self.short_side}: it must be from 1 to {MAX_SHORT_SIDE} pixels",
             ),
             (
-                self.crop_fraction is not None and not 0 < self.crop_fraction <= 1,
-                f"crop_fraction is {self.crop_fraction}: it must be above 0, and at most 1",
+                self.crop_fraction is not None and not MIN_CROP_FRACTION <= self.crop_fraction <= 1,
+                f"crop_fraction is {self.crop_fraction}: it must be from {MIN_CROP_FRACTION} to 1",
             ),
             (
                 self.fit != "letterbox" and self.color != (0,),

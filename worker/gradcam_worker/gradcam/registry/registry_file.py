@@ -380,14 +380,13 @@ class InputTable(Table):
         if one.width > MAX_INPUT_WIDTH:
             message = f"it has {one.width:,} numbers; at most {MAX_INPUT_WIDTH:,} are allowed"
             raise ValueError(message)
-        if given is None:
-            return one
         try:
-            checked: InputValue = one.check(given)
+            checked: InputValue = one.check(one.sample if given is None else given)
         except InvalidNetworkInput as error:
-            message = f"{'default' if self.constant is None else 'constant'}: {error}"
+            what = "no value is possible" if given is None else "default"
+            message = f"{what if self.constant is None else 'constant'}: {error}"
             raise ValueError(message) from error
-        return replace(one, default=checked)
+        return one if given is None else replace(one, default=checked)
 
 
 Side = Annotated[StrictInt, Field(ge=8, le=8192)]  # pixels
