@@ -11,6 +11,7 @@ import pytest
 
 from gradcam_worker.cli.main import main
 from gradcam_worker.execution.pipeline import run_job
+from gradcam_worker.gradcam import wrap_callable
 from gradcam_worker.gradcam.classes import ClassIndex
 from gradcam_worker.schemas.manifest import Manifest
 from gradcam_worker.testing import TinyNetwork
@@ -250,6 +251,29 @@ class TestManyFiles:
         tiny.labels = ClassIndex.of(["red", "green", "blue"])
         assert main(["explain", *images, *options, "-o", str(tmp_path / "out")]) == 1
         assert capsys.readouterr().err.count(message) == 1
+
+
+@pytest.mark.tensorflow
+@pytest.mark.parametrize(("against", "explained"), [([], [0, 1]), (["--against", "malignant"], [0])])
+def test_a_network_of_two_classes_needs_no_top_n(
+    against: list[str],
+    explained: list[int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def score(pixels: Any) -> Any:
+        return pixels.mean((1, 2))[:, :2] / 100 - [3, 4]
+
+    network = wrap_callable(score, input_size=(16, 16), labels=["benign", "malignant"])
+    monkeypatch.setattr("gradcam_worker.runtime.service_factory.load", lambda *_: network)
+    image = str(write_image(tmp_path, "a.png"))
+    how = ["--method", "occlusion", "--json", "-o", str(tmp_path / "out")]
+    assert main(["explain", image, *against, *how]) == 0
+    (result,) = json.loads(capsys.readouterr().out)
+    assert [explanation["class"]["id"] for explanation in result["manifest"]["explanations"]] == explained
+    assert main(["explain", image, "--top-n", "3", *how]) == 1, "what somebody asks for is not changed"
+    assert "top_n is 3: it must be from 1 to 2" in capsys.readouterr().err
 
 
 class Interrupted:

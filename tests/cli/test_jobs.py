@@ -12,7 +12,7 @@ from gradcam_worker.errors import LedgerUnavailable
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.operations import console
 from gradcam_worker.schemas.job import Job
-from gradcam_worker.schemas.options import MethodSpec
+from gradcam_worker.schemas.options import MethodSpec, Target
 from gradcam_worker.schemas.status import ClassScore, WorkerRef
 from gradcam_worker.settings import Settings
 from gradcam_worker.testing import MemoryLedger, RecordingPublisher
@@ -35,6 +35,34 @@ def test_the_options_of_a_method_reach_the_job(
     assert chosen.method == MethodSpec(
         name="layercam", layer="auto", score="probability", normalize="joint", flip=True
     )
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "target"),
+    [
+        ('["benign", "malignant"]', [], Target(top_n=2)),
+        ('["benign", "malignant"]', ["--against", "benign"], Target(top_n=1, against=["benign"])),
+        ('["benign", "malignant"]', ["--top-n", "3"], Target(top_n=3)),
+        ('["a", "b", "c", "d"]', [], Target(top_n=3)),
+        ('"gone.txt"', [], Target(top_n=3)),  # the workers' registry counts, not this one
+    ],
+)
+def test_top_n_is_at_most_the_number_of_classes_in_the_registry_of_this_machine(
+    labels: str,
+    options: list[str],
+    target: Target,
+    environment: Settings,
+    networks_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    networks_file.write_text(f"{networks_file.read_text()}labels = {labels}\n")
+    submitted: list[Job] = []
+    monkeypatch.setattr(
+        "gradcam_worker.client.client.GradcamClient.submit", lambda _, job, **__: submitted.append(job)
+    )
+    assert main(["submit", "s3://photos/cat.jpg", "--network", "tumours", *options]) == 0
+    assert submitted[0].target == target
 
 
 def test_inputs_of_the_network_reach_the_job(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from pydantic import ValidationError
 
-from gradcam_worker.cli.options import explanation_options, json_option, parse_named
+from gradcam_worker.cli.options import explanation_options, json_option, parse_named, with_default_target
 from gradcam_worker.errors import InvalidJob, UnknownNetwork
 from gradcam_worker.operations import console
 from gradcam_worker.schemas.model import describe
@@ -172,6 +172,7 @@ def run(
 
     run_options = RunOptions(**options)
     settings = Settings.from_environment()
+    spec = with_default_target(spec, settings.networks)
     dataset, ledger = _open_dataset(output, settings), RedisLedger(settings)
     with open_input(
         input_, settings, form=form, column=column, output=dataset.uri, inputs=input_columns

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gradcam_worker.cli.options import explanation_options, json_option
+from gradcam_worker.cli.options import explanation_options, json_option, with_default_target
 from gradcam_worker.errors import GradcamError, InvalidSettings
 from gradcam_worker.operations import console
 from gradcam_worker.schemas.job import Job, describe_missing_scheme
@@ -104,7 +104,7 @@ def submit(
     if upload and not settings.uploads:
         message = "--upload needs GRADCAM_UPLOADS, the folder for uploads: set it, as in s3://photos/uploads."
         raise InvalidSettings(message)
-    fields = {"idempotency_key": idempotency_key, **spec}
+    fields = {"idempotency_key": idempotency_key, **with_default_target(spec, settings.networks)}
     job = None if upload else Job.parse({"image": uri, **fields})
     client = GradcamClient(settings=settings)
     if job:

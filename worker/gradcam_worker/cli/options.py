@@ -1,12 +1,15 @@
 """Options that several commands share."""
 
+import contextlib
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import click
 
-from gradcam_worker.schemas.options import MethodSpec, Metric
+from gradcam_worker.errors import GradcamError
+from gradcam_worker.schemas.options import MethodSpec, Metric, default_target, is_default_target
 from gradcam_worker.text import comma_lists
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -132,7 +135,9 @@ def explanation_options(command: Command) -> Command:
             "--against",
         ),
         click.option(
-            "--top-n", type=click.IntRange(1, 1000), help="Explain the n most probable classes. [3]"
+            "--top-n",
+            type=click.IntRange(1, 1000),
+            help="Explain the n most probable classes. [3, or all where there are fewer]",
         ),
         click.option(
             "--input",
@@ -204,10 +209,32 @@ def _artifact(text: str) -> dict[str, str]:
     return {"kind": kind, "format": form} if form else {"kind": kind}
 
 
+def with_default_target(spec: dict[str, Any], networks: Path | None) -> dict[str, Any]:
+    """Fill in how many classes are explained where the command line does not say which.
+
+    Args:
+        spec: Of `explanation_options`.
+        networks: The registry of this machine. Workers may have another one: what it cannot tell does not
+            count.
+
+    Returns:
+        The spec, with `top_n` or `classes`.
+    """
+    count = None
+    if networks and is_default_target(spec["target"]):
+        with contextlib.suppress(GradcamError, ImportError):
+            from gradcam_worker.gradcam.registry.registry import Registry
+
+            row = Registry(networks).find(spec["network"])
+            count = len(row.labels) if row.labels else row.classes
+    return {**spec, "target": default_target(spec["target"], count)}
+
+
 def _target(top_n: int | None, classes: tuple[str, ...] | None) -> dict[str, Any]:
+    """What the command line says; empty where it says nothing: see `with_default_target`."""
     if top_n and classes is not None:
         message = "give --top-n or --classes, not both"
         raise click.UsageError(message)
     if classes is None:
-        return {"top_n": top_n or 3}
+        return {"top_n": top_n} if top_n else {}
     return {"classes": list(classes)}

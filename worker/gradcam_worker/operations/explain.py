@@ -18,6 +18,7 @@ from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.runtime import service_factory
 from gradcam_worker.schemas.job import Job
 from gradcam_worker.schemas.manifest import Manifest
+from gradcam_worker.schemas.options import default_target, is_default_target
 from gradcam_worker.schemas.status import PassState
 from gradcam_worker.settings import Settings
 from gradcam_worker.text.log_events import EventLogger
@@ -62,8 +63,11 @@ def explain_files(
     }
     service_factory.prepare(settings)
     services = service_factory.build_services(settings.model_copy(update=changes))
-    job = Job.parse({"image": "file:///", "timeout_s": TIMEOUT_S, **spec})
+    fields = {"image": "file:///", "timeout_s": TIMEOUT_S, **spec}
+    job = Job.parse({**fields, "target": default_target(spec["target"])})
     network = services.inference.load(services.networks.find(job.network))
+    if is_default_target(spec["target"]):
+        job = Job.parse({**fields, "target": default_target(spec["target"], len(network.labels))})
     selected = network.labels.select(top_n=job.target.top_n, classes=job.target.classes)
     network.labels.select_against(job.target.against, selected)
     values_of(network.facts, job.inputs)

@@ -1,7 +1,7 @@
 """The wire format of a job's options: classes, method, artifacts and metrics."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -127,6 +127,30 @@ class Target(RequestModel):
             message = f"{min(both, key=str)!r} is both in classes and in against"
             raise ValueError(message)
         return self
+
+
+DEFAULT_TOP_N = 3  # of the command line
+
+
+def is_default_target(target: Mapping[str, Any]) -> bool:
+    """Whether fields of a `Target` say neither how many classes are explained, nor which."""
+    return target.keys().isdisjoint({"top_n", "classes"})
+
+
+def default_target(target: Mapping[str, Any], classes: int | None = None) -> dict[str, Any]:
+    """Fill in how many classes are explained, where nobody has said it.
+
+    Args:
+        target: Fields of a `Target`.
+        classes: The number of classes of the network; None: not known here.
+
+    Returns:
+        The fields, with `top_n` or `classes`.
+    """
+    if not is_default_target(target):
+        return dict(target)
+    others = DEFAULT_TOP_N if classes is None else classes - len(set(target.get("against") or ()))
+    return {**target, "top_n": max(min(DEFAULT_TOP_N, others), 1)}
 
 
 WITHOUT_CLASS = ("eigencam",)  # methods whose heatmap is the same for every class
