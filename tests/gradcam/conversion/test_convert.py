@@ -202,6 +202,16 @@ def test_a_lambda_becomes_layers_where_its_code_may_run(library: str, name: str,
     assert_allclose(np.asarray(new(PIXELS, training=False)), np.asarray(old(PIXELS)), atol=1e-5)
 
 
+def test_a_size_that_the_model_does_not_take_is_refused(tmp_path: Path) -> None:
+    from gradcam_worker.gradcam.conversion import convert
+
+    path, _ = keras_3_hdf5(tmp_path)
+    with pytest.raises(Refused, match=r"takes images of 16 x 20, not of 20 x 20: --input-size is for"):
+        convert.convert(path, tmp_path / "new.keras", input_size=(20, 20))
+    assert not (tmp_path / "new.keras").exists()
+    assert convert.convert(path, tmp_path / "new.keras", input_size=SIZE[:2]).input_size == SIZE[:2]
+
+
 def test_a_new_model_that_computes_something_else_is_refused_and_not_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -83,6 +83,9 @@ def weights(folder: Path) -> Path:
         ),
         (lambda folder: written(folder / "a.h5", b""), "is empty (0 bytes)"),
         (lambda folder: written(folder / "a.txt", b"hello"), "is no Keras model"),
+        (lambda folder: written(folder / "a.h5", b"hello"), "is no HDF5 file, though its name says so"),
+        (lambda folder: written(folder / "a.HDF5", b"hello"), "it begins with b'hello'; copy it again"),
+        (lambda folder: written(folder / "a.tflite", b"hello"), "is no .tflite file, though its name"),
     ],
 )
 def test_what_cannot_be_converted_is_refused_with_what_helps(

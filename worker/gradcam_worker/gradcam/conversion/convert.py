@@ -100,6 +100,7 @@ def convert(
         except Exception as error:  # whatever the libraries raise for such a file
             message = f"cannot be loaded: {_told(error)}"
             raise Refused(message) from error
+        _check_size(source, input_size)
         failures = []
         for rebuild in source.rebuilds:
             try:
@@ -111,6 +112,15 @@ def convert(
                 passed_over = _told(failures[0][1]) if failures else ""
                 return _describe(source, rebuild, output, checked, passed_over)
     raise _refusal(failures)
+
+
+def _check_size(source: Source, input_size: tuple[int, int] | None) -> None:
+    """Refuse a size that was asked for, and that the model does not take."""
+    images = [spec.shape for spec in source.inputs if len(spec.shape) == IMAGE_RANK]
+    if input_size and images and all(input_size not in {shape[:2], shape[1:]} for shape in images):
+        (asked, taken) = (f"{height} x {width}" for height, width in (input_size, images[0][:2]))
+        message = f"takes images of {taken}, not of {asked}: --input-size is for a model that takes any size"
+        raise Refused(message)
 
 
 def _make(source: Source, rebuild: Rebuild, output: Path, tolerance: float) -> Checked:

@@ -11,6 +11,7 @@ from gradcam_worker.gradcam.files.model_file import Refused
 
 Format = Literal["hdf5", "keras", "keras_hub", "saved_model", "frozen_graph", "tflite"]
 SAVED_MODEL_FILE = "saved_model.pb"
+ENDINGS = {".h5": "HDF5 file", ".hdf5": "HDF5 file", ".tflite": ".tflite file"}  # what a name promises
 # What a configuration may name without being able to run anything but layers of Keras.
 KERAS_MODULE = re.compile(
     r"(tf_)?keras(\.src)?(\.(activations|constraints|dtype_policies|engine|initializers|layers|losses|metrics"
@@ -56,6 +57,9 @@ def recognise(path: Path) -> Format:
         raise Refused(reason)
     if path.suffix == ".pb":
         return "frozen_graph"
+    if kind := ENDINGS.get(path.suffix.lower()):
+        message = f"is no {kind}, though its name says so: it begins with {head!r}; copy it again"
+        raise Refused(message)
     raise Refused(model_file.refusal_by_ending(path.name))
 
 
