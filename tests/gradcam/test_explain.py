@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from numpy.typing import NDArray
+from PIL import Image
 
 from gradcam_worker.errors import (
     ImageDecodeFailed,
@@ -270,6 +271,12 @@ def test_what_names_no_class_is_refused(name: Any) -> None:
 def test_an_array_that_is_no_image_is_refused_with_its_shape(pixels: Any) -> None:
     with pytest.raises(UnsupportedMediaType, match=r"must be \(height, width, 3\) uint8 RGB; this one is \("):
         explain_image(TinyNetwork(), pixels, top_n=1)
+
+
+@pytest.mark.parametrize("image", [Image.new("RGB", (8, 8)), [[[0, 0, 0]]], None])
+def test_what_is_no_path_bytes_or_array_is_refused_with_what_would_be_right(image: Any) -> None:
+    with pytest.raises(UnsupportedMediaType, match=rf"this is a {type(image).__name__}\. .* np\.asarray"):
+        explain_image(TinyNetwork(), image, top_n=1)
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "\U00020000" * 300, "ü" * 61, "a/b\\c"])

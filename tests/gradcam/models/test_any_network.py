@@ -222,6 +222,19 @@ def test_scores_and_maps_are_those_of_a_gradient_tape(
 
 
 class TestNothingToExplain:
+    @pytest.mark.parametrize(
+        ("model", "told"), [("own.keras", "not 'own.keras'"), (None, "not None"), (object(), "not a object")]
+    )
+    def test_what_is_no_model_is_refused_with_what_wraps_it(self, model: Any, told: str, wrap: Wrap) -> None:
+        with pytest.raises(NetworkIncompatible, match=f"takes a model of Keras 3.*{told}: load a file by"):
+            wrap(model)
+
+    def test_a_model_that_takes_no_image_is_refused(self, wrap: Wrap) -> None:
+        import keras
+
+        with pytest.raises(NetworkIncompatible, match=r"takes \(None, 7\); an image is \(None, height"):
+            wrap(keras.Sequential([keras.Input((7,)), keras.layers.Dense(3)]))
+
     @pytest.mark.parametrize("rescaled", [True, False])
     def test_a_network_without_a_map_is_refused(self, rescaled: bool, wrap: Wrap) -> None:
         import keras

@@ -137,6 +137,10 @@ def test_an_array_of_another_width_is_refused(wrap: Wrap, pixels: NDArray[np.uin
             "no input 'fat' beside its image, which inputs.fat is for; there is",
         ),
         ((*INPUTS, NetworkInput("photo")), "by_hand has no input 'photo' beside its image"),
+        (
+            {"age": {"minimum": 0}},
+            "inputs is a list, as in [NetworkInput(\"age\", minimum=0)]; in it is 'age'",
+        ),
     ],
 )
 def test_inputs_that_do_not_fit_the_model_are_refused(inputs: Any, why: str, wrap: Wrap) -> None:
@@ -155,6 +159,11 @@ def test_the_image_may_be_named_where_the_shape_does_not_tell(wrap: Wrap, pixels
     x = keras.layers.Conv2D(4, 3, padding="same", name="fused")(x)
     model = keras.Model([grid, image], add_classifier(keras, x))
     given = {"inputs": [NetworkInput("grid", shape=(2, 2))], "input_size": (ROWS, COLUMNS)}
+    with pytest.raises(NetworkIncompatible, match="If only one of them is an image, name it: image_input"):
+        wrap(model, **given)
+    with pytest.raises(NetworkIncompatible, match="has no input 'foto' for the image; it takes grid"):
+        wrap(model, **given, image_input="foto")
+    given.pop("input_size")  # read from the model
     with pytest.raises(NetworkIncompatible, match="If only one of them is an image, name it: image_input"):
         wrap(model, **given)
     with pytest.raises(NetworkIncompatible, match="has no input 'foto' for the image; it takes grid"):

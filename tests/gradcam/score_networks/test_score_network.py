@@ -10,7 +10,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from numpy.typing import NDArray
 
-from gradcam_worker.errors import MethodNotSupported, NetworkIncompatible
+from gradcam_worker.errors import InvalidSettings, MethodNotSupported, NetworkIncompatible
 from gradcam_worker.gradcam import explain_image, wrap_callable
 from gradcam_worker.gradcam.catalog import PREPROCESSING, Head, Preprocessing
 from gradcam_worker.gradcam.score_networks.score_network import ScoreNetwork, preprocess
@@ -27,7 +27,7 @@ def colors(pixels: NDArray[Any]) -> NDArray[np.float32]:
 
 
 def wrap(function: Callable[[NDArray[Any]], Any] = colors, **options: Any) -> ScoreNetwork:
-    return wrap_callable(function, input_size=SIZE, **options)
+    return wrap_callable(function, **{"input_size": SIZE, **options})
 
 
 def softmax(pixels: NDArray[Any]) -> NDArray[np.float32]:
@@ -123,11 +123,25 @@ def test_one_unit_is_the_probability_or_score_of_class_one() -> None:
         (lambda x: x.mean((1, 2))[:, :1], {"head": Head("softmax")}, "its head is sigmoid or probabilities"),
         (colors, {"labels": ["a", "b"]}, "has 3 classes, but 2 labels"),
         (colors, {"preprocessing": "torchvision"}, "no preprocessing 'torchvision'"),
+        (colors, {"preprocessing": {"scale": 2}}, r"preprocessing is one of caffe.*, not \{'scale': 2\}"),
+        (colors, {"input_size": 24}, r"input_size is \(height, width\) in pixels, .*, not 24"),
+        (colors, {"input_size": (16, 24, 3)}, r"input_size is .*, not \(16, 24, 3\)"),
+        (colors, {"input_size": (16.0, 24)}, r"input_size is .*, not \(16.0, 24\)"),
+        (colors, {"input_size": (0, 24)}, r"input_size is .*, not \(0, 24\)"),
+        (colors, {"input_size": "16x24"}, r"input_size is .*, not '16x24'"),
+        (colors, {"head": "softmax"}, r"head is as in Head\(kind=\"softmax\"\), not 'softmax'"),
+        (colors, {"labels": None}, "labels cannot be used: None is none of a list of names"),
+        (colors, {"labels": 3}, "labels cannot be used: 3 is none of a list of names"),
     ],
 )
 def test_what_is_no_classifier_is_refused(function: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(NetworkIncompatible, match=message):
         wrap(function, **options)
+
+
+def test_a_sizing_that_is_neither_a_name_nor_a_sizing_is_refused() -> None:
+    with pytest.raises(InvalidSettings, match=r"sizing is a name, .*, not \{'fit': 'letterbox'\}"):
+        wrap(colors, sizing={"fit": "letterbox"})
 
 
 def test_a_function_that_returns_tensors_of_another_library_is_fine() -> None:

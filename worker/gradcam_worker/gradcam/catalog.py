@@ -3,7 +3,8 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from numbers import Integral
+from typing import Any, Literal
 
 from gradcam_worker.errors import NetworkIncompatible, UnknownNetwork
 from gradcam_worker.gradcam.network_inputs import NetworkInput
@@ -67,10 +68,16 @@ PREPROCESSING = {  # named as in Keras, if Keras has it
 }
 
 
-def find_preprocessing(preprocessing: Preprocessing | str) -> Preprocessing:
+def find_preprocessing(preprocessing: Any) -> Preprocessing:
     """The preprocessing of this name. Raises NetworkIncompatible."""
-    if not isinstance(preprocessing, str):
+    if isinstance(preprocessing, Preprocessing):
         return preprocessing
+    if not isinstance(preprocessing, str):
+        message = (
+            f"preprocessing is one of {', '.join(PREPROCESSING)}, or as in "
+            f'Preprocessing("mine", mean=(127.5,), std=(127.5,)), not {preprocessing!r}.'
+        )
+        raise NetworkIncompatible(message)
     if preprocessing not in PREPROCESSING:
         message = f"There is no preprocessing {preprocessing!r}; there are {', '.join(PREPROCESSING)}."
         raise NetworkIncompatible(message)
@@ -129,6 +136,21 @@ class NetworkRow:
     imports: tuple[str, ...] = ()  # modules that define layers of the model, imported before it is loaded
     inputs: tuple[NetworkInput, ...] = ()  # beside the image
     image_input: str | None = None  # the name of the model's input for the image; None: found by its shape
+
+    def __post_init__(self) -> None:
+        """Check what Python does not: notebooks have no type checker. Raises NetworkIncompatible."""
+        given: Any = (self.input_size, self.head, self.inputs)
+        size, head, inputs = given
+        is_size = isinstance(size, tuple | list) and all(isinstance(side, Integral) for side in size)
+        if not is_size or len(size) != 2 or min(size) < 1:  # noqa: PLR2004  # height and width
+            message = f"input_size is (height, width) in pixels, as in (224, 224), not {size!r}."
+        elif not isinstance(head, Head):
+            message = f'head is as in Head(kind="softmax"), not {head!r}.'
+        elif wrong := [one for one in inputs if not isinstance(one, NetworkInput)]:
+            message = f'inputs is a list, as in [NetworkInput("age", minimum=0)]; in it is {wrong[0]!r}.'
+        else:
+            return
+        raise NetworkIncompatible(message)
 
 
 def _keras(

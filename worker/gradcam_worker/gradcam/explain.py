@@ -1,5 +1,6 @@
 """The explanation of an image: predictions, heatmaps and overlays of classes."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from gradcam_worker.errors import (
     InvalidJob,
+    InvalidNetworkInput,
     MethodNotSupported,
     NetworkIncompatible,
     UnsupportedMediaType,
@@ -252,7 +254,7 @@ def explain_image(
         UnknownLayer: The network has no layer of the name that the method gives.
         InvalidNetworkInput: A further input is missing, unknown, or not allowed.
         NetworkIncompatible: The network returns no valid scores, or needs other channels.
-        UnsupportedMediaType, ImageDecodeFailed, ImagePixelsExceeded: The image cannot be decoded.
+        UnsupportedMediaType, ImageDecodeFailed, ImagePixelsExceeded: It is no image, or cannot be decoded.
 
     Examples:
         ```python
@@ -269,14 +271,21 @@ def explain_image(
     values = values_of(network.facts, inputs or {})
     channels = network.facts.channels
     damage = converted_from = None
-    if isinstance(image, np.ndarray):
-        pixels = image
+    given: Any = image  # whatever a notebook has
+    if isinstance(given, np.ndarray):
+        pixels = given
         if pixels.dtype != np.uint8 or pixels.shape[2:] != (channels,) or not pixels.size:
             expected = f"(height, width, {channels}) uint8" + (" RGB" if channels == RGB_CHANNELS else "")
             message = f"An array must be {expected}; this one is {pixels.shape} {pixels.dtype}."
             raise UnsupportedMediaType(message)
+    elif not isinstance(given, str | os.PathLike | bytes):
+        message = (
+            "An image is a path, the bytes of a file, or an array of pixels, uint8, RGB; this is a "
+            f"{type(given).__name__}. One of Pillow becomes an array by np.asarray(image.convert('RGB'))."
+        )
+        raise UnsupportedMediaType(message)
     else:
-        data = image if isinstance(image, bytes) else Path(image).read_bytes()
+        data = given if isinstance(given, bytes) else Path(given).read_bytes()
         decoded = decode(data, limits)
         pixels, damage, converted_from = decoded.pixels, decoded.damage, decoded.converted_from
     check_channels(network.facts, pixels)
@@ -305,6 +314,10 @@ def values_of(facts: NetworkFacts, given: Mapping[str, Any]) -> NDArray[np.float
     """
     if not facts.inputs and not given:
         return None
+    table: Any = given
+    if not isinstance(table, Mapping):
+        message = f'inputs is a table, as in {{"age": 61}}, not {table!r}.'
+        raise InvalidNetworkInput(message)
     resolved = network_inputs.resolve(facts.inputs, given, facts.name)
     return np.array(network_inputs.encode(facts.inputs, resolved), np.float32)
 

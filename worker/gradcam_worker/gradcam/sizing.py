@@ -7,7 +7,7 @@ the photo.
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from gradcam_worker.errors import InvalidSettings
 from gradcam_worker.text.similar_names import nearest
@@ -216,9 +216,15 @@ def find_sizing(name: str) -> Sizing:
     return SIZINGS[name]
 
 
-def resolve_sizing(sizing: Sizing | str, channels: int) -> Sizing:
+def resolve_sizing(sizing: Any, channels: int) -> Sizing:
     """Find a sizing, and check that it suits images with this number of channels. Raises InvalidSettings."""
     found = find_sizing(sizing) if isinstance(sizing, str) else sizing
+    if not isinstance(found, Sizing):
+        message = (
+            f"sizing is a name, as in {next(iter(SIZINGS))!r}, or as in "
+            f'Sizing("bilinear", fit="letterbox"), not {found!r}'
+        )
+        raise InvalidSettings(message)
     found.check_channels(channels)
     return found
 

@@ -53,8 +53,11 @@ def parse(text: str, path: Path) -> tuple[str, ...]:
     return check(text.rstrip().split("\n"))
 
 
-def check(names: Sequence[Any]) -> tuple[str, ...]:
+def check(names: Any) -> tuple[str, ...]:
     """Return the names without surrounding spaces. Raises ValueError for the first that is no name."""
+    if not isinstance(names, Iterable):
+        message = f"{names!r} is none of {SHAPES}, and not the path of a file"
+        raise ValueError(message)  # noqa: TRY004  # as for all that cannot be read
     for number, name in enumerate(names, start=1):
         if not isinstance(name, str) or not name.strip():
             message = f"number {number} is {name!r}, which is no name"

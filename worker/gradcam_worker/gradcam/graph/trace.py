@@ -51,7 +51,8 @@ def trace_model(
     with _restoring_nodes(model):
         opened = _with_graph(model, input_shape)
         tensors = dict(zip(input_names(opened), keras.tree.flatten(opened.inputs), strict=True))
-        image = _image_input(opened, tensors, input_shape, image_input)
+        image = find_image_input(opened, image_input)
+        _check_shape(opened, image, input_shape)
         tracer = _Tracer()
         slots = {id(image): tracer.new_slot(keras.KerasTensor((None, *input_shape), image.dtype))}
         for tensor in tensors.values():
@@ -159,10 +160,20 @@ def input_names(model: Any) -> list[str]:
     return [str(tensor.name) for tensor in keras.tree.flatten(model.inputs)]
 
 
-def _image_input(
-    model: Any, tensors: Mapping[str, Any], input_shape: tuple[int, int, int], image_input: str | None
-) -> Any:
-    """The input of the model for the image. Raises NetworkIncompatible."""
+def find_image_input(model: Any, image_input: str | None) -> Any:
+    """Find the input of a model for the image.
+
+    Args:
+        model: A functional model.
+        image_input: Its name; None: the only one with rows, columns and channels.
+
+    Returns:
+        The tensor.
+
+    Raises:
+        NetworkIncompatible: There is no such input, or more than one.
+    """
+    tensors = dict(zip(input_names(model), keras.tree.flatten(model.inputs), strict=True))
     names = ", ".join(f"{name} {tensor.shape[1:]}" for name, tensor in tensors.items())
     if image_input is not None and image_input not in tensors:
         message = f"{model.name} has no input {image_input!r} for the image; it takes {names}."
@@ -174,7 +185,11 @@ def _image_input(
             "If only one of them is an image, name it: image_input."
         )
         raise NetworkIncompatible(message)
-    image = tensors[image_input or (images[0] if len(tensors) > 1 else next(iter(tensors)))]
+    return tensors[image_input or (images[0] if len(tensors) > 1 else next(iter(tensors)))]
+
+
+def _check_shape(model: Any, image: Any, input_shape: tuple[int, int, int]) -> None:
+    """Check that the input for the image takes such images. Raises NetworkIncompatible."""
     expected = image.shape[1:]
     fits = len(expected) == len(input_shape) and all(
         size in {None, actual} for size, actual in zip(expected, input_shape, strict=True)
@@ -185,7 +200,6 @@ def _image_input(
             "width x channels): set input_size, and the channels of its preprocessing, accordingly."
         )
         raise NetworkIncompatible(message)
-    return image
 
 
 def _sizes(shape: Iterable[int | None]) -> str:

@@ -19,7 +19,7 @@ from gradcam_worker.gradcam.files import label_file, model_file, weights
 from gradcam_worker.gradcam.files.file_cache import FileCache
 from gradcam_worker.gradcam.files.label_file import Labels
 from gradcam_worker.gradcam.files.weights import WeightsFile
-from gradcam_worker.gradcam.graph.trace import IMAGE_RANK, input_names
+from gradcam_worker.gradcam.graph.trace import IMAGE_RANK, find_image_input
 from gradcam_worker.gradcam.models import compiled_forward, own_layers
 from gradcam_worker.gradcam.models.keras_network import KerasNetwork
 from gradcam_worker.gradcam.models.precision import with_precision
@@ -155,13 +155,23 @@ def wrap_model(  # noqa: PLR0913  # all but the model are named by the caller
         network = wrap_model(model, preprocessing="tf", labels=["benign", "malignant"])
         ```
     """
+    if not isinstance(model, keras.Model):
+        message = (
+            f"wrap_model takes a model of Keras {keras.__version__}, not {_named(model)}: load a file by "
+            "keras.saving.load_model, make a .keras file of an older one by gradcam convert, and wrap "
+            "anything else by wrap_callable."
+        )
+        raise NetworkIncompatible(message)
     preprocessing = find_preprocessing(preprocessing)
     if input_size is None:
-        shapes = _image_sizes(model, image_input)
-        if len(shapes) != 1 or None in shapes[0]:
+        image = find_image_input(model, image_input) if getattr(model, "inputs", None) else None
+        if image is None or None in image.shape[1:3]:
             message = f"{model.name} does not say how large its input is: give input_size (height, width)."
             raise NetworkIncompatible(message)
-        input_size = shapes[0]
+        if len(image.shape) != IMAGE_RANK:
+            message = f"{model.name} takes {image.shape}; an image is (None, height, width, channels)."
+            raise NetworkIncompatible(message)
+        input_size = image.shape[1:3]
     row = NetworkRow(
         name=name or model.name,
         input_size=input_size,
@@ -176,15 +186,10 @@ def wrap_model(  # noqa: PLR0913  # all but the model are named by the caller
     return KerasNetwork(row, model, weights_sha256=None, exact_backward=exact_backward)
 
 
-def _image_sizes(model: Any, image_input: str | None) -> list[Any]:
-    """(height, width) of each input of a model that may be the image; None where it is any."""
-    tensors = keras.tree.flatten(getattr(model, "inputs", None) or [])
-    named = zip(input_names(model), tensors, strict=True) if tensors else ()
-    return [
-        tensor.shape[1:3]
-        for name, tensor in named
-        if (name == image_input if image_input else len(tensors) == 1 or len(tensor.shape) == IMAGE_RANK)
-    ]
+def _named(value: Any) -> str:
+    """A value in a message: itself where it is short, else its type."""
+    kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+    return repr(value) if isinstance(value, str | PurePath | None) else f"a {kind}"
 
 
 def _build(row: NetworkRow, *, pretrained: bool = True, **options: Any) -> Any:
