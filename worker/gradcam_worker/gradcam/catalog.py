@@ -152,6 +152,16 @@ class NetworkRow:
             return
         raise NetworkIncompatible(message)
 
+    def check_input_type(self, dtype: str) -> None:
+        """Check that an input of whole numbers gets the pixels as they are. Raises NetworkIncompatible."""
+        preprocessing = self.preprocessing
+        if "float" not in dtype and ({*preprocessing.mean} != {0} or {*preprocessing.std} != {1}):
+            message = (
+                f"{self.name} takes whole numbers ({dtype}), the pixels as they are: its preprocessing must "
+                f"be none, not {preprocessing.name}."
+            )
+            raise NetworkIncompatible(message)
+
 
 def _keras(
     function: str,

@@ -71,7 +71,7 @@ class NetworkInput:
 
     @property
     def sample(self) -> InputValue:
-        """A value that is allowed, for images that nobody gives one for."""
+        """An allowed value, for images without a value of their own."""
         if self.default is not None:
             return self.default
         if self.kind == "category":
@@ -206,7 +206,7 @@ def encode(inputs: Sequence[NetworkInput], values: Mapping[str, InputValue]) -> 
 
 
 def samples(inputs: Sequence[NetworkInput]) -> tuple[float, ...]:
-    """Return the numbers of allowed values, for images that nobody gives any for."""
+    """Return the numbers of allowed values, for images without values of their own."""
     return tuple(number for one in inputs for number in one.encode(one.sample))
 
 

@@ -114,10 +114,10 @@ def _describe_crash(source: Path, code: int, limit: int, log: Path) -> str:
     number = code - 128
     how = f"by {signal.Signals(number).name}" if number in {*signal.Signals} else f"with exit code {code}"
     tail = log.read_text(errors="replace")[-LOG_CHARACTERS:].strip()
-    said = f" It ended with: {visible(' '.join(tail.split()))}" if tail else ""
+    output = f" It ended with: {visible(' '.join(tail.split()))}" if tail else ""
     return (
         f"{source} was not converted: the process that did it was ended {how}. Its memory was limited to "
-        f"{limit / 2**30:.1f} GiB (--memory-gib).{said}"
+        f"{limit / 2**30:.1f} GiB (--memory-gib).{output}"
     )
 
 

@@ -37,7 +37,7 @@ from gradcam_worker.text.visible import counted
 
 SAME = 2e-3  # medians and means that differ by less are equal
 MET = 0.01  # the largest median of differences that rounding and other decoders make
-UNLIKE = 0.02  # a larger difference of one photo is told with a reason, if there is one
+UNLIKE = 0.02  # of one photo: a larger difference is reported with its reason, if that is known
 COMPARE = (
     "compare the preprocessing, the order of the channels and the order of the labels with your program's"
 )

@@ -76,7 +76,9 @@ def compare(source: Source, model: Any, tolerance: float) -> Checked:
         spreads.append(max(float(np.ptp(array, axis=0).max() / _range(array)) for array in old))
         same += [_top(first) == _top(second) for first, second in zip(old, new, strict=True)]
         images += len(batches[0])
-        if difference > tolerance and not source.rounds:  # what it rounds is told for all images
+        if (
+            difference > tolerance and not source.rounds
+        ):  # the difference by rounding is reported for all images
             break
     if not differences:
         message = "computes no finite and stable outputs for any image that was tried"

@@ -1,6 +1,6 @@
 """ICC profiles (ICC.1): a strict subset of an embedded one, and profiles made from primaries and a curve.
 
-An embedded profile is a stranger's file. Only its tags that decide how colours are converted are kept, and
+An embedded profile is untrusted. Only its tags that decide how colours are converted are kept, and
 only in the encodings whose cost is bounded by their size: a profile with `D2B0` can ask for half a million
 matrices for each colour.
 """

@@ -180,13 +180,7 @@ def check_input(row: NetworkRow, graph: Graph) -> None:
     Raises:
         NetworkIncompatible: Whole numbers would lose what preprocessing makes, or a layer crops the input.
     """
-    preprocessing, dtype = row.preprocessing, graph.input_dtype
-    if "float" not in dtype and ({*preprocessing.mean} != {0} or {*preprocessing.std} != {1}):
-        message = (
-            f"{row.name} takes whole numbers ({dtype}), the pixels as they are: its preprocessing must be "
-            f"none, not {preprocessing.name}."
-        )
-        raise NetworkIncompatible(message)
+    row.check_input_type(graph.input_dtype)
     if path := cropping_layer(graph):
         message = (
             f"{row.name} crops its input, or pads it ({path}): its heatmaps would be misplaced. Set "

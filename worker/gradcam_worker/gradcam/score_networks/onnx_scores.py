@@ -10,7 +10,6 @@ from gradcam_worker import extras
 from gradcam_worker.errors import DeviceOutOfMemory, NetworkIncompatible
 from gradcam_worker.gradcam.catalog import NetworkRow
 from gradcam_worker.gradcam.score_networks.tensor_layout import (
-    check_whole_numbers,
     choose_output,
     find_layout,
     to_type,
@@ -78,7 +77,7 @@ class OnnxModel:
         if not self.dtype:
             message = f"{row.name} takes {entry.type}; an image is one of {', '.join(TYPES)}."
             raise NetworkIncompatible(message)
-        check_whole_numbers(row, self.dtype)
+        row.check_input_type(self.dtype)
         self._layout = find_layout(row, tuple(_length(length) for length in entry.shape))
         self._output = choose_output(row, [one.name for one in self._session.get_outputs()])
 

@@ -21,7 +21,7 @@ from gradcam_worker.gradcam.files.label_file import Labels
 from gradcam_worker.gradcam.files.weights import WeightsFile, file_sha256
 from gradcam_worker.gradcam.score_networks.onnx_scores import OnnxModel
 from gradcam_worker.gradcam.score_networks.score_network import ScoreNetwork
-from gradcam_worker.gradcam.score_networks.tensor_layout import check_whole_numbers, choose_output, to_type
+from gradcam_worker.gradcam.score_networks.tensor_layout import choose_output, to_type
 from gradcam_worker.gradcam.score_networks.tflite_scores import TfliteModel
 from gradcam_worker.gradcam.sizing import Sizing, resolve_sizing
 
@@ -140,7 +140,7 @@ def _keras(row: NetworkRow, file: WeightsFile) -> ScoreNetwork:
                 message = f"{row.name} has {len(inputs)} inputs; one, the image, is needed."
                 raise NetworkIncompatible(message)
             dtype = backend.keras.backend.standardize_dtype(inputs[0].dtype)
-            check_whole_numbers(row, dtype)
+            row.check_input_type(dtype)
             names = output_names(model)
             output = names.index(choose_output(row, names))
 

@@ -130,7 +130,7 @@ class ScoreNetwork:
             outputs = self._outputs(pixels)
         except GradcamError:
             raise
-        except Exception as error:  # a stranger's function
+        except Exception as error:  # an untrusted function
             message = f"{self._name} cannot be run: {abridged(str(error)) or type(error).__name__}"
             raise NetworkIncompatible(message) from error
         if not np.isfinite(outputs).all():

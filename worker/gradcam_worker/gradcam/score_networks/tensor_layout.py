@@ -84,17 +84,6 @@ def find_layout(row: NetworkRow, shape: Shape) -> TensorLayout:
     return TensorLayout(ORDERS[fitting[0]], shape[0])
 
 
-def check_whole_numbers(row: NetworkRow, dtype: str) -> None:
-    """Check that an input of whole numbers gets the pixels as they are. Raises NetworkIncompatible."""
-    preprocessing = row.preprocessing
-    if "float" not in dtype and ({*preprocessing.mean} != {0} or {*preprocessing.std} != {1}):
-        message = (
-            f"{row.name} takes whole numbers ({dtype}), the pixels as they are: its preprocessing must be "
-            f"none, not {preprocessing.name}."
-        )
-        raise NetworkIncompatible(message)
-
-
 def to_type(values: NDArray[np.float32], dtype: str) -> NDArray[Any]:
     """Convert preprocessed images to the type of an input; whole numbers are rounded, not cut off."""
     if "float" in dtype:

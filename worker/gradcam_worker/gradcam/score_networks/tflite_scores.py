@@ -10,7 +10,6 @@ from gradcam_worker import extras
 from gradcam_worker.errors import NetworkIncompatible
 from gradcam_worker.gradcam.catalog import NetworkRow
 from gradcam_worker.gradcam.score_networks.tensor_layout import (
-    check_whole_numbers,
     choose_output,
     find_layout,
     to_type,
@@ -60,7 +59,7 @@ class TfliteModel:
         self._output = next(one for one in outputs if one["name"] == name)
         self.dtype = np.dtype(self._input["dtype"]).name
         if not _scale(self._input):
-            check_whole_numbers(row, self.dtype)
+            row.check_input_type(self.dtype)
         self._layout = find_layout(row, _shape(self._input))
         self._fixed_shape = [int(length) for length in self._input["shape"]]
 
