@@ -199,8 +199,11 @@ class TestInputs:
             wrap(keras.Model(inputs, add_classifier(keras, x)), sizing="torchvision")
 
     def test_an_unknown_preprocessing_is_refused_with_all_preprocessings(self, wrap: Wrap) -> None:
+        import keras
+
+        model = keras.Sequential([keras.Input((ROWS, COLUMNS, 3)), keras.layers.Flatten()])
         with pytest.raises(NetworkIncompatible, match="no preprocessing 'imagenet'; there are caffe, tf"):
-            wrap(None, preprocessing="imagenet")
+            wrap(model, preprocessing="imagenet")
 
     def test_channels_that_come_first_are_refused(self, wrap: Wrap) -> None:
         import keras
