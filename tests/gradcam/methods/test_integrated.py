@@ -219,6 +219,26 @@ class TestOfAKerasNetwork:
             assert_allclose(small.scores, whole.scores, rtol=1e-5, atol=1e-6)
             assert_array_equal(small.class_ids, WANTED)
 
+    @pytest.mark.parametrize("at_once", [1, 5])
+    def test_a_pass_keeps_no_more_of_the_forward_pass_than_is_allowed(
+        self, at_once: int, model: Any, wrap: Wrap, pixels: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from gradcam_worker.gradcam.models import keras_network
+
+        def counted(images: Any, wanted: Any, starts: Any, positions: Any, *others: Any) -> Any:
+            counts.append(len(images) * len(positions))
+            return run_pass(images, wanted, starts, positions, *others)
+
+        network: Any = wrap(model, "target")
+        counts: list[int] = []
+        whole = network.compute(pixels, WANTED, IG)
+        run_pass, size = network._path_pass(IG)
+        monkeypatch.setattr(network, "_path_pass", lambda _: (counted, size))
+        monkeypatch.setattr(keras_network, "MAX_ACTIVATIONS", at_once * network._activations)
+        assert_near(network.compute(pixels, WANTED, IG).raw, whole.raw, 1e-5)
+        assert max(counts) <= at_once
+        assert sum(counts) == len(pixels) * integrated.STEPS
+
     def test_a_network_that_takes_one_image_at_a_time_is_integrated_too(
         self, wrap: Wrap, noise: Noise
     ) -> None:

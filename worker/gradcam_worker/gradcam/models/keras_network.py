@@ -5,7 +5,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ from gradcam_worker.gradcam.network import GRADCAM, Computed, Method, NetworkFac
 from gradcam_worker.gradcam.network_inputs import samples as sample_values
 
 MAX_GRADIENTS = 2**27  # float32 numbers held at once: 512 MB
+MAX_ACTIVATIONS = 2**29  # float32 numbers that a backward pass to the pixels keeps of the forward pass: 2 GB
 MAX_TRACED = 8  # compiled functions kept: jobs that name many layers must not fill the memory
 AUTO = "auto"  # the target layer that is found in the graph, whatever the row says
 ops = keras.ops
@@ -170,13 +171,13 @@ class KerasNetwork:
         run_pass, size = self._path_pass(method)
         against, baselines = self._against(method), integrated.baseline(pixels, method.baseline)
         positions, shares = integrated.positions_and_shares(method)
-        images_at_once = 1 if self._observed.samples.batch_of_one else len(pixels)
-        classes_at_once = max(MAX_GRADIENTS // (images_at_once * size), 1)
-        steps_at_once = max(
-            MAX_GRADIENTS // (images_at_once * min(classes_at_once, wanted.shape[1]) * size), 1
-        )
+        inputs_at_once = max(MAX_ACTIVATIONS // self._activations, 1)  # of all images and steps
         if self._observed.samples.batch_of_one:
-            steps_at_once = 1
+            inputs_at_once = 1
+        images_at_once = min(len(pixels), inputs_at_once)
+        classes_at_once = max(MAX_GRADIENTS // (images_at_once * size), 1)
+        gradients = images_at_once * min(classes_at_once, wanted.shape[1]) * size  # of one step
+        steps_at_once = max(min(MAX_GRADIENTS // gradients, inputs_at_once // images_at_once), 1)
         launched = [
             [
                 [
@@ -234,6 +235,13 @@ class KerasNetwork:
             self._keep_pass(key, (run_pass, max(size, math.prod(self._pixels))))
         self._passes.move_to_end(key)
         return self._passes[key]
+
+    @cached_property
+    def _activations(self) -> int:
+        """The numbers that the network computes for one image, in all its steps."""
+        graph = self._scores.graph
+        steps = graph.steps_to([self._scores.slot])
+        return sum(math.prod(graph.shapes[slot][1:]) for step in steps for slot in step.writes)
 
     def _keep_pass(self, key: tuple[Any, ...], traced: tuple[gradients.Pass, int]) -> None:
         """Keep a compiled function; the least recently used one is dropped."""
