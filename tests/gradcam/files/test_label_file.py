@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from gradcam_worker.errors import NetworkIncompatible
@@ -24,6 +25,7 @@ CONFIG = {
     [
         ("labels.txt", "crane, bird\npier\n12\n"),
         ("labels", "\ncrane, bird\r\n pier\t\r\n12\r\n\r\n".lstrip()),
+        ("labels.txt", "0 crane, bird\n1 pier\n2 12\n"),
         ("labels.json", '["crane, bird", "pier", "12"]'),
         ("class_indices.json", '{"12": 2, "crane, bird": 0, "pier": 1}'),
         ("id2label.JSON", '{"0": "crane, bird", "2": "12", "1": "pier"}'),
@@ -51,6 +53,11 @@ def test_classes_that_are_named_by_digits_keep_these_names() -> None:
 
 def test_two_classes_may_have_the_same_name() -> None:
     assert label_file.parse('{"0": "crane", "1": "crane"}', Path("a.json")) == ("crane", "crane")
+
+
+@pytest.mark.parametrize("text", ["1 day\n2 days", "0 days\n2 days", "0 days", "0 days\n1 day\nmore"])
+def test_names_that_begin_with_other_numbers_than_their_ids_keep_them(text: str) -> None:
+    assert label_file.parse(text, Path("labels.txt")) == tuple(text.split("\n"))
 
 
 @pytest.mark.parametrize(
@@ -94,6 +101,10 @@ def test_what_cannot_be_read_for_certain_is_refused(name: str, text: str, why: s
         ["crane, bird", "pier", "12"],
         {"pier": 1, "crane, bird": 0, "12": 2},
         {1: "pier", 0: "crane, bird", 2: "12"},
+        {np.int64(1): "pier", np.int64(0): "crane, bird", np.int64(2): "12"},
+        {"pier": np.int64(1), "crane, bird": np.int64(0), "12": np.int64(2)},
+        np.array(NAMES),
+        dict.fromkeys(NAMES).keys(),
         CONFIG,
         "{folder}/labels.txt",
     ],
@@ -111,9 +122,9 @@ def test_in_python_imagenet_stands_for_its_classes() -> None:
     assert label_file.given(()) == ()
 
 
-@pytest.mark.parametrize("labels", [{"a": 1, "b": 2}, Path("none.txt"), ["a", ""]])
+@pytest.mark.parametrize("labels", [{"a": 1, "b": 2}, Path("none.txt"), ["a", ""], {"a", "b"}])
 def test_in_python_what_cannot_be_read_is_a_typed_error(labels: Any) -> None:
     with pytest.raises(
-        NetworkIncompatible, match=r"The labels cannot be used: (ids run|none.txt: No such|num)"
+        NetworkIncompatible, match=r"The labels cannot be used: (ids run|none.txt: No such|num|a set has no)"
     ):
         label_file.given(labels)

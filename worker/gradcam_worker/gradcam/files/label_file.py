@@ -1,6 +1,7 @@
 """The names of classes as people store them.
 
-    benign                             a text file: one name a line
+    benign                             a text file: one name a line,
+    0 benign                           each after its number perhaps, as Teachable Machine writes them
     ["benign", "malignant"]            JSON: a list,
     {"benign": 0, "malignant": 1}      names with their ids, as Keras's `class_indices`,
     {"0": "benign", "1": "malignant"}  ids with their names, as `id2label`, alone or in a whole config.json
@@ -12,7 +13,9 @@ Ids count from 0, in the order of the network's scores.
 import csv
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, KeysView, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +36,7 @@ SHAPES = (
 
 
 def parse(text: str, path: Path) -> tuple[str, ...]:
-    """Parse a file of labels by its ending: `.json`, `.csv`, `.tsv`; any other has one name a line.
+    """Parse a file of labels by its ending: `.json`, `.csv`, `.tsv`; any other is lines of text.
 
     Args:
         text: What the file holds.
@@ -50,7 +53,13 @@ def parse(text: str, path: Path) -> tuple[str, ...]:
         return _parse_json(text, path)
     if ending in TABLES:
         return _parse_table(text.rstrip(), ending)
-    return check(text.rstrip().split("\n"))
+    lines = text.rstrip().split("\n")
+    numbered = [line.split(maxsplit=1) for line in lines]
+    if len(lines) > 1 and all(
+        len(parts) > 1 and parts[0] == str(class_id) for class_id, parts in enumerate(numbered)
+    ):
+        lines = [name for _, name in numbered]
+    return check(lines)
 
 
 def check(names: Any) -> tuple[str, ...]:
@@ -58,6 +67,10 @@ def check(names: Any) -> tuple[str, ...]:
     if not isinstance(names, Iterable):
         message = f"{names!r} is none of {SHAPES}, and not the path of a file"
         raise ValueError(message)  # noqa: TRY004  # as for all that cannot be read
+    if isinstance(names, AbstractSet) and not isinstance(names, KeysView):
+        message = "a set has no order: give a list, in the order of the outputs"
+        raise ValueError(message)  # noqa: TRY004  # as for all that cannot be read
+    names = [*names]
     for number, name in enumerate(names, start=1):
         if not isinstance(name, str) or not name.strip():
             message = f"number {number} is {name!r}, which is no name"
@@ -87,8 +100,10 @@ def from_mapping(mapping: Mapping[Any, Any]) -> tuple[str, ...]:
         if isinstance(mapping.get(key), Mapping):
             mapping = mapping[key]
             break
-    if mapping and all(type(value) is int for value in mapping.values()):
-        return _in_order((class_id, name) for name, class_id in mapping.items())
+    if mapping and all(
+        isinstance(value, Integral) and not isinstance(value, bool) for value in mapping.values()
+    ):
+        return _in_order((int(class_id), name) for name, class_id in mapping.items())
     for key, value in mapping.items():
         if not (_is_id(key) and isinstance(value, str)):
             message = f"it must hold {SHAPES}; of {str(key)[:40]!r} it holds {str(value)[:40]!r}"
@@ -155,7 +170,8 @@ def describe(error: OSError | ValueError) -> str:
 
 
 def _is_id(value: Any) -> bool:
-    return type(value) is int or (isinstance(value, str) and value.isascii() and value.isdecimal())
+    is_number = isinstance(value, Integral) and not isinstance(value, bool)  # NumPy's, too
+    return is_number or (isinstance(value, str) and value.isascii() and value.isdecimal())
 
 
 def _in_order(pairs: Iterable[tuple[int, Any]]) -> tuple[str, ...]:

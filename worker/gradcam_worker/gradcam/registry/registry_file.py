@@ -523,7 +523,8 @@ class RegistryFile(Table):
     networks: dict[Annotated[str, AfterValidator(_name)], OperatorNetwork]
 
 
-ERROR_TEXTS = {"model_type": "must be a name or a table", "tuple_type": "must be a list"}
+SIZE_ERRORS = {"tuple_type", "too_long", "missing"}  # of a list of two
+NAME_OR_TABLE = {"preprocessing", "sizing"}
 INNER_TABLES: dict[str, type[Table]] = {
     "head": HeadTable,
     "preprocessing": Scaling,
@@ -549,9 +550,14 @@ def describe_errors(error: ValidationError) -> list[str]:
             tables: dict[int, type[Table]] = {1: RegistryFile, 3: OperatorNetwork}
             table = tables.get(len(steps)) or INNER_TABLES[steps[2]]
             reason = f"there is no such key; {_hint(steps[-1], table.model_fields)}"
+        elif "input_size" in steps[2:3] and detail["type"] in SIZE_ERRORS:
+            steps, reason = steps[:3], "must be [height, width], as in [224, 224]"
         elif detail["type"] == "missing":
             reason = "is missing" + (": `sha256sum FILE` prints it" if steps[-1] == "sha256" else "")
-        elif detail["type"] in ERROR_TEXTS:
-            reason = ERROR_TEXTS[detail["type"]]
+        elif detail["type"] == "tuple_type":
+            reason = "must be a list"
+        elif detail["type"] == "model_type":
+            reason = "must be a name or a table" if steps[-1] in NAME_OR_TABLE else "must be a table"
+            reason += ', as in { kind = "softmax" }' if steps[-1] == "head" else ""
         descriptions.append(f"{'.'.join(steps)}: {reason}")
     return descriptions
