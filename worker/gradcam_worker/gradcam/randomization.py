@@ -73,7 +73,7 @@ def randomize_parameters(
     Examples:
         ```python
         score = randomize_parameters(network)
-        score.everything  # near 0: the heatmaps show what the network has learned
+        score.everything  # near 0 or less: the heatmaps show what the network has learned
         ```
     """
     images = sample_photos(network.facts) if pixels is None else pixels

@@ -166,7 +166,7 @@ def _measure_randomization(name: str, network: object) -> Iterator[Finding]:
         )
         return
     hardly = max(filter(math.isfinite, stages.values())) > MAX_CORRELATION
-    meaning = "they hardly depend on what it has learned" if hardly else "near 0 is good"
+    meaning = "they hardly depend on what it has learned" if hardly else "0 or less is good"
     yield Finding(what, well=True, detail=f"heatmaps stay as they are by {', '.join(left)}: {meaning}")
 
 

@@ -77,6 +77,18 @@ def _utf8_bytes(text: str) -> int:
     return len(text.encode(errors="surrogatepass"))
 
 
+AN_OBJECT, A_LIST = "an object, a table of fields", "a list"
+KINDS = {"model_type": AN_OBJECT, "model_attributes_type": AN_OBJECT, "dict_type": AN_OBJECT}
+KINDS |= {"tuple_type": A_LIST, "list_type": A_LIST}
+EXAMPLES = {  # of fields of a job
+    "target": '{"top_n": 3}',
+    "method": '{"name": "rise"}',
+    "artifacts": '[{"kind": "overlay"}]',
+    "metrics": '["deletion"]',
+    "inputs": '{"age": 61}',
+}
+
+
 def describe(error: ValidationError) -> str:
     """Describe errors of pydantic in one sentence: `target.top_n: Input should be ... (received 0)`.
 
@@ -99,6 +111,13 @@ def describe(error: ValidationError) -> str:
         path = ".".join(_show_name(step) if isinstance(step, str) else str(step) for step in location)
         problem = re.sub("^Value error, ", "", detail["msg"])
         received, plain = detail["input"], isinstance(detail["input"], str | int | float | None)
+        if detail["type"] in KINDS:
+            example = EXAMPLES.get(re.sub(r"\.\d+$", "", path))
+            problem = f"must be {KINDS[detail['type']]}" + (f", as in {example}" if example else "")
+        elif detail["type"] == "union_tag_invalid":
+            told = detail["ctx"]
+            kind = told["discriminator"].strip("'")
+            problem = f"{kind} is {told['tag'][:60]!r}, which is none of {told['expected_tags']}"
         if detail["type"] == "extra_forbidden":
             problem, plain = "unknown field", False
         elif detail["type"] == "missing" or MAYBE_SECRET.search(str(received)[:2000]):
