@@ -457,8 +457,12 @@ class TestSeveralOutputs:
         import keras
 
         outputs = [keras.layers.Dense(3, name=name)(trunk.pooled) for name in ("colour", "animal")]
-        said = "no output 'shape'; it has" if output else "2 outputs: choose one of"
-        with pytest.raises(NetworkIncompatible, match=f"{said} colour, animal"):
+        said = (
+            "no output 'shape'; it has colour, animal"
+            if output
+            else r'2 outputs: choose one of colour, animal, as in head = \{output = "colour"\}'
+        )
+        with pytest.raises(NetworkIncompatible, match=said):
             wrap(keras.Model(trunk.input, outputs), head=Head(output=output))
 
     def test_outputs_of_one_nested_model_are_told_apart_by_numbers(self, trunk: Trunk, wrap: Wrap) -> None:

@@ -142,6 +142,11 @@ class TestInputs:
             wrap(model, input_size=(20, 20))
         with pytest.raises(NetworkIncompatible, match="takes an input of 12 x 16 x 3, not of 12 x 16 x 1"):
             wrap(model, preprocessing=Preprocessing("grey", channels="grey"))
+        grey = keras.Sequential([keras.Input((12, 16, 1)), keras.layers.Conv2D(3, 3), keras.layers.Flatten()])
+        with pytest.raises(
+            NetworkIncompatible, match=r'as in preprocessing = \{scale = .*channels = "grey"\}'
+        ):
+            wrap(grey)
 
     def test_a_size_that_a_layer_cannot_take_is_refused_with_the_layer(self, wrap: Wrap) -> None:
         import keras

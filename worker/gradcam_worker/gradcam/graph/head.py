@@ -194,7 +194,11 @@ def _chosen_output(graph: Graph, head: Head) -> int:
             raise NetworkIncompatible(message)
         return graph.outputs[head.output]
     if len(graph.outputs) > 1:
-        message = f"The network has {len(graph.outputs)} outputs: choose one of {names}."
+        first = next(iter(graph.outputs))
+        message = (
+            f"The network has {len(graph.outputs)} outputs: choose one of {names}, as in "
+            f'head = {{output = "{first}"}} (in Python: Head(output="{first}")).'
+        )
         raise NetworkIncompatible(message)
     return next(iter(graph.outputs.values()))
 

@@ -195,9 +195,11 @@ def _check_shape(model: Any, image: Any, input_shape: tuple[int, int, int]) -> N
         size in {None, actual} for size, actual in zip(expected, input_shape, strict=True)
     )
     if not fits:
+        needs_grey = expected[-1] == 1 != input_shape[-1]
         message = (
             f"{model.name} takes an input of {_sizes(expected)}, not of {_sizes(input_shape)} (height x "
-            "width x channels): set input_size, and the channels of its preprocessing, accordingly."
+            "width x channels): set input_size, and the channels of its preprocessing, accordingly"
+            + (', as in preprocessing = {scale = 0.00392, channels = "grey"}.' if needs_grey else ".")
         )
         raise NetworkIncompatible(message)
 
