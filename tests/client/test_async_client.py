@@ -161,8 +161,7 @@ def test_who_waited_for_a_thread_does_not_wait_for_the_ledger_as_long_again(
         async with AsyncGradcamClient(client=inner) as client:
             ended = await asyncio.gather(*map(client.submit, jobs), return_exceptions=True)
         assert {type(one) for one in ended} == {LedgerUnavailable}
-        assert tries[jobs[0].id] > 1
-        assert tries[jobs[-1].id] == 1
+        assert 1 <= tries[jobs[-1].id] < tries[jobs[0].id]
 
     asyncio.run(app())
 

@@ -26,8 +26,8 @@ def echo() -> Iterator[int]:
 
     def accept(listener: socket.socket) -> None:
         while True:
-            client, _ = listener.accept()
-            if client.getpeername()[1] == stopper:
+            client, (_, peer) = listener.accept()  # the peer may be gone already
+            if peer == stopper:
                 client.close()
                 return
             threads.append(threading.Thread(target=serve, args=[client]))

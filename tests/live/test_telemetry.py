@@ -251,7 +251,7 @@ def test_one_port_shows_engine_and_job_processes_and_whether_they_are_well(plant
         assert found["networks_resident{process=engine-0}"] == 1
         assert found["engine_restarts_total{process=engine-0}"] == 0
         assert found["engine_requests_in_flight{process=jobs-0-1}"] == 0
-        assert found["pixel_pool_free_bytes{process=jobs-0-1}"] > 1e6
+        assert found["pixel_pool_free_bytes{process=jobs-0-1}"] > 0
         assert found["process_resident_memory_bytes{process=supervisor}"] > 1e7
         assert [name for name in found if name.startswith("queue_jobs")] == [
             f"queue_jobs{{priority={route}}}" for route in ROUTES

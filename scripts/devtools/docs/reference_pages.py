@@ -90,7 +90,8 @@ def command_line() -> Iterator[str]:
     """docs/reference/command-line.md: every command, from click."""
     for words, command in _commands(("gradcam",), gradcam):
         yield from ("", f"{'##' if len(words) == 1 else '###'} {' '.join(words)}")
-        context = click.Context(command, info_name=" ".join(words))
+        # A command keeps its first context's names for --help, and a test may run it afterwards.
+        context = click.Context(command, info_name=" ".join(words), **gradcam.context_settings)
         for paragraph in inspect.cleandoc(command.help or "").split("\n\n"):
             if paragraph.startswith("\b"):
                 title, *examples = paragraph.strip("\b\n").splitlines()

@@ -119,9 +119,8 @@ def test_the_cause_at_the_end_of_a_long_message_of_keras_is_shown(tmp_path: Path
     with pytest.raises(NetworkIncompatible) as refused:
         loaded(tmp_path / "model.keras")
     told = str(refused.value)
-    assert "cannot be loaded as old: <class 'keras." in told
-    assert "could not be deserialized properly" in told
-    assert " [...] " in told
+    assert "cannot be loaded as old: [...] " in told
+    assert "using config={...}" in told
     assert told.endswith("Unrecognized keyword arguments passed to Dense: {'of_a_later_version': 1}")
     assert told.isprintable()
     assert len(told) < 1000
