@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from devtools.agreement.photos import photographs
+from gradcam_worker.gradcam.imaging.baseline import GREY
 from gradcam_worker.gradcam.methods import masking
 from gradcam_worker.gradcam.models.loading import load_network
 from gradcam_worker.gradcam.network import Method
@@ -49,7 +50,7 @@ def xplique_rise(score: Callable[[Any], Any], pixels: Floats, class_id: int, mas
 
     Rise._apply_masks = staticmethod(apply)  # noqa: SLF001  # its own masks are random, and not seeded alone
     model = keras_model(score, pixels.shape)
-    explainer = Rise(model, batch_size=16, nb_samples=len(masks), mask_value=masking.GREY)
+    explainer = Rise(model, batch_size=16, nb_samples=len(masks), mask_value=GREY)
     target = np.eye(1000, dtype=np.float32)[[class_id]]
     return np.asarray(explainer(pixels[None], target), np.float32).reshape(pixels.shape[:2])
 
@@ -82,7 +83,7 @@ def captum_occlusion(score: Callable[[Any], Any], pixels: Floats, class_id: int)
         torch.from_numpy(pixels.transpose(2, 0, 1)[None].copy()),
         sliding_window_shapes=(3, WINDOW, WINDOW),
         strides=(3, STRIDE, STRIDE),
-        baselines=masking.GREY,
+        baselines=GREY,
         target=class_id,
         perturbations_per_eval=16,
     )
@@ -111,7 +112,7 @@ def main() -> None:
             for method in (rise, squares)
         }
         floats = pixels.astype(np.float32)
-        covered = np.rint((floats - masking.GREY) * masks[..., None] + masking.GREY).astype(np.uint8)
+        covered = np.rint((floats - GREY) * masks[..., None] + GREY).astype(np.uint8)
         mean = np.mean([network.scores(part)[:, class_id] for part in covered.reshape(-1, 16, *pixels.shape)])
         theirs = (xplique_rise(on_device, floats, class_id, masks) - mean) * masks.sum(0) / (MASKS / 2)
         differences = []

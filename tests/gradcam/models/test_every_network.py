@@ -55,13 +55,15 @@ def test_preprocessing_is_what_keras_does_for_its_weights(
 ) -> None:
     import keras
 
-    from gradcam_worker.gradcam.models.keras_network import preprocess
+    from gradcam_worker.gradcam.imaging.network_input import preprocess
 
     builder = getattr(keras.applications, str(row.builder).split(":")[1])
     keras_preprocess = sys.modules[builder.__module__].preprocess_input
     assert inspect.isfunction(keras_preprocess)
     pixels = noise(2, 5, 4).astype(np.float32)
-    assert_allclose(preprocess(pixels, row.preprocessing), keras_preprocess(pixels.copy()), atol=1e-5)
+    assert_allclose(
+        preprocess(pixels, row.preprocessing, keras.ops), keras_preprocess(pixels.copy()), atol=1e-5
+    )
 
 
 @pytest.fixture(scope="module")

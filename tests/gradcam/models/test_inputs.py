@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -39,31 +39,24 @@ class TestInputs:
         expected = tape_gradients(model, inputs, inner.get_layer("act"), head=model.get_layer("scores"))
         assert_allclose(computed.raw, expected.raw, atol=1e-5 * np.abs(expected.raw).max())
 
-    def test_a_network_for_grey_images_gets_the_luminance(
-        self, wrap: Wrap, tape_gradients: Callable[..., Any]
+    @pytest.mark.parametrize(
+        ("channels", "weights"), [("grey", [0.299, 0.587, 0.114]), ("grey_mean", [1 / 3] * 3)]
+    )
+    def test_a_network_for_grey_images_gets_the_luminance_or_the_mean(
+        self,
+        channels: Literal["grey", "grey_mean"],
+        weights: list[float],
+        wrap: Wrap,
+        tape_gradients: Callable[..., Any],
     ) -> None:
         import keras
 
         inner = backbone(keras, shape=(ROWS, COLUMNS, 1))
         model = keras.Model(inner.input, add_classifier(keras, inner.output))
         pixels = np.random.default_rng(1).integers(0, 256, (2, ROWS, COLUMNS, 3), np.uint8)
-        how = Preprocessing("own", (0.0,), (255.0,), channels="grey")
+        how = Preprocessing("own", (0.0,), (255.0,), channels=channels)
         computed = wrap(model, preprocessing=how).compute(pixels, ALL_CLASSES)
-        grey = (pixels @ np.array([[0.299], [0.587], [0.114]]) / 255).astype(np.float32)
-        expected = tape_gradients(model, grey, inner.get_layer("act"), head=model.get_layer("scores"))
-        assert_allclose(computed.raw, expected.raw, atol=1e-5 * np.abs(expected.raw).max())
-
-    def test_a_network_for_grey_images_may_get_the_mean(
-        self, wrap: Wrap, tape_gradients: Callable[..., Any]
-    ) -> None:
-        import keras
-
-        inner = backbone(keras, shape=(ROWS, COLUMNS, 1))
-        model = keras.Model(inner.input, add_classifier(keras, inner.output))
-        pixels = np.random.default_rng(1).integers(0, 256, (2, ROWS, COLUMNS, 3), np.uint8)
-        how = Preprocessing("own", (0.0,), (255.0,), channels="grey_mean")
-        computed = wrap(model, preprocessing=how).compute(pixels, ALL_CLASSES)
-        grey = (pixels.mean(axis=-1, keepdims=True) / 255).astype(np.float32)
+        grey = (pixels @ np.array(weights)[:, np.newaxis] / 255).astype(np.float32)
         expected = tape_gradients(model, grey, inner.get_layer("act"), head=model.get_layer("scores"))
         assert_allclose(computed.raw, expected.raw, atol=1e-5 * np.abs(expected.raw).max())
 

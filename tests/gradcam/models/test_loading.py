@@ -140,20 +140,22 @@ def test_preprocessing_is_what_keras_does_for_these_weights(
 ) -> None:
     import keras
 
-    from gradcam_worker.gradcam.models.keras_network import preprocess
+    from gradcam_worker.gradcam.imaging.network_input import preprocess
 
     pixels = noise(2, 5, 4).astype(np.float32)
     module = {"densenet121": "densenet", "efficientnetb0": "efficientnet"}.get(name, name)
     expected = getattr(keras.applications, module).preprocess_input(pixels.copy())
-    assert_allclose(preprocess(pixels, CATALOG[name].preprocessing), expected, atol=1e-5)
+    assert_allclose(preprocess(pixels, CATALOG[name].preprocessing, keras.ops), expected, atol=1e-5)
 
 
 def test_preprocessing_of_efficientnet_lite_takes_127_and_divides_by_128() -> None:
-    from gradcam_worker.gradcam.models.keras_network import preprocess
+    import keras
+
+    from gradcam_worker.gradcam.imaging.network_input import preprocess
 
     pixels = np.array([[[[0, 127, 255]]]], np.float32)
     preprocessing = CATALOG["efficientnet_lite0"].preprocessing
-    assert_array_equal(preprocess(pixels, preprocessing), [[[[-127 / 128, 0, 1]]]])
+    assert_array_equal(preprocess(pixels, preprocessing, keras.ops), [[[[-127 / 128, 0, 1]]]])
 
 
 def test_the_whole_backward_pass_can_be_requested(wrap: Callable[..., Any]) -> None:

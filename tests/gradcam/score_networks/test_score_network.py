@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from gradcam_worker.errors import InvalidSettings, MethodNotSupported, NetworkIncompatible
 from gradcam_worker.gradcam import explain_image, wrap_callable
 from gradcam_worker.gradcam.catalog import PREPROCESSING, Head, Preprocessing
-from gradcam_worker.gradcam.score_networks.score_network import ScoreNetwork, preprocess
+from gradcam_worker.gradcam.imaging.network_input import preprocess
+from gradcam_worker.gradcam.score_networks.score_network import ScoreNetwork
 
 SIZE = (16, 24)
 PIXELS = np.full((*SIZE, 3), 90, np.uint8)
@@ -78,10 +79,11 @@ def test_a_function_gets_the_pixels_or_what_preprocessing_makes_of_them() -> Non
     "preprocessing", [*PREPROCESSING.values(), Preprocessing("grey", (9.0,), (3.0,), channels="grey")]
 )
 def test_preprocessing_is_that_of_keras_networks(preprocessing: Preprocessing) -> None:
-    from gradcam_worker.gradcam.models import keras_network
+    import keras
 
-    expected = np.asarray(keras_network.preprocess(PIXELS[None].astype("float32"), preprocessing))
-    assert_allclose(preprocess(PIXELS[None], preprocessing), expected, rtol=1e-6, atol=1e-6)
+    pixels = PIXELS[None].astype("float32")
+    expected = np.asarray(preprocess(pixels, preprocessing, keras.ops))
+    assert_allclose(preprocess(pixels, preprocessing, np), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_probabilities_that_sum_to_one_are_taken_as_such_and_other_scores_get_a_softmax() -> None:

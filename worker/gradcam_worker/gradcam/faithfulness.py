@@ -18,11 +18,11 @@ Increase in Confidence, as shares. Masked pixels are rounded to whole levels.
 
 from collections.abc import Callable, Sequence
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from gradcam_worker.gradcam.explain import Explanation
+from gradcam_worker.gradcam.imaging.baseline import GREY, blurred
 from gradcam_worker.gradcam.imaging.resize import enlarge
 from gradcam_worker.gradcam.probabilities import to_probabilities
 
@@ -30,8 +30,6 @@ CURVES = ("deletion", "insertion")
 METRICS = (*CURVES, "confidence_drop", "confidence_increase")
 STEPS = 32  # so 33 images are scored for each class and metric
 BATCH = 16  # images scored at once
-GREY = 127  # level of deleted pixels
-BLUR = 0.05  # standard deviation, as a share of the longer side: about 11 of 224 pixels
 
 Pixels = NDArray[np.uint8]
 Score = Callable[[Pixels], NDArray[np.float32]]  # pixels (n, height, width, channels) -> scores (n, classes)
@@ -71,8 +69,7 @@ def _areas(
     metrics: Sequence[str],
 ) -> list[dict[str, float]]:
     """The area under each curve, for each class."""
-    blurred = cv2.GaussianBlur(pixels, (0, 0), BLUR * max(pixels.shape[:2])).reshape(pixels.shape)
-    start_and_end = {"deletion": (pixels, np.full_like(pixels, GREY)), "insertion": (blurred, pixels)}
+    start_and_end = {"deletion": (pixels, np.full_like(pixels, GREY)), "insertion": (blurred(pixels), pixels)}
     results = []
     for prediction, heatmap in zip(explanation.explained, heatmaps, strict=True):
         replaced_at = _replacement_steps(heatmap)

@@ -42,6 +42,7 @@ from gradcam_worker.gradcam.faithfulness import measure
 from gradcam_worker.gradcam.methods import integrated
 from gradcam_worker.gradcam.network import Computed, Method, NetworkFacts, repeat_values
 from gradcam_worker.inference import messages
+from gradcam_worker.inference.image_in_parts import infer_in_parts
 from gradcam_worker.inference.messages import (
     FACTS,
     LABELS,
@@ -63,7 +64,7 @@ from gradcam_worker.inference.messages import (
 )
 from gradcam_worker.inference.model_cache import choose_shard_batch_size, extract_each
 from gradcam_worker.inference.pixel_pool import Block, PixelPool, aligned
-from gradcam_worker.inference.request import InferenceResult
+from gradcam_worker.inference.request import InferenceResponse, InferenceResult
 from gradcam_worker.observability import tracing
 from gradcam_worker.observability.events import NULL_OBSERVER, Observer
 from gradcam_worker.resilience.deadline import Deadline
@@ -760,23 +761,16 @@ class EngineSlot:
         values: NDArray[np.float32] | None,
     ) -> InferenceResult:
         """`infer` with Integrated Gradients, part by part."""
-        answers: list[Answer] = []
 
-        def compute(images: NDArray[np.uint8], wanted: NDArray[np.int32], part: Method) -> Computed:
-            ids = tuple(wanted[0].tolist())
-            with self._client.reserve() if answers else nullcontext(self) as slot:
-                answer = slot.compute(network, images[0], ids, part, deadline, bulk=bulk, values=values)
-            answers.append(answer)
-            return answers[-1].computed.of(slice(0, 1), len(ids))
+        def infer_part(image: NDArray[np.uint8], ids: tuple[int, ...], part: Method) -> InferenceResponse:
+            with self._client.reserve() if self._is_closed else nullcontext(self) as slot:
+                answer = slot.compute(network, image, ids, part, deadline, bulk=bulk, values=values)
+            return InferenceResponse(
+                answer.computed, 0, answer.waited_s, answer.computed_s, answer.batch_size
+            )
 
         score = partial(self._client.scores, network, deadline=deadline, bulk=bulk, values=values)
-        selected = pad_selections([classes])
-        computed = integrated.integrate(compute, score, pixels[None], selected, method, network.facts.head)
-        explanation = extract_explanation(network, computed, 0, classes, method)
-        waited_s, computed_s = (
-            sum(getattr(answer, name) for answer in answers) for name in ("waited_s", "computed_s")
-        )
-        return InferenceResult(explanation, waited_s, computed_s, answers[-1].batch_size)
+        return infer_in_parts(network, pixels, classes, method, infer_part, score)
 
 
 def _fields(method: Method) -> tuple[Any, ...]:

@@ -37,6 +37,7 @@ from gradcam_worker.gradcam.network import (
     scores,
 )
 from gradcam_worker.inference.batcher import DEFAULT_BATCH_SIZE, Batcher
+from gradcam_worker.inference.image_in_parts import infer_in_parts
 from gradcam_worker.inference.request import InferenceRequest, InferenceResponse, InferenceResult
 from gradcam_worker.observability.events import NULL_OBSERVER, Observer
 from gradcam_worker.resilience.deadline import Deadline
@@ -125,25 +126,11 @@ class BatchSlot:
         values: NDArray[np.float32] | None,
     ) -> InferenceResult:
         """`infer` with Integrated Gradients, part by part."""
-        responses: list[InferenceResponse] = []
 
-        def compute(images: NDArray[np.uint8], wanted: NDArray[np.int32], part: Method) -> Computed:
-            ids = wanted[0].tolist()
-            responses.append(
-                self._batcher.compute(
-                    network,
-                    images[0],
-                    ids,
-                    part,
-                    deadline,
-                    bulk=bulk,
-                    submitted=self._submitted,
-                    values=values,
-                )
+        def infer_part(image: NDArray[np.uint8], ids: tuple[int, ...], part: Method) -> InferenceResponse:
+            return self._batcher.compute(
+                network, image, ids, part, deadline, bulk=bulk, submitted=self._submitted, values=values
             )
-            computed: Computed = responses[-1].computed
-            index = responses[-1].index
-            return computed.of(slice(index, index + 1), len(ids))
 
         def score(images: NDArray[np.uint8]) -> NDArray[np.float32]:
             its_values = repeat_values(values, len(images))
@@ -151,13 +138,7 @@ class BatchSlot:
                 lambda: scores(network, images, its_values), deadline, bulk=bulk
             )
 
-        selected = pad_selections([classes])
-        computed = integrated.integrate(compute, score, pixels[None], selected, method, network.facts.head)
-        explanation = extract_explanation(network, computed, 0, classes, method)
-        waited_s, computed_s = (
-            sum(getattr(response, name) for response in responses) for name in ("waited_s", "computed_s")
-        )
-        return InferenceResult(explanation, waited_s, computed_s, responses[-1].batch_size)
+        return infer_in_parts(network, pixels, classes, method, infer_part, score)
 
 
 class ModelCache:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from gradcam_worker.errors import ImagePixelsExceeded
+from gradcam_worker.gradcam.catalog import Preprocessing
 from gradcam_worker.gradcam.imaging.resize import MAX_OPENCV_CHANNELS, Pixels, fit
 from gradcam_worker.gradcam.sizing import Size, Sizing
 
@@ -151,3 +152,25 @@ def _cut(resized: Pixels, size: Size, top: int, left: int, sizing: Sizing) -> Pi
     )
     canvas[rows[1], columns[1]] = resized[rows[0], columns[0]]
     return canvas
+
+
+def preprocess(pixels: Any, preprocessing: Preprocessing, ops: Any) -> Any:
+    """Preprocess pixels.
+
+    Args:
+        pixels: (n, height, width, channels) float32 in 0..255, RGB.
+        preprocessing: Order of the channels, mean and standard deviation.
+        ops: What computes: `keras.ops` on the device, or `numpy`.
+
+    Returns:
+        The network's input, of the same shape but for the channels.
+    """
+    if preprocessing.channels == "bgr":
+        pixels = ops.flip(pixels, axis=-1)
+    elif preprocessing.channels == "grey":
+        luma = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
+        pixels = ops.sum(pixels * luma, axis=-1, keepdims=True)
+    elif preprocessing.channels == "grey_mean":
+        pixels = ops.mean(pixels, axis=-1, keepdims=True)
+    mean, std = (np.asarray(values, np.float32) for values in (preprocessing.mean, preprocessing.std))
+    return (pixels - mean) / std

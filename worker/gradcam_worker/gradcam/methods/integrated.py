@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradcam_worker.errors import InvalidJob
+from gradcam_worker.gradcam.imaging.baseline import GREY, blurred
 from gradcam_worker.gradcam.network import Computed, Method
 from gradcam_worker.gradcam.probabilities import explained_score
 
@@ -28,8 +29,6 @@ BASELINES = ("black", "grey", "blurred")
 BASELINE, STEPS = "black", 64  # the defaults; black is the paper's
 MIN_STEPS, MAX_STEPS = 8, 1024
 STEPS_AT_ONCE = 8  # of an image, in one request: it occupies the device about as long as a batch of Grad-CAM
-GREY = 127  # the level of a grey baseline, as of deleted pixels
-BLUR = 0.05  # standard deviation of a blurred baseline, as a share of the longer side: as for insertion
 MAX_COMPLETENESS_ERROR = 0.1  # above it a result has a warning
 SMOOTHING, PERCENTILE = 0.005, 99.0  # of drawn heatmaps: standard deviation, as a share of the longer side
 MAX_VALUES = 2**24  # attributions of all images and classes of a shard's pass: 128 MB as float64
@@ -80,9 +79,7 @@ def baseline(pixels: Pixels, name: str | None) -> Pixels:
         As `pixels`.
     """
     if name == "blurred":
-        sigma = BLUR * max(pixels.shape[1:3])
-        blurred = [cv2.GaussianBlur(image, (0, 0), sigma).reshape(image.shape) for image in pixels]
-        return np.stack(blurred)
+        return np.stack([blurred(image) for image in pixels])
     return np.full_like(pixels, GREY if name == "grey" else 0)
 
 

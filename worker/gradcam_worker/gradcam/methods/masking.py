@@ -30,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradcam_worker.errors import InvalidJob
+from gradcam_worker.gradcam.imaging.baseline import GREY
 from gradcam_worker.gradcam.network import Computed, Method
 
 METHODS = ("rise", "occlusion")
@@ -39,7 +40,6 @@ DEFAULT_CELLS = 7  # of a mask, along each side: as in the paper
 KEPT = 0.5  # probability that a cell is kept: as in the paper
 VALUES_PER_CELL = 4  # of a heatmap of RISE, along each side
 DEFAULT_WINDOWS = 7  # of occlusion along the shorter side: 32 of 224 pixels
-GREY = 127  # level of covered pixels, as in `faithfulness`
 BASELINE = "grey"  # for manifests, as `integrated.BASELINES` name it
 LAYER = "input"  # what stands where other methods name their target layer
 PASS_VALUES = 16 * 224 * 224  # height x width of all images of a pass

@@ -22,6 +22,7 @@ from gradcam_worker.gradcam.graph.head import ROUNDING, decide_kind, find_logits
 from gradcam_worker.gradcam.graph.shortcut import BackwardShortcut, itself
 from gradcam_worker.gradcam.graph.target_layer import LayerIndex, TargetLayer, has_preprocessing
 from gradcam_worker.gradcam.graph.trace import trace_model
+from gradcam_worker.gradcam.imaging.network_input import preprocess
 from gradcam_worker.gradcam.methods import cam, gradients, integrated
 from gradcam_worker.gradcam.methods.score_gradients import logit, score_gradient
 from gradcam_worker.gradcam.models import further_inputs, load_checks
@@ -455,7 +456,7 @@ class KerasNetwork:
         preprocessing = self._row.preprocessing
         if not prepare:
             preprocessing = Preprocessing("none", channels=_without_reordering(preprocessing))
-        prepared = preprocess(ops.cast(pixels, "float32"), preprocessing)
+        prepared = preprocess(ops.cast(pixels, "float32"), preprocessing, ops)
         dtype = self._input_dtype
         return ops.cast(prepared if "float" in dtype else ops.round(prepared), dtype)
 
@@ -549,24 +550,3 @@ def _prepares(method: Method) -> bool:
 
 def _without_reordering(preprocessing: Preprocessing) -> catalog.Channels:
     return "rgb" if preprocessing.channels == "bgr" else preprocessing.channels
-
-
-def preprocess(pixels: Any, preprocessing: Preprocessing) -> Any:
-    """Preprocess pixels on the device.
-
-    Args:
-        pixels: (n, height, width, channels) float32 in 0..255, RGB.
-        preprocessing: Order of the channels, mean and standard deviation.
-
-    Returns:
-        The network's input, of the same shape but for the channels.
-    """
-    if preprocessing.channels == "bgr":
-        pixels = ops.flip(pixels, axis=-1)
-    elif preprocessing.channels == "grey":
-        luma = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
-        pixels = ops.sum(pixels * luma, axis=-1, keepdims=True)
-    elif preprocessing.channels == "grey_mean":
-        pixels = ops.mean(pixels, axis=-1, keepdims=True)
-    mean, std = (np.asarray(values, np.float32) for values in (preprocessing.mean, preprocessing.std))
-    return (pixels - mean) / std

@@ -19,6 +19,7 @@ from gradcam_worker.gradcam.catalog import (
 )
 from gradcam_worker.gradcam.files import label_file
 from gradcam_worker.gradcam.files.label_file import Labels
+from gradcam_worker.gradcam.imaging.network_input import preprocess
 from gradcam_worker.gradcam.methods import masking
 from gradcam_worker.gradcam.models.sample_images import varied_images
 from gradcam_worker.gradcam.network import GRADCAM, Computed, Method, NetworkFacts
@@ -140,7 +141,9 @@ class ScoreNetwork:
 
     def _outputs(self, pixels: Pixels) -> NDArray[np.float32]:
         """The outputs (n, units). Raises NetworkIncompatible where they have another shape."""
-        given = preprocess(pixels, self._preprocessing) if self._preprocessing else pixels
+        given = (
+            preprocess(pixels.astype(np.float32), self._preprocessing, np) if self._preprocessing else pixels
+        )
         returned = self._run(given)
         outputs = np.asarray(returned.detach().cpu() if hasattr(returned, "detach") else returned)
         count = len(pixels)
@@ -203,20 +206,6 @@ def wrap_callable(
         scores_only=True,
     )
     return ScoreNetwork(row, function, prepares=preprocessing is not None, backend="a Python function")
-
-
-def preprocess(pixels: Pixels, preprocessing: Preprocessing) -> NDArray[np.float32]:
-    """Preprocess pixels (n, height, width, channels): see `keras_network.preprocess`."""
-    values = pixels.astype(np.float32)
-    if preprocessing.channels == "bgr":
-        values = values[..., ::-1]
-    elif preprocessing.channels == "grey":
-        luma = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
-        values = np.sum(values * luma, axis=-1, keepdims=True)
-    elif preprocessing.channels == "grey_mean":
-        values = values.mean(axis=-1, keepdims=True)
-    mean, std = (np.asarray(numbers, np.float32) for numbers in (preprocessing.mean, preprocessing.std))
-    return np.asarray((values - mean) / std, np.float32)
 
 
 def _kind_of(row: NetworkRow, outputs: NDArray[np.float64], sum_error: float) -> HeadKind:
