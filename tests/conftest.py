@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import logging
+import os
 import random
 import re
 import signal
@@ -65,10 +66,12 @@ FOLDERS_OF_SERVERS = {"live", "faults", "devtools", "deploy"}
 
 
 def pytest_configure() -> None:
-    """Let Ctrl-C reach the programs that tests start, even if the suite runs in the background.
+    """Let Ctrl-C reach the programs that tests start, and keep TensorFlow's lines out of their logs.
 
     A shell without job control starts background processes with SIGINT ignored, and children inherit that.
+    They inherit TensorFlow's level of logging too, which JAX lowers where it is imported before ours.
     """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
