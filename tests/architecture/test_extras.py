@@ -22,6 +22,7 @@ DISTRIBUTIONS = {  # what brings a package that is not installed here, or that c
     "keras_hub": "keras-hub",
     "prometheus_client": "prometheus-client",
     "pynvml": "nvidia-ml-py",
+    "starlette": "fastapi",
     "tf_keras": "tf-keras",
     "urllib3": "boto3",
 }

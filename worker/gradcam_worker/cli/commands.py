@@ -8,7 +8,7 @@ import click
 from click.core import ParameterSource
 
 from gradcam_worker import __version__, extras
-from gradcam_worker.cli import backfill, convert, gallery, jobs, operate, replay
+from gradcam_worker.cli import backfill, convert, gallery, jobs, operate, replay, serve
 from gradcam_worker.cli.options import json_option
 from gradcam_worker.errors import GradcamError, InvalidSettings
 from gradcam_worker.observability.logs import configure_logging
@@ -238,5 +238,6 @@ for _command in (
     backfill.backfill,
     operate.networks,
     operate.top,
+    serve.serve,
 ):
     gradcam.add_command(_command)

@@ -1,7 +1,7 @@
 """Base classes of the models on the wire, and sentences about what is wrong with a document."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -101,18 +101,31 @@ def describe(error: ValidationError) -> str:
     Returns:
         The sentence, at most 2000 characters.
     """
-    findings = []
+    findings = (
+        f"{_show_path(location) or 'the message'}: {problem}" for location, problem in describe_each(error)
+    )
+    return "; ".join(findings)[:2000]
+
+
+def describe_each(error: ValidationError) -> Iterator[tuple[tuple[int | str, ...], str]]:
+    """Describe errors of pydantic one by one.
+
+    Args:
+        error: The error.
+
+    Yields:
+        The location of a field, and what is wrong with it, as in `describe`.
+    """
     errors = error.errors(include_url=False)
     for detail in errors[:8]:
         location = detail["loc"]
         inner = [other["loc"] for other in errors if len(other["loc"]) > len(location)]
         if location in {other[: len(location)] for other in inner}:
             continue  # a consequence of an error inside this field
-        path = ".".join(_show_name(step) if isinstance(step, str) else str(step) for step in location)
         problem = re.sub("^Value error, ", "", detail["msg"])
         received, plain = detail["input"], isinstance(detail["input"], str | int | float | None)
         if detail["type"] in KINDS:
-            example = EXAMPLES.get(re.sub(r"\.\d+$", "", path))
+            example = EXAMPLES.get(re.sub(r"\.\d+$", "", _show_path(location)))
             problem = f"must be {KINDS[detail['type']]}" + (f", as in {example}" if example else "")
         elif detail["type"] == "union_tag_invalid":
             told = detail["ctx"]
@@ -123,8 +136,11 @@ def describe(error: ValidationError) -> str:
         elif detail["type"] == "missing" or MAYBE_SECRET.search(str(received)[:2000]):
             plain = False
         shown = f" (received {repr(received)[:60]})" if plain else ""
-        findings.append(f"{path or 'the message'}: {problem}{shown}")
-    return "; ".join(findings)[:2000]
+        yield location, f"{problem}{shown}"
+
+
+def _show_path(location: tuple[int | str, ...]) -> str:
+    return ".".join(_show_name(step) if isinstance(step, str) else str(step) for step in location)
 
 
 def _show_name(name: str) -> str:

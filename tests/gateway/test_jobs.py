@@ -1,0 +1,74 @@
+"""The routes of jobs."""
+
+import pytest
+from fastapi.testclient import TestClient
+
+from gradcam_worker.gateway.jobs import requested_wait_s
+
+FIELDS = {"image": "s3://in/red.png", "network": "vgg16", "target": {"top_n": 1}}
+
+
+def test_a_job_is_accepted_and_read(waiting: TestClient) -> None:
+    accepted = waiting.post("/v1/jobs", json=FIELDS)
+    assert accepted.status_code == 202
+    assert accepted.json()["status"] == "queued"
+    location = accepted.headers["location"]
+    assert location == f"/v1/jobs/{accepted.json()['id']}"
+    assert waiting.get(location).json() == accepted.json()
+    assert "etag" not in accepted.headers
+
+
+def test_the_same_idempotency_key_is_the_same_job(waiting: TestClient) -> None:
+    first, second = (
+        waiting.post("/v1/jobs", json=FIELDS, headers={"Idempotency-Key": "upload 7"}) for _ in range(2)
+    )
+    assert first.json()["id"] == second.json()["id"]
+    other = waiting.post(
+        "/v1/jobs", json={**FIELDS, "network": "other"}, headers={"Idempotency-Key": "upload 7"}
+    )
+    assert other.status_code == 409
+    assert other.json()["code"] == "idempotency_conflict"
+
+
+def test_who_prefers_to_wait_gets_the_final_document(eager: TestClient) -> None:
+    answer = eager.post("/v1/jobs", json=FIELDS, headers={"Prefer": "wait=20"})
+    assert answer.status_code == 200
+    assert answer.headers["preference-applied"] == "wait=20"
+    assert answer.json()["status"] == "succeeded"
+
+
+@pytest.mark.parametrize(
+    ("prefer", "seconds"),
+    [
+        (None, 0),
+        ("wait=20", 20),
+        ("respond-async, wait=20", 20),
+        ("Wait = 5 ; foo", 5),
+        ("wait=999999", 120),
+        ("wait=soon", 0),
+        ("handling=lenient", 0),
+    ],
+)
+def test_the_preference_to_wait_is_read(prefer: str | None, seconds: float) -> None:
+    assert requested_wait_s(prefer) == seconds
+
+
+def test_an_invalid_job_is_refused_with_each_field_that_is_wrong(waiting: TestClient) -> None:
+    refused = waiting.post("/v1/jobs", json={**FIELDS, "target": {"top_n": 0}, "colour": "red"})
+    assert refused.status_code == 422
+    assert refused.headers["content-type"] == "application/problem+json"
+    problem = refused.json()
+    assert problem["type"] == "urn:gradcam:problem:invalid_job"
+    assert [one["pointer"] for one in problem["errors"]] == ["#/target/top_n", "#/colour"]
+
+
+def test_an_unknown_job_is_not_found(waiting: TestClient) -> None:
+    missing = waiting.get("/v1/jobs/01890a5d-ac96-774b-bcce-b302099a8057")
+    assert missing.status_code == 404
+    assert missing.json()["code"] == "unknown_job"
+    assert waiting.get("/v1/nothing").json()["code"] == "not_found"
+    assert waiting.delete("/v1/jobs").json()["code"] == "method_not_allowed"
+
+
+def test_the_process_is_alive_and_ready(waiting: TestClient) -> None:
+    assert waiting.get("/live").json() == waiting.get("/ready").json() == {"status": "ok"}

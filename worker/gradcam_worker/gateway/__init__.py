@@ -1,0 +1,4 @@
+"""The HTTP API, `gradcam serve`: jobs, events, results, uploads and backfills over `AsyncGradcamClient`.
+
+Begin at `app.create_app`. FastAPI, Starlette and uvicorn are imported in this package alone.
+"""

@@ -1,0 +1,126 @@
+"""Errors as problem details (RFC 9457): `application/problem+json`.
+
+`detail` is the error's `public_message`: no setting, host, bucket or path of the operator's. What is wrong
+with the request itself is in `errors`: a JSON pointer into the body or a parameter's name, with a sentence.
+"""
+
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+from gradcam_worker import errors
+from gradcam_worker.errors import GradcamError, InternalError
+from gradcam_worker.schemas.model import describe_each
+from gradcam_worker.text.log_events import EventLogger
+
+log = EventLogger("gradcam")
+
+MEDIA_TYPE = "application/problem+json"
+URN = "urn:gradcam:problem:"
+STATUS_OF: Mapping[type[GradcamError], HTTPStatus] = {  # of the nearest class
+    errors.InvalidRequest: HTTPStatus.BAD_REQUEST,
+    errors.RequestTooLarge: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    errors.UnsupportedRequestType: HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+    errors.ServerBusy: HTTPStatus.SERVICE_UNAVAILABLE,
+    errors.UnknownJob: HTTPStatus.NOT_FOUND,
+    errors.UnknownBackfill: HTTPStatus.NOT_FOUND,
+    errors.NoResult: HTTPStatus.CONFLICT,
+    errors.JobNotFailed: HTTPStatus.CONFLICT,
+    errors.IdempotencyConflict: HTTPStatus.CONFLICT,
+    errors.BackfillConflict: HTTPStatus.CONFLICT,
+    errors.ImageTooLarge: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    errors.UnsupportedMediaType: HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+    errors.RedisUnavailable: HTTPStatus.SERVICE_UNAVAILABLE,
+    errors.StorageUnavailable: HTTPStatus.SERVICE_UNAVAILABLE,
+    errors.WorkerUnfit: HTTPStatus.SERVICE_UNAVAILABLE,
+    errors.WaitTimeout: HTTPStatus.GATEWAY_TIMEOUT,
+    errors.InvalidSettings: HTTPStatus.INTERNAL_SERVER_ERROR,
+    errors.MissingExtra: HTTPStatus.INTERNAL_SERVER_ERROR,
+    errors.PermanentError: HTTPStatus.UNPROCESSABLE_ENTITY,
+    errors.GradcamError: HTTPStatus.INTERNAL_SERVER_ERROR,
+}
+RETRY_AFTER_S = 2  # where an error does not say it itself
+
+
+def status_of(error: GradcamError) -> HTTPStatus:
+    """The HTTP status of an error: that of the nearest of its classes."""
+    return next(STATUS_OF[kind] for kind in type(error).__mro__ if kind in STATUS_OF)
+
+
+def problem_response(error: GradcamError) -> Response:
+    """The answer to a request that ended with an error."""
+    status = status_of(error)
+    if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        log.warning("request_failed", error=error)
+    else:
+        log.debug("request_refused", error=error)
+    body: dict[str, Any] = {
+        "type": f"{URN}{error.code}",
+        "title": (type(error).__doc__ or error.code).split("\n")[0].rstrip("."),
+        "status": status.value,
+        "detail": error.public_message,
+        "code": error.code,
+        "retryable": error.retryable,
+    }
+    if findings := _findings(error):
+        body["errors"] = findings
+    headers = {}
+    if status in {HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.TOO_MANY_REQUESTS}:
+        headers["Retry-After"] = str(max(1, round(getattr(error, "retry_after_s", None) or RETRY_AFTER_S)))
+    if status == HTTPStatus.UNAUTHORIZED:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(body, status.value, headers, MEDIA_TYPE)
+
+
+def _findings(error: GradcamError) -> list[Mapping[str, str]]:
+    """What is wrong with each field of the request."""
+    if isinstance(error, errors.InvalidRequest):
+        return [*error.findings]
+    if isinstance(error.__cause__, ValidationError):
+        return [
+            {"pointer": pointer(location), "detail": sentence}
+            for location, sentence in describe_each(error.__cause__)
+        ]
+    return []
+
+
+def pointer(location: tuple[str | int, ...]) -> str:
+    """A JSON pointer (RFC 6901), as a fragment of a URI, to a field of the body."""
+    steps = (str(step).replace("~", "~0").replace("/", "~1") for step in location)
+    return "#" + "".join(f"/{step}" for step in steps)
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Let an app answer every error with a problem."""
+
+    async def refuse(_: Request, error: Exception) -> Response:
+        return problem_response(error if isinstance(error, GradcamError) else InternalError.of(error))
+
+    async def refuse_parameters(_: Request, error: Exception) -> Response:
+        found = error.errors() if isinstance(error, RequestValidationError) else []
+        findings = [{"parameter": str(one["loc"][-1]), "detail": str(one["msg"])} for one in found]
+        return problem_response(errors.InvalidRequest("A parameter is not valid.", findings))
+
+    async def refuse_route(_: Request, error: Exception) -> Response:
+        status = HTTPStatus(error.status_code if isinstance(error, HTTPException) else 500)
+        code = status.phrase.lower().replace(" ", "_").replace("-", "_")
+        body = {
+            "type": f"{URN}{code}",
+            "title": status.phrase,
+            "status": status.value,
+            "detail": status.description or status.phrase,
+            "code": code,
+            "retryable": False,
+        }
+        return JSONResponse(body, status.value, getattr(error, "headers", None), MEDIA_TYPE)
+
+    app.add_exception_handler(GradcamError, refuse)
+    app.add_exception_handler(RequestValidationError, refuse_parameters)
+    app.add_exception_handler(HTTPException, refuse_route)
+    app.add_exception_handler(Exception, refuse)

@@ -1,0 +1,39 @@
+"""Runs the app with uvicorn."""
+
+import uvicorn
+
+from gradcam_worker.gateway.app import create_app
+from gradcam_worker.settings import Settings
+
+SHUTDOWN_S = 10  # for open requests, after SIGTERM
+IDLE_S = 75  # of a connection without a request: longer than most load balancers keep it
+MAX_HEADER_BYTES = 32 * 1024
+
+
+def run(settings: Settings, host: str, port: int) -> int:
+    """Serve the HTTP API until SIGTERM or Ctrl-C.
+
+    Args:
+        settings: Those of a client.
+        host: The address to listen at.
+        port: The port.
+
+    Returns:
+        The exit code.
+    """
+    config = uvicorn.Config(
+        create_app(settings),
+        host=host,
+        port=port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=SHUTDOWN_S,
+        timeout_keep_alive=IDLE_S,
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+        lifespan="on",
+        ws="none",
+    )
+    server = uvicorn.Server(config)
+    server.run()
+    return 0 if server.started else 1
