@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from gradcam_worker import __version__
 from gradcam_worker.backfill.registry import RedisBackfillRegistry
 from gradcam_worker.broker.publisher import Publisher
 from gradcam_worker.execution.handler import JobHandler
@@ -18,6 +19,7 @@ from gradcam_worker.resilience.circuit_breaker import CircuitBreaker
 from gradcam_worker.resilience.outages import Outages
 from gradcam_worker.resilience.stall import StallDetector
 from gradcam_worker.runtime import background, service_factory
+from gradcam_worker.runtime.offered_networks import NetworkReport
 from gradcam_worker.schemas.ids import process_name, utc_now
 from gradcam_worker.schemas.status import WorkerRef
 from gradcam_worker.settings import Settings
@@ -46,6 +48,7 @@ def build_worker(
     worker = WorkerRef(id=process_name(), device=device)
     ledger.observer, outages = observer, Outages()
     breaker = CircuitBreaker(partial(use_storage, services.stores))
+    networks = NetworkReport(settings, services.networks)
 
     def health() -> str:
         """The state of this worker as JSON, which the ledger shows: see `Ledger.find_workers`."""
@@ -55,6 +58,8 @@ def build_worker(
             "running": len(leases.jobs()),
             "batch": round(services.inference.mean_batch_size, 1),
             "trouble": breaker.open_reason or services.inference.failure,
+            "version": __version__,
+            "networks": networks.read(),
         }
         return json.dumps(state)
 
