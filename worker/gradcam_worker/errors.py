@@ -499,6 +499,11 @@ class InvalidRequest(RequestError, LocalError):
         super().__init__(message)
         self.findings = tuple(findings)
 
+    @classmethod
+    def at(cls, detail: str, **place: str) -> "InvalidRequest":
+        """What is wrong in one place: a `pointer` into the body, or the name of a `parameter` or `header`."""
+        return cls(f"{' '.join(place.values())}: {detail}.", [{**place, "detail": detail}])
+
 
 class RequestTooLarge(RequestError, LocalError):
     """The body of a request has more bytes than the server reads."""
@@ -511,7 +516,7 @@ class UnsupportedRequestType(RequestError, LocalError):
     """The body of a request has another media type than the API reads."""
 
     code = "unsupported_request_type"
-    public_message = "This request cannot be read: its media type is another one than expected."
+    public_message = "This request is not in a form that can be read."
 
 
 class ServerBusy(RequestError, LocalError):

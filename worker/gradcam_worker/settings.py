@@ -99,6 +99,16 @@ def _expand_home(path: PathOrText) -> PathOrText:
     return path
 
 
+def _origins(texts: tuple[str, ...]) -> tuple[str, ...]:
+    for text in texts:
+        url = urls.parse(text)
+        problem = _url_problem(text, repr(without_secrets(text)), ("http", "https"))
+        if problem or not url or url.has_user or url.path or url.query or url.fragment is not None:
+            message = f"{without_secrets(text)!r} must be a web origin alone, as https://app.example.com:8443"
+            raise ValueError(message)
+    return tuple(text.lower() for text in texts)
+
+
 def _folders(paths: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(map(_expand_home, paths))
 
@@ -284,6 +294,7 @@ DatabaseUrl = Annotated[SecretStr, AfterValidator(_database_url)]
 StringList = Annotated[tuple[str, ...], BeforeValidator(_split)]
 SchemeList = Annotated[StringList, AfterValidator(_schemes)]
 HostList = Annotated[StringList, AfterValidator(allowlist.normalize)]
+OriginList = Annotated[StringList, AfterValidator(_origins)]
 NetworkList = Annotated[StringList, AfterValidator(ip_policy.normalize)]
 BucketList = Annotated[StringList, AfterValidator(_bucket_names)]
 StorageUri = Annotated[str, AfterValidator(_storage_uri)]
@@ -526,6 +537,12 @@ class Settings(BaseSettings):
     """memory limit of a process; 0: none. With the defaults, a CPU worker needs at least 6.2 GB"""
     starts: Count = 1
     """set by the supervisor: how often the worker of this device was started"""
+
+    # HTTP API
+    serve_origins: OriginList = ()
+    """web origins whose pages may call the API from a browser (CORS), as `https://app.example.com`"""
+    serve_open_requests: Count = 1000
+    """requests that wait for a job, and event streams, at a time; further ones are answered 503"""
 
     # Logs, metrics and traces
     metrics_port: Annotated[int, Field(ge=0, le=65_535)] = 0

@@ -204,6 +204,17 @@ class SettingsObjects:
         store, key = self._store(uri)
         return uri if isinstance(store, FolderStore) else store.presigned_url(key, expires_s)
 
+    def upload_url(self, uri: str, media_type: str, size: int, expires_s: int) -> str:
+        """A URL to which one object of this type and size can be put, within `expires_s` seconds.
+
+        Raises StorageUnavailable; InvalidSettings where the URI is no object of S3.
+        """
+        store, key = self._store(uri)
+        if isinstance(store, FolderStore):
+            message = f"{uri} is in a folder: a browser uploads straight to S3 alone (GRADCAM_UPLOADS)."
+            raise InvalidSettings(message)
+        return store.presigned_upload(key, media_type, size, expires_s)
+
     def _store(self, uri: str) -> "tuple[FolderStore | S3Store, str]":
         """The store and the key of a URI."""
         scheme, _, rest = uri.partition("://")

@@ -1,8 +1,30 @@
-"""The body of a request, up to a limit."""
+"""The body of a request: up to a limit, in time, as strict JSON or as a form."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TypeVar
 
 from fastapi import Request
+from pydantic import ValidationError
+from starlette.datastructures import FormData
+from starlette.exceptions import HTTPException
+from starlette.types import Message
 
-from gradcam_worker.errors import RequestTooLarge
+from gradcam_worker.errors import InvalidRequest, RequestTooLarge, UnsupportedRequestType
+from gradcam_worker.gateway.problems import findings_of
+from gradcam_worker.schemas import strict_json
+from gradcam_worker.schemas.model import RequestModel, describe
+
+READ_TIMEOUT_S = 60.0  # for a whole body: a phone uploads a photo in that time
+FORM_FIELDS, FORM_FIELD_BYTES = 40, 64 * 1024
+FORM_OVERHEAD_BYTES = FORM_FIELDS * FORM_FIELD_BYTES  # beside the file
+Model = TypeVar("Model", bound=RequestModel)
+
+
+def media_type_of(request: Request) -> str:
+    """The media type of a request's body, without parameters."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
@@ -17,16 +39,115 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
 
     Raises:
         RequestTooLarge: It has more bytes; no more than these are read.
+        InvalidRequest: It did not arrive in time.
     """
+    _check_declared(request, max_bytes)
+    body = bytearray()
+    async with _in_time():
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > max_bytes:
+                raise _too_large(max_bytes)
+    return bytes(body)
+
+
+async def read_json(request: Request, model: type[Model], max_bytes: int) -> Model:
+    """Read a body as JSON.
+
+    Args:
+        request: The request.
+        model: What it must be.
+        max_bytes: The largest size.
+
+    Returns:
+        The model.
+
+    Raises:
+        UnsupportedRequestType: It is not said to be JSON.
+        InvalidRequest: It is no such model; `findings` names each field that is wrong.
+        RequestTooLarge: It has more bytes.
+    """
+    require_media_type(request, "application/json")
+    fields = parse_json(await read_body(request, max_bytes))
+    try:
+        return model.model_validate(fields)
+    except ValidationError as error:
+        message = f"The body is not as it should be: {describe(error)}."
+        raise InvalidRequest(message, findings_of(error)) from error
+
+
+def parse_json(body: bytes) -> object:
+    """Parse a body as strict JSON. Raises InvalidRequest."""
+    try:
+        return strict_json.loads(body, "the body")
+    except strict_json.Unreadable as error:
+        raise InvalidRequest.at(str(error), pointer="#") from error
+
+
+def require_media_type(request: Request, *allowed: str) -> None:
+    """Raise UnsupportedRequestType for a body of another media type."""
+    if media_type_of(request) not in allowed:
+        message = f"The media type is {media_type_of(request)!r}; it must be {' or '.join(allowed)}."
+        raise UnsupportedRequestType(message)
+
+
+@asynccontextmanager
+async def read_form(request: Request, max_file_bytes: int) -> AsyncIterator[FormData]:
+    """Read a form with at most one file. Its files are closed at the end of the block.
+
+    Args:
+        request: The request.
+        max_file_bytes: The largest size of the file.
+
+    Yields:
+        The form.
+
+    Raises:
+        RequestTooLarge: The form has more bytes than its file may have, and some for the other fields.
+        InvalidRequest: It is not a form, or did not arrive in time.
+    """
+    max_bytes = max_file_bytes + FORM_OVERHEAD_BYTES
+    _check_declared(request, max_bytes)
+    received = 0
+
+    async def receive() -> Message:
+        nonlocal received
+        message = await request.receive()
+        received += len(message.get("body", b""))
+        if received > max_bytes:
+            raise _too_large(max_bytes)
+        return message
+
+    counted = Request(request.scope, receive)
+    try:
+        yield await _parse_form(counted)
+    finally:
+        await counted.close()
+
+
+async def _parse_form(request: Request) -> FormData:
+    try:
+        async with _in_time():
+            return await request.form(max_files=1, max_fields=FORM_FIELDS, max_part_size=FORM_FIELD_BYTES)
+    except HTTPException as error:
+        detail = f"the form cannot be read: {error.detail}"
+        raise InvalidRequest.at(detail, pointer="#") from error
+
+
+@asynccontextmanager
+async def _in_time() -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(READ_TIMEOUT_S):
+            yield
+    except TimeoutError as error:
+        detail = f"the body did not arrive within {READ_TIMEOUT_S:g} s"
+        raise InvalidRequest.at(detail, pointer="#") from error
+
+
+def _check_declared(request: Request, max_bytes: int) -> None:
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > max_bytes:
         raise _too_large(max_bytes)
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > max_bytes:
-            raise _too_large(max_bytes)
-    return bytes(body)
 
 
 def _too_large(max_bytes: int) -> RequestTooLarge:

@@ -1,12 +1,19 @@
 """What the routes share: the client, the settings, and who calls."""
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from fastapi import Depends, Header, Request
+from fastapi import Depends, Header, Path, Request
 
 from gradcam_worker.client.async_client import AsyncGradcamClient
+from gradcam_worker.errors import UnknownJob
 from gradcam_worker.gateway.access import Access, Caller, Scope
+from gradcam_worker.gateway.artifact_lists import ArtifactLists
+from gradcam_worker.gateway.objects import GatewayObjects
+from gradcam_worker.gateway.open_requests import OpenRequests
+from gradcam_worker.observability.prometheus import Metrics
+from gradcam_worker.schemas.job import ID_PATTERN
 from gradcam_worker.settings import Settings
 
 
@@ -17,6 +24,10 @@ class Gateway:
     settings: Settings
     client: AsyncGradcamClient
     access: Access
+    objects: GatewayObjects
+    open_requests: OpenRequests
+    metrics: Metrics = field(default_factory=lambda: Metrics(role="gateway"))
+    artifact_lists: ArtifactLists = field(default_factory=ArtifactLists)
 
     def client_of(self, caller: Caller) -> AsyncGradcamClient:
         """The client that sees the caller's jobs alone."""
@@ -52,3 +63,18 @@ def CallerWith(scope: Scope) -> Any:  # noqa: N802  # it reads as a type where i
         return caller
 
     return Depends(find_caller)
+
+
+def _job_id(
+    job_id: Annotated[str, Path(description="A job's id.", json_schema_extra={"pattern": ID_PATTERN})],
+) -> str:
+    """Check the id of a job in a path, before the ledger is asked. Raises UnknownJob."""
+    if not re.fullmatch(ID_PATTERN, job_id):
+        message = "There is no job of this id: ids are UUIDs or ULIDs."
+        raise UnknownJob(message)
+    return job_id
+
+
+JobIdOf = Annotated[str, Depends(_job_id)]
+Reader = Annotated[Caller, CallerWith("read")]
+Submitter = Annotated[Caller, CallerWith("submit")]

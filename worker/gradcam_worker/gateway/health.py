@@ -1,32 +1,44 @@
-"""The routes `/live` and `/ready`."""
+"""The routes `/live`, `/ready` and `/metrics`."""
 
 import asyncio
 from http import HTTPStatus
+from typing import Annotated
 
 from fastapi import APIRouter
 from starlette.responses import JSONResponse, Response
 
 from gradcam_worker.errors import GradcamError
-from gradcam_worker.gateway.context import GatewayOf
+from gradcam_worker.gateway.access import Caller
+from gradcam_worker.gateway.context import CallerWith, GatewayOf
+from gradcam_worker.observability.prometheus import CONTENT_TYPE
 
 READY_TIMEOUT_S = 3.0  # for an answer of the ledger
+NO_JOB = "00000000-0000-0000-0000-000000000000"
+NOT_KEPT = {"Cache-Control": "no-store"}
 
 router = APIRouter(tags=["service"])
 
 
-@router.get("/live")
+@router.get("/live", operation_id="live")
 async def live() -> Response:
     """200 while the process answers."""
-    return JSONResponse({"status": "ok"}, headers={"Cache-Control": "no-store"})
+    return JSONResponse({"status": "ok"}, headers=NOT_KEPT)
 
 
-@router.get("/ready")
+@router.get("/ready", operation_id="ready")
 async def ready(gateway: GatewayOf) -> Response:
     """200 while the ledger answers, else 503."""
     try:
         async with asyncio.timeout(READY_TIMEOUT_S):
-            await gateway.client.statuses(["00000000-0000-0000-0000-000000000000"])
+            await gateway.client.statuses([NO_JOB])
     except (GradcamError, TimeoutError):
         body = {"status": "unavailable", "why": {"ledger": "has not answered"}}
-        return JSONResponse(body, HTTPStatus.SERVICE_UNAVAILABLE, {"Cache-Control": "no-store"})
-    return JSONResponse({"status": "ok"}, headers={"Cache-Control": "no-store"})
+        return JSONResponse(body, HTTPStatus.SERVICE_UNAVAILABLE, NOT_KEPT)
+    return JSONResponse({"status": "ok"}, headers=NOT_KEPT)
+
+
+@router.get("/metrics", operation_id="metrics")
+async def metrics(gateway: GatewayOf, caller: Annotated[Caller, CallerWith("operate")]) -> Response:
+    """Metrics of this process, for Prometheus."""
+    del caller
+    return Response(gateway.metrics.scrape(), headers=NOT_KEPT, media_type=CONTENT_TYPE)

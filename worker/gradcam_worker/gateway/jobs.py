@@ -2,84 +2,135 @@
 
 import asyncio
 import hashlib
+import json
 import re
 from contextlib import suppress
 from http import HTTPStatus
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Request
+from starlette.datastructures import FormData, UploadFile
 from starlette.responses import Response
 
+from gradcam_worker.client import results
 from gradcam_worker.client.async_client import AsyncGradcamClient
-from gradcam_worker.errors import InvalidJob, InvalidRequest, UnsupportedRequestType, WaitTimeout
+from gradcam_worker.errors import InvalidRequest, UnsupportedMediaType, WaitTimeout
+from gradcam_worker.gateway import bodies
 from gradcam_worker.gateway.access import Caller
-from gradcam_worker.gateway.bodies import read_body
-from gradcam_worker.gateway.context import CallerWith, GatewayOf
-from gradcam_worker.schemas import strict_json
-from gradcam_worker.schemas.job import Job
+from gradcam_worker.gateway.artifacts import JobResource, artifacts_json
+from gradcam_worker.gateway.context import Gateway, GatewayOf, JobIdOf, Reader, Submitter
+from gradcam_worker.gateway.problems import pointer
+from gradcam_worker.gateway.uploads import check_size, uploads_root
+from gradcam_worker.schemas.job import Job, describe_missing_scheme
 from gradcam_worker.schemas.status import StatusDocument
 
 MAX_WAIT_S = 120.0  # of `Prefer: wait`; proxies often end a request after 60 s
 MAX_KEY_LENGTH = 256
+JSON, FORM = "application/json", "multipart/form-data"
+TEXT_FIELDS = {"network", "priority", "output", "idempotency_key"}  # of a form, as in a job
+JSON_FIELDS = {"target", "method", "artifacts", "metrics", "inputs", "webhooks", "metadata"}
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
-Reader = Annotated[Caller, CallerWith("read")]
-Submitter = Annotated[Caller, CallerWith("submit")]
 
 
-@router.post("", status_code=HTTPStatus.ACCEPTED)
+@router.post("", operation_id="submit_job", status_code=HTTPStatus.ACCEPTED, response_model=JobResource)
 async def submit(
     request: Request,
     gateway: GatewayOf,
     caller: Submitter,
-    prefer: Annotated[str | None, Header()] = None,
-    idempotency_key: Annotated[str | None, Header()] = None,
+    prefer: Annotated[
+        str | None, Header(description="`wait=20`: answer when the job is final, or after 20 s.")
+    ] = None,
+    idempotency_key: Annotated[
+        str | None,
+        Header(
+            description="Your own name for the job: sent twice, it is one job.", max_length=MAX_KEY_LENGTH + 2
+        ),
+    ] = None,
 ) -> Response:
-    """Submit a job."""
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type != "application/json":
-        message = f"The media type is {media_type!r}; it must be application/json."
-        raise UnsupportedRequestType(message)
-    body = await read_body(request, gateway.settings.max_message_bytes)
-    job = caller.check_job(_with_key(_parse(body), idempotency_key))
+    """Submit a job: as JSON, or as a form with the image itself.
+
+    Answers 202 with the job's place in `Location`; with `Prefer: wait=20` it waits, and answers 200 once the
+    job is final. The fields of a form are `image` (the file), those of a job, `top_n` and `classes`.
+    """
+    bodies.require_media_type(request, JSON, FORM)
+    if bodies.media_type_of(request) == FORM:
+        async with bodies.read_form(request, gateway.settings.max_image_bytes) as form:
+            fields, upload = await _read_form(form, gateway, caller)
+    else:
+        read = bodies.parse_json(await bodies.read_body(request, gateway.settings.max_message_bytes))
+        fields, upload = _with_target(read), None
+    job = caller.check_job(_with_key(_checked(Job.parse(fields)), idempotency_key))
     await gateway.access.admit(caller, jobs=1)
+    if upload:
+        await gateway.objects.put(upload.uri, upload.data, upload.media_type)
     client = gateway.client_of(caller)
-    job_id = await client.submit(job)
     wait_s = requested_wait_s(prefer)
-    document = await _wait(client, request, job_id, wait_s) if wait_s else await client.status(job_id)
-    response = job_response(document, HTTPStatus.OK if document.final else HTTPStatus.ACCEPTED)
+    job_id = await client.submit(job)
+    if wait_s:
+        request.state.waited = True
+        async with gateway.open_requests.hold():
+            document = await _wait(client, request, job_id, wait_s)
+    else:
+        document = await client.status(job_id)
+    status = HTTPStatus.OK if wait_s and document.final else HTTPStatus.ACCEPTED
+    response = await job_response(gateway, caller, document, status)
     response.headers["Location"] = f"/v1/jobs/{job_id}"
     if wait_s:
         response.headers["Preference-Applied"] = f"wait={wait_s:g}"
     return response
 
 
-@router.get("/{job_id}")
-async def read(gateway: GatewayOf, caller: Reader, job_id: str) -> Response:
-    """Read the status document of a job."""
-    return job_response(await gateway.client_of(caller).status(job_id))
+@router.get("/{job_id}", operation_id="read_job", response_model=JobResource)
+async def read(
+    gateway: GatewayOf,
+    caller: Reader,
+    job_id: JobIdOf,
+    if_none_match: Annotated[str | None, Header(description="The ETag of a final document.")] = None,
+) -> Response:
+    """Read a job: its status document, and the artifacts of one that succeeded.
+
+    A final document has an ETag; 304 where it is the one of `If-None-Match`.
+    """
+    document = await gateway.client_of(caller).status(job_id)
+    response = await job_response(gateway, caller, document)
+    etag = response.headers.get("etag")
+    if etag and if_none_match and {etag, "*"} & {one.strip() for one in if_none_match.split(",")}:
+        return Response(status_code=HTTPStatus.NOT_MODIFIED, headers={"ETag": etag, "Cache-Control": CACHED})
+    return response
 
 
-@router.post("/{job_id}/cancel")
-async def cancel(gateway: GatewayOf, caller: Submitter, job_id: str) -> Response:
-    """Stop a job. A final one stays as it is."""
-    return job_response(await gateway.client_of(caller).cancel(job_id))
+@router.post("/{job_id}/cancel", operation_id="cancel_job", response_model=JobResource)
+async def cancel(gateway: GatewayOf, caller: Submitter, job_id: JobIdOf) -> Response:
+    """Stop a job: one that waits at once, a running one as soon as its worker sees it. A final one stays."""
+    return await job_response(gateway, caller, await gateway.client_of(caller).cancel(job_id))
 
 
-@router.post("/{job_id}/retry")
-async def retry(gateway: GatewayOf, caller: Submitter, job_id: str) -> Response:
-    """Try a failed job again, under its id."""
-    return job_response(await gateway.client_of(caller).retry(job_id))
+@router.post("/{job_id}/retry", operation_id="retry_job", response_model=JobResource)
+async def retry(gateway: GatewayOf, caller: Submitter, job_id: JobIdOf) -> Response:
+    """Try a failed job again, under its id. One that waits or runs is left as it is."""
+    return await job_response(gateway, caller, await gateway.client_of(caller).retry(job_id))
 
 
-def job_response(document: StatusDocument, status: HTTPStatus = HTTPStatus.OK) -> Response:
-    """The answer with a status document; one with a final document has an ETag."""
-    body = document.model_dump_json().encode()
+CACHED = "private, no-cache"  # kept, and asked for again each time
+
+
+async def job_response(
+    gateway: Gateway, caller: Caller, document: StatusDocument, status: HTTPStatus = HTTPStatus.OK
+) -> Response:
+    """The answer with a job's document, and the artifacts of one that succeeded.
+
+    One with a final document has an ETag, unless its artifacts could not be read.
+    """
+    body = caller.visible(document).model_dump_json().encode()
+    artifacts = await artifacts_json(gateway, caller, document)
+    if artifacts is not None:
+        body = body[:-1] + b',"artifacts":' + artifacts + b"}"
     headers = {"Cache-Control": "no-store"}
-    if document.final:
+    if document.final and (artifacts is not None or document.status != "succeeded"):
         etag = hashlib.blake2b(body, digest_size=12).hexdigest()
-        headers = {"Cache-Control": "private, no-cache", "ETag": f'W/"{etag}"'}
-    return Response(body, status.value, headers, "application/json")
+        headers = {"Cache-Control": CACHED, "ETag": f'W/"{etag}"'}
+    return Response(body, status.value, headers, JSON)
 
 
 def requested_wait_s(prefer: str | None) -> float:
@@ -88,12 +139,61 @@ def requested_wait_s(prefer: str | None) -> float:
     return min(float(found[1]), MAX_WAIT_S) if found else 0
 
 
-def _parse(body: bytes) -> Job:
+async def _read_form(
+    form: FormData, gateway: Gateway, caller: Caller
+) -> tuple[dict[str, Any], results.Upload]:
+    """The fields of a job that a form holds, and its image."""
+    image = form.get("image")
+    if not isinstance(image, UploadFile):
+        detail = "a form needs the field image, with a file; an image with an address is submitted as JSON"
+        raise InvalidRequest.at(detail, pointer="#/image")
+    check_size(image.size or 0, gateway)
+    root = uploads_root(caller)
+    data = await image.read()
+    if not any(data.startswith(start) for start in results.FORMATS):
+        message = "The field image is none of JPEG, PNG, WebP, GIF and BMP."
+        raise UnsupportedMediaType(message)
+    upload = results.prepare_upload(data, root, gateway.settings.max_image_bytes)
+    fields: dict[str, Any] = {"image": {"uri": upload.uri, "sha256": upload.sha256}}
+    for name in {*form.keys()} - {"image"}:
+        values = [str(value) for value in form.getlist(name)]
+        if name == "classes":
+            fields[name] = [part for value in values for part in value.split(",")]
+        elif len(values) > 1:
+            detail = "a form names this field once"
+            raise InvalidRequest.at(detail, pointer=pointer((name,)))
+        else:
+            fields[name] = values[0] if name in TEXT_FIELDS else _json_value(name, values[0])
+    return _with_target(fields), upload
+
+
+def _json_value(name: str, text: str) -> Any:
+    """The value of a form's field, as JSON; a text that is no JSON stands for itself."""
+    if name not in JSON_FIELDS:
+        with suppress(ValueError):
+            return json.loads(text)
+        return text
     try:
-        return Job.parse(strict_json.loads(body, "the body"))
-    except strict_json.Unreadable as error:
-        message = f"This is not a job: {error}."
-        raise InvalidJob(message) from error
+        return bodies.parse_json(text.encode())
+    except InvalidRequest as error:
+        detail = "this field of a form is JSON"
+        raise InvalidRequest.at(detail, pointer=pointer((name,))) from error
+
+
+def _with_target(fields: Any) -> Any:
+    """The fields with `top_n` or `classes` as a target."""
+    if not isinstance(fields, dict) or "target" in fields:
+        return fields
+    target = {name: fields[name] for name in ("top_n", "classes") if name in fields}
+    rest = {name: value for name, value in fields.items() if name not in target}
+    return {**rest, "target": target} if target else rest
+
+
+def _checked(job: Job) -> Job:
+    """Refuse an image without a scheme, which no worker would find."""
+    if why := describe_missing_scheme(job.image.uri):
+        raise InvalidRequest.at(why.partition(";")[0], pointer="#/image")
+    return job
 
 
 def _with_key(job: Job, header: str | None) -> Job:
@@ -103,8 +203,7 @@ def _with_key(job: Job, header: str | None) -> Job:
     key = header.strip().removeprefix('"').removesuffix('"')
     if not 1 <= len(key) <= MAX_KEY_LENGTH or job.idempotency_key not in {None, key}:
         detail = f"it must have 1 to {MAX_KEY_LENGTH} characters, and be that of the job if it names one"
-        message = f"Idempotency-Key: {detail}."
-        raise InvalidRequest(message, [{"header": "Idempotency-Key", "detail": detail}])
+        raise InvalidRequest.at(detail, header="Idempotency-Key")
     return job.model_copy(update={"idempotency_key": key})
 
 

@@ -40,8 +40,8 @@ STATUS_OF: Mapping[type[GradcamError], HTTPStatus] = {  # of the nearest class
     errors.StorageUnavailable: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.WorkerUnfit: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.WaitTimeout: HTTPStatus.GATEWAY_TIMEOUT,
-    errors.InvalidSettings: HTTPStatus.INTERNAL_SERVER_ERROR,
-    errors.MissingExtra: HTTPStatus.INTERNAL_SERVER_ERROR,
+    errors.InvalidSettings: HTTPStatus.NOT_IMPLEMENTED,
+    errors.MissingExtra: HTTPStatus.NOT_IMPLEMENTED,
     errors.PermanentError: HTTPStatus.UNPROCESSABLE_ENTITY,
     errors.GradcamError: HTTPStatus.INTERNAL_SERVER_ERROR,
 }
@@ -83,11 +83,13 @@ def _findings(error: GradcamError) -> list[Mapping[str, str]]:
     if isinstance(error, errors.InvalidRequest):
         return [*error.findings]
     if isinstance(error.__cause__, ValidationError):
-        return [
-            {"pointer": pointer(location), "detail": sentence}
-            for location, sentence in describe_each(error.__cause__)
-        ]
+        return [*findings_of(error.__cause__)]
     return []
+
+
+def findings_of(error: ValidationError) -> list[Mapping[str, str]]:
+    """What is wrong with each field of a body."""
+    return [{"pointer": pointer(location), "detail": sentence} for location, sentence in describe_each(error)]
 
 
 def pointer(location: tuple[str | int, ...]) -> str:

@@ -22,6 +22,28 @@ BATCH_SIZE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 COMPUTES = ("worker", "engine")
 ONCE = ("worker", "supervisor")
 
+OPERATIONS = (  # of the HTTP API, by their operationId in its OpenAPI document
+    "submit_job",
+    "list_jobs",
+    "read_job",
+    "cancel_job",
+    "retry_job",
+    "job_events",
+    "job_result",
+    "job_viewer",
+    "create_upload",
+    "list_networks",
+    "list_workers",
+    "submit_backfill",
+    "list_backfills",
+    "read_backfill",
+    "cancel_backfill",
+    "live",
+    "ready",
+    "metrics",
+    OTHER,
+)
+
 # Error codes that a status document can hold; '' for a job that succeeded.
 _CODES = {error.code for error in errors.all_errors() if not issubclass(error, errors.LocalError)}
 CODES = (*sorted({"", *_CODES}), OTHER)
@@ -142,7 +164,29 @@ METRICS = (
         "build_info",
         "1, with the version as its label.",
         {"version": (__version__,)},
-        roles=("worker", "engine", "jobs", "supervisor"),
+        roles=("worker", "engine", "jobs", "supervisor", "gateway"),
+    ),
+    MetricDefinition(
+        "counter",
+        "http_requests_total",
+        "Requests to the HTTP API, by operation and the first digit of the status.",
+        {"operation": OPERATIONS, "status": ("2xx", "3xx", "4xx", "5xx")},
+        roles=("gateway",),
+    ),
+    MetricDefinition(
+        "histogram",
+        "http_request_seconds",
+        "Seconds from a request to the HTTP API to the beginning of its answer, without those that waited "
+        "for a job (Prefer: wait).",
+        {"operation": OPERATIONS},
+        DURATION_BUCKETS,
+        roles=("gateway",),
+    ),
+    MetricDefinition(
+        "gauge",
+        "http_open_requests",
+        "Requests to the HTTP API that wait for a job, and event streams.",
+        roles=("gateway",),
     ),
     MetricDefinition(
         "counter",

@@ -22,6 +22,7 @@ from gradcam_worker.observability.definitions import (
     BY_NAME,
     CODES,
     METRICS,
+    OPERATIONS,
     OTHER,
     PREFIX,
     STAGES,
@@ -100,6 +101,13 @@ class Metrics(Observer):
     def set_device_gauges(self, read: Callable[[], DeviceUse]) -> None:
         """Let scrapes read the GPU's gauges from `read`."""
         self._registry.register(_CachedGauges(lambda: _device_gauges(read()), lambda: 0))
+
+    def request_answered(self, operation: str, status: int, took_s: float | None) -> None:
+        """Count a request to the HTTP API; `took_s`: until its answer began, None: it waited for a job."""
+        known = operation if operation in OPERATIONS else OTHER
+        self._at("http_requests_total", known, f"{status // 100}xx").inc()
+        if took_s is not None:
+            self._at("http_request_seconds", known).observe(took_s)
 
     def job_finished(self, status: str, code: str) -> None:
         """See `Observer.job_finished`."""

@@ -282,6 +282,17 @@ class S3:
             self._signing_client.generate_presigned_url("get_object", Params=request, ExpiresIn=expires_s)
         )
 
+    def presigned_upload(self, bucket: str, key: str, media_type: str, size: int, expires_s: int) -> str:
+        """Return a URL to which anyone can put an object of this type and size for `expires_s`.
+
+        The headers Content-Type and Content-Length are signed. Raises one of S3_ERRORS.
+        """
+        self._check(bucket)
+        request = {"Bucket": bucket, "Key": key, "ContentType": media_type, "ContentLength": size}
+        return str(
+            self._signing_client.generate_presigned_url("put_object", Params=request, ExpiresIn=expires_s)
+        )
+
     def list_objects(self, bucket: str, prefix: str) -> Iterator[S3Object]:
         """Yield all objects whose keys begin with `prefix`, in order. Raises one of S3_ERRORS."""
         self._check(bucket)

@@ -232,6 +232,17 @@ class S3Store:
             message = f"{self.uri(key)} cannot be given a URL: {describe(error)}"
             raise StorageUnavailable(message) from error
 
+    def presigned_upload(self, key: str, media_type: str, size: int, expires_s: int) -> str:
+        """Return a URL to which anyone can put an object of this type and size for `expires_s`.
+
+        Raises StorageUnavailable.
+        """
+        try:
+            return self._s3.presigned_upload(self._bucket, self._prefix + key, media_type, size, expires_s)
+        except S3_ERRORS as error:
+            message = f"{self.uri(key)} cannot be given a URL: {describe(error)}"
+            raise StorageUnavailable(message) from error
+
     def _read(self, key: str, retries: Retries) -> bytes:
         try:
             return self._s3.read(self._bucket, self._prefix + key, retries)

@@ -1,0 +1,76 @@
+"""Images that come with a request, and those that a browser puts into the bucket."""
+
+import cv2
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+
+RED = cv2.imencode(".png", np.full((32, 32, 3), (0, 0, 255), np.uint8))[1].tobytes()
+FORM = {"network": "vgg16", "top_n": "2"}
+
+
+def test_a_form_with_an_image_is_a_job(eager: TestClient) -> None:
+    answer = eager.post("/v1/jobs", data=FORM, files={"image": ("a.png", RED)}, headers={"Prefer": "wait=20"})
+    assert answer.status_code == 200
+    document = answer.json()
+    assert [one["name"] for one in document["predictions"][:1]] == ["red"]
+    assert {one["kind"] for one in document["artifacts"]} == {"overlay", "heatmap"}
+    assert next(one["class_name"] for one in document["artifacts"] if one["kind"] == "overlay") == "red"
+
+
+def test_the_fields_of_a_form_are_those_of_a_job(waiting: TestClient) -> None:
+    form = {"network": "vgg16", "classes": "red,blue", "metadata": '{"patient": "7"}', "timeout_s": "12.5"}
+    answer = waiting.post("/v1/jobs", data=form, files={"image": RED})
+    assert answer.status_code == 202
+    assert answer.json()["metadata"] == {"patient": "7"}
+
+
+@pytest.mark.parametrize(
+    ("form", "code", "status"),
+    [
+        ({"data": FORM, "files": {"image": b"GARBAGE"}}, "unsupported_media_type", 415),
+        ({"data": FORM, "files": {"photo": RED}}, "invalid_request", 400),
+        ({"data": {**FORM, "metadata": "{"}, "files": {"image": RED}}, "invalid_request", 400),
+        ({"data": {**FORM, "colour": "red"}, "files": {"image": RED}}, "invalid_job", 422),
+        ({"data": FORM, "files": {"image": RED + bytes(2**25)}}, "image_too_large", 413),
+        ({"data": FORM, "files": {"image": RED + bytes(2**26)}}, "request_too_large", 413),
+        ({"data": FORM, "files": [("image", RED), ("image", RED)]}, "invalid_request", 400),
+        (
+            {"data": {str(at): "1" for at in range(99)}, "files": {"image": RED}},
+            "invalid_request",
+            400,
+        ),
+        ({"content": b"--x\r\n", "headers": {"content-type": "multipart/form-data"}}, "invalid_request", 400),
+        ({"content": b"x", "headers": {"content-type": "text/plain"}}, "unsupported_request_type", 415),
+    ],
+)
+def test_a_form_that_is_no_job_is_refused(
+    waiting: TestClient, form: dict[str, object], code: str, status: int
+) -> None:
+    refused = waiting.post("/v1/jobs", **form)  # type: ignore[arg-type]  # the arguments of httpx
+    assert (refused.json()["code"], refused.status_code) == (code, status)
+    assert refused.headers["content-type"] == "application/problem+json"
+
+
+def test_a_browser_gets_a_url_for_exactly_the_image_that_it_names(waiting: TestClient) -> None:
+    answer = waiting.post("/v1/uploads", json={"media_type": "image/png", "bytes": 1234})
+    assert answer.status_code == 201
+    target = answer.json()
+    assert target["uri"].startswith("s3://uploads/")
+    assert target["uri"].endswith(".png")
+    assert target["headers"] == {"Content-Type": "image/png"}
+    assert target["url"].endswith("?type=image/png&size=1234&for=900")
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        ({"media_type": "text/html", "bytes": 12}, "invalid_request"),
+        ({"media_type": "image/png", "bytes": 0}, "invalid_request"),
+        ({"media_type": "image/png", "bytes": 12, "key": "../x"}, "invalid_request"),
+        ({"media_type": "image/png", "bytes": 2**30}, "image_too_large"),
+        ([], "invalid_request"),
+    ],
+)
+def test_another_upload_is_refused(waiting: TestClient, body: object, code: str) -> None:
+    assert waiting.post("/v1/uploads", json=body).json()["code"] == code

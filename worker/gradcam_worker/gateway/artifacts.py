@@ -1,0 +1,112 @@
+"""What a job that succeeded has left: artifacts, presigned URLs, the document of the viewer."""
+
+import asyncio
+from datetime import datetime, timedelta
+from typing import Annotated
+
+from fastapi import APIRouter, Query
+from pydantic import TypeAdapter
+from starlette.responses import Response
+
+from gradcam_worker.client import results
+from gradcam_worker.errors import GradcamError
+from gradcam_worker.gateway.access import Caller
+from gradcam_worker.gateway.context import Gateway, GatewayOf, JobIdOf, Reader
+from gradcam_worker.schemas.ids import utc_now
+from gradcam_worker.schemas.manifest import ArtifactRecord, Manifest
+from gradcam_worker.schemas.model import ResponseModel
+from gradcam_worker.schemas.status import StatusDocument
+from gradcam_worker.text.log_events import EventLogger
+
+log = EventLogger("gradcam")
+
+READ_TIMEOUT_S = 3.0  # for a manifest, beside a status that is known: then it is answered without artifacts
+EXPIRES_S = 3600
+
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+
+
+class JobArtifact(ResponseModel):
+    """An artifact of a job. `class_id`: of the class that it explains; none: it is of the whole job."""
+
+    kind: str
+    uri: str
+    media_type: str
+    class_id: int | None = None
+    class_name: str | None = None
+
+
+class JobResource(StatusDocument):
+    """A job: its status document and, of one that succeeded, its artifacts."""
+
+    artifacts: tuple[JobArtifact, ...] = ()
+
+
+class JobResult(ResponseModel):
+    """The result of a job that succeeded: its manifest, and a URL for each artifact."""
+
+    manifest: Manifest
+    urls: dict[str, str]
+    """a presigned URL for each artifact, by the artifact's URI"""
+    expires_at: datetime
+    """until when the URLs are valid"""
+
+
+_artifacts = TypeAdapter(tuple[JobArtifact, ...])
+
+
+async def artifacts_json(gateway: Gateway, caller: Caller, document: StatusDocument) -> bytes | None:
+    """The artifacts of a job that succeeded, as JSON; None for any other, and where they cannot be read."""
+    if document.status != "succeeded" or not document.result:
+        return None
+    key = f"{document.id} {document.result.manifest_sha256}"
+    found = gateway.artifact_lists.find(key)
+    if found is None:
+        client = gateway.client_of(caller)
+        try:
+            async with asyncio.timeout(READ_TIMEOUT_S):
+                result = await client.result(document.id, manifest_uri=document.result.manifest_uri)
+        except (GradcamError, TimeoutError) as error:
+            log.warning("artifacts_not_read", job_id=document.id, error=error)
+            return None
+        found = _artifacts.dump_json(tuple(_list(result.manifest)))
+        gateway.artifact_lists.keep(key, found)
+    return found
+
+
+def _list(manifest: Manifest) -> list[JobArtifact]:
+    listed = [_describe(artifact) for artifact in manifest.artifacts]
+    for one in manifest.explanations:
+        listed += [_describe(artifact, one.class_.id, one.class_.name) for artifact in one.artifacts]
+    return listed
+
+
+def _describe(artifact: ArtifactRecord, class_id: int | None = None, name: str | None = None) -> JobArtifact:
+    return JobArtifact(
+        kind=artifact.kind,
+        uri=artifact.uri,
+        media_type=artifact.media_type,
+        class_id=class_id,
+        class_name=name,
+    )
+
+
+@router.get("/{job_id}/result", operation_id="job_result", response_model=JobResult)
+async def result(
+    gateway: GatewayOf,
+    caller: Reader,
+    job_id: JobIdOf,
+    expires_s: Annotated[
+        int, Query(ge=1, le=results.MAX_EXPIRES_S, description="How long the URLs are valid, in seconds.")
+    ] = EXPIRES_S,
+) -> Response:
+    """Read the result of a job that succeeded: its manifest, and a fresh presigned URL for each artifact.
+
+    Whoever has a URL can read that one object, until it expires. 409: the job has no result, or not yet.
+    """
+    until = utc_now() + timedelta(seconds=expires_s)
+    found = await gateway.client_of(caller).result(job_id, expires_s=expires_s)
+    answer = JobResult(manifest=found.manifest, urls=found.urls, expires_at=until)
+    return Response(
+        answer.model_dump_json(), headers={"Cache-Control": "no-store"}, media_type="application/json"
+    )

@@ -1,0 +1,26 @@
+"""How many requests are held open at a time: waits and event streams."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from gradcam_worker.errors import ServerBusy
+
+
+class OpenRequests:
+    """Counts the requests that are held open, in one event loop."""
+
+    def __init__(self, limit: int) -> None:
+        """`limit`: how many there may be."""
+        self._limit, self.count = limit, 0
+
+    @asynccontextmanager
+    async def hold(self) -> AsyncIterator[None]:
+        """Count a request while the block lasts. Raises ServerBusy if there are too many."""
+        if self.count >= self._limit:
+            message = f"{self.count} requests are held open (GRADCAM_SERVE_OPEN_REQUESTS)."
+            raise ServerBusy(message)
+        self.count += 1
+        try:
+            yield
+        finally:
+            self.count -= 1

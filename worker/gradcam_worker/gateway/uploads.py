@@ -1,0 +1,83 @@
+"""The upload of an image: straight from a browser to the bucket, or in a request to the API."""
+
+import uuid
+from datetime import timedelta
+from http import HTTPStatus
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Request
+from pydantic import Field
+from starlette.responses import Response
+
+from gradcam_worker.errors import ImageTooLarge, InvalidSettings
+from gradcam_worker.gateway.access import Caller
+from gradcam_worker.gateway.bodies import read_json
+from gradcam_worker.gateway.context import Gateway, GatewayOf, Submitter
+from gradcam_worker.schemas.ids import utc_now
+from gradcam_worker.schemas.model import RequestModel, ResponseModel
+
+EXPIRES_S = 900  # of a URL to upload to: slow phones upload for minutes
+SUFFIXES = {
+    "image/jpeg": ".jpg",
+    "image/png": ".png",
+    "image/webp": ".webp",
+    "image/gif": ".gif",
+    "image/bmp": ".bmp",
+}
+MAX_BODY_BYTES = 4096
+
+router = APIRouter(prefix="/v1/uploads", tags=["uploads"])
+
+
+class UploadRequest(RequestModel):
+    """The image that is to be uploaded. The URL takes exactly this type and this number of bytes."""
+
+    media_type: Literal["image/jpeg", "image/png", "image/webp", "image/gif", "image/bmp"]
+    bytes: Annotated[int, Field(ge=1)]
+
+
+class UploadTarget(ResponseModel):
+    """Where to put the image: one PUT with these headers. Then submit a job whose image is `uri`."""
+
+    uri: str
+    method: Literal["PUT"] = "PUT"
+    url: str
+    headers: dict[str, str]
+    expires_at: str
+
+
+@router.post("", operation_id="create_upload", status_code=HTTPStatus.CREATED, response_model=UploadTarget)
+async def create_upload(request: Request, gateway: GatewayOf, caller: Submitter) -> Response:
+    """Get a URL to which a browser can put one image, straight into the bucket.
+
+    The URL is valid for 15 minutes, for an image of exactly the type and size that were named. The bucket
+    must allow the page's origin to PUT (CORS).
+    """
+    wanted = await read_json(request, UploadRequest, MAX_BODY_BYTES)
+    check_size(wanted.bytes, gateway)
+    uri = f"{uploads_root(caller)}/{uuid.uuid4()}{SUFFIXES[wanted.media_type]}"
+    url = await gateway.objects.upload_url(uri, wanted.media_type, wanted.bytes, EXPIRES_S)
+    target = UploadTarget(
+        uri=uri,
+        url=url,
+        headers={"Content-Type": wanted.media_type},
+        expires_at=(utc_now() + timedelta(seconds=EXPIRES_S)).isoformat(timespec="seconds"),
+    )
+    headers = {"Cache-Control": "no-store"}
+    return Response(target.model_dump_json(), HTTPStatus.CREATED, headers, "application/json")
+
+
+def uploads_root(caller: Caller) -> str:
+    """The URI below which a caller's images are stored. Raises InvalidSettings."""
+    if not caller.uploads:
+        message = "GRADCAM_UPLOADS says where images go, as in s3://photos/uploads: set it."
+        raise InvalidSettings(message)
+    return caller.uploads.rstrip("/")
+
+
+def check_size(size: int, gateway: Gateway) -> None:
+    """Raise ImageTooLarge for an image of too many bytes."""
+    if size > gateway.settings.max_image_bytes:
+        allowed = f"at most {gateway.settings.max_image_bytes:,} are allowed"
+        message = f"The image has {size:,} bytes; {allowed} (GRADCAM_MAX_IMAGE_BYTES)."
+        raise ImageTooLarge(message)
