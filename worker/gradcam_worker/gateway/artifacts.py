@@ -91,7 +91,7 @@ def _describe(artifact: ArtifactRecord, class_id: int | None = None, name: str |
     )
 
 
-@router.get("/{job_id}/result", operation_id="job_result", response_model=JobResult)
+@router.get("/{job_id}/result", operation_id="job_result")
 async def result(
     gateway: GatewayOf,
     caller: Reader,

@@ -17,7 +17,7 @@ from gradcam_worker.client.async_client import AsyncGradcamClient
 from gradcam_worker.errors import InvalidRequest, UnsupportedMediaType, WaitTimeout
 from gradcam_worker.gateway import bodies
 from gradcam_worker.gateway.access import Caller
-from gradcam_worker.gateway.artifacts import JobResource, artifacts_json
+from gradcam_worker.gateway.artifacts import artifacts_json
 from gradcam_worker.gateway.context import Gateway, GatewayOf, JobIdOf, Reader, Submitter
 from gradcam_worker.gateway.problems import pointer
 from gradcam_worker.gateway.uploads import check_size, uploads_root
@@ -33,7 +33,7 @@ JSON_FIELDS = {"target", "method", "artifacts", "metrics", "inputs", "webhooks",
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
 
-@router.post("", operation_id="submit_job", status_code=HTTPStatus.ACCEPTED, response_model=JobResource)
+@router.post("", operation_id="submit_job", status_code=HTTPStatus.ACCEPTED)
 async def submit(
     request: Request,
     gateway: GatewayOf,
@@ -81,7 +81,7 @@ async def submit(
     return response
 
 
-@router.get("/{job_id}", operation_id="read_job", response_model=JobResource)
+@router.get("/{job_id}", operation_id="read_job")
 async def read(
     gateway: GatewayOf,
     caller: Reader,
@@ -100,13 +100,13 @@ async def read(
     return response
 
 
-@router.post("/{job_id}/cancel", operation_id="cancel_job", response_model=JobResource)
+@router.post("/{job_id}/cancel", operation_id="cancel_job")
 async def cancel(gateway: GatewayOf, caller: Submitter, job_id: JobIdOf) -> Response:
     """Stop a job: one that waits at once, a running one as soon as its worker sees it. A final one stays."""
     return await job_response(gateway, caller, await gateway.client_of(caller).cancel(job_id))
 
 
-@router.post("/{job_id}/retry", operation_id="retry_job", response_model=JobResource)
+@router.post("/{job_id}/retry", operation_id="retry_job")
 async def retry(gateway: GatewayOf, caller: Submitter, job_id: JobIdOf) -> Response:
     """Try a failed job again, under its id. One that waits or runs is left as it is."""
     return await job_response(gateway, caller, await gateway.client_of(caller).retry(job_id))
@@ -157,7 +157,7 @@ async def _read_form(
     fields: dict[str, Any] = {"image": {"uri": upload.uri, "sha256": upload.sha256}}
     for name in {*form.keys()} - {"image"}:
         values = [str(value) for value in form.getlist(name)]
-        if name == "classes":
+        if name in {"classes", "against"}:
             fields[name] = [part for value in values for part in value.split(",")]
         elif len(values) > 1:
             detail = "a form names this field once"
@@ -181,10 +181,10 @@ def _json_value(name: str, text: str) -> Any:
 
 
 def _with_target(fields: Any) -> Any:
-    """The fields with `top_n` or `classes` as a target."""
+    """The fields with `top_n`, `classes` and `against` as a target."""
     if not isinstance(fields, dict) or "target" in fields:
         return fields
-    target = {name: fields[name] for name in ("top_n", "classes") if name in fields}
+    target = {name: fields[name] for name in ("top_n", "classes", "against") if name in fields}
     rest = {name: value for name, value in fields.items() if name not in target}
     return {**rest, "target": target} if target else rest
 

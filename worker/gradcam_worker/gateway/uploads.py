@@ -46,7 +46,7 @@ class UploadTarget(ResponseModel):
     expires_at: str
 
 
-@router.post("", operation_id="create_upload", status_code=HTTPStatus.CREATED, response_model=UploadTarget)
+@router.post("", operation_id="create_upload", status_code=HTTPStatus.CREATED)
 async def create_upload(request: Request, gateway: GatewayOf, caller: Submitter) -> Response:
     """Get a URL to which a browser can put one image, straight into the bucket.
 
