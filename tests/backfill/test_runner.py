@@ -112,9 +112,9 @@ class Ledger(MemoryLedger):
         self._reach()
         return super().submit(job, **options)
 
-    def read_many(self, ids: Sequence[str]) -> dict[str, StatusDocument]:
+    def read_many(self, ids: Sequence[str], tenant: str | None = None) -> dict[str, StatusDocument]:
         self._reach()
-        return super().read_many(ids)
+        return super().read_many(ids, tenant)
 
 
 @dataclass

@@ -393,9 +393,9 @@ class Blinking(MemoryLedger):
         self._blink()
         return entered
 
-    def read_many(self, ids: Sequence[str]) -> dict[str, StatusDocument]:
+    def read_many(self, ids: Sequence[str], tenant: str | None = None) -> dict[str, StatusDocument]:
         self._blink()
-        return super().read_many(ids)
+        return super().read_many(ids, tenant)
 
 
 def test_a_ledger_that_blinks_is_asked_again_and_nothing_is_entered_twice(

@@ -393,11 +393,11 @@ class Shaky(MemoryLedger):
 
     out = False
 
-    def read_many(self, ids: Any) -> dict[str, StatusDocument]:
+    def read_many(self, ids: Any, tenant: str | None = None) -> dict[str, StatusDocument]:
         if self.out:
             message = "The ledger cannot be reached."
             raise LedgerUnavailable(message)
-        return super().read_many(ids)
+        return super().read_many(ids, tenant)
 
 
 def test_a_ledger_that_comes_back_in_time_is_waited_for(

@@ -23,6 +23,7 @@ from gradcam_worker.errors import (
     GradcamError,
     IdempotencyConflict,
     InvalidJob,
+    InvalidSettings,
     JobNotFailed,
     LedgerUnavailable,
     UnknownJob,
@@ -37,6 +38,41 @@ from gradcam_worker.schemas.status import Problem, StatusDocument, WorkerRef
 from gradcam_worker.schemas.work import Work, parse, terms_of
 
 RETRY_PAUSE_S = 0.5  # between attempts to reach the ledger
+MIN_SHARE, MAX_SHARE = 0.001, 1000
+TENANT_PATTERN = r"[a-z0-9][a-z0-9._-]{0,62}"  # a part of keys in Redis
+
+
+@dataclass(frozen=True)
+class Tenant:
+    """Whose jobs are listed, read and changed apart from those of others.
+
+    Attributes:
+        name: Its name. Empty: nobody's, as of every job that is not submitted for a tenant.
+        share: Its part of the workers where several tenants wait, in relation to the shares of the others.
+
+    Raises:
+        InvalidSettings: The name or the share is invalid.
+
+    Examples:
+        >>> ledger.submit(job, tenant=Tenant("acme", share=2))
+    """
+
+    name: str
+    share: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.name and not re.fullmatch(TENANT_PATTERN, self.name):
+            message = (
+                f"{self.name!r} is not the name of a tenant: use 1 to 63 lower-case letters, digits, dots, "
+                "hyphens and underscores, the first a letter or digit."
+            )
+            raise InvalidSettings(message)
+        if not MIN_SHARE <= self.share <= MAX_SHARE:
+            message = f"The share of a tenant is {self.share}, not a number from {MIN_SHARE} to {MAX_SHARE}."
+            raise InvalidSettings(message)
+
+
+NOBODY = Tenant("")
 
 
 @dataclass(frozen=True)
@@ -49,6 +85,11 @@ class Entry:
     document: StatusDocument
     route: str = "normal"  # its priority, or "shard": jobs of one route are claimed in order of arrival
     webhooks: tuple[Webhook, ...] = ()
+    tenant: Tenant = NOBODY
+
+    def belongs_to(self, tenant: str | None) -> bool:
+        """Whether it is a job of this tenant; None: of any."""
+        return tenant in {None, self.tenant.name}
 
 
 class ClaimOutcome(Enum):
@@ -139,8 +180,9 @@ class Ledger(ABC):
             entries: New entries.
 
         Returns:
-            For each, the existing entry with its idempotency key or id, else the new one. The list ends with
-            the first existing entry whose fingerprint differs: the entries after it are not entered.
+            For each, the existing entry with its id, or with its idempotency key and tenant, else the new
+            one. The list ends with the first existing entry that is of a different job (`is_same_job`): the
+            entries after it are not entered.
         """
 
     @abstractmethod
@@ -174,8 +216,16 @@ class Ledger(ABC):
         """
 
     @abstractmethod
-    def read_many(self, ids: Sequence[str]) -> dict[str, StatusDocument]:
-        """Read the documents of jobs; unknown ids are left out."""
+    def read_many(self, ids: Sequence[str], tenant: str | None = None) -> dict[str, StatusDocument]:
+        """Read the documents of jobs.
+
+        Args:
+            ids: The ids of the jobs.
+            tenant: The name of the tenant whose jobs are read; None: everybody's.
+
+        Returns:
+            The documents by id. Unknown ids, and those of other tenants, are left out.
+        """
 
     def open_updates(self) -> JobUpdates | None:
         """Open a subscription to changes of jobs; None if this ledger has none and jobs must be polled."""
@@ -258,12 +308,15 @@ class Ledger(ABC):
     def prune(self) -> None:
         """Remove dead letters, parked recipients and workers whose retention is over."""
 
-    def submit(self, job: Work, *, retry_failed: bool = False) -> StatusDocument:
+    def submit(
+        self, job: Work, *, retry_failed: bool = False, tenant: Tenant | None = None
+    ) -> StatusDocument:
         """Enter a job, once: the same job with the same id or idempotency key is entered only the first time.
 
         Args:
             job: The job or shard.
             retry_failed: If the existing job has failed, retry it: see `retry`.
+            tenant: Whose job it is; None: nobody's. Tenants do not share idempotency keys.
 
         Returns:
             The document of the job, or of the existing one.
@@ -271,27 +324,28 @@ class Ledger(ABC):
         Raises:
             IdempotencyConflict: The id or the idempotency key belongs to a different job.
         """
-        (entered,) = self.submit_many([job], retry_failed=retry_failed)
+        (entered,) = self.submit_many([job], retry_failed=retry_failed, tenant=tenant)
         if isinstance(entered, IdempotencyConflict):
             raise entered
         return entered
 
     def submit_many(
-        self, jobs: Sequence[Work], *, retry_failed: bool = False
+        self, jobs: Sequence[Work], *, retry_failed: bool = False, tenant: Tenant | None = None
     ) -> list[StatusDocument | IdempotencyConflict]:
         """Enter jobs, in order and in one round trip.
 
         Args:
             jobs: Jobs or shards.
             retry_failed: Retry existing jobs that have failed: see `retry`.
+            tenant: Whose jobs they are: see `submit`.
 
         Returns:
             A document for each job. The list ends with the first conflict: no job after it is entered.
         """
-        entries = [_make_entry(job) for job in jobs]
+        entries = [_make_entry(job, tenant or NOBODY) for job in jobs]
         results: list[StatusDocument | IdempotencyConflict] = []
         for job, entry, held in zip(jobs, entries, self._create_many(entries), strict=False):
-            if held.fingerprint != entry.fingerprint:
+            if not is_same_job(entry, held):
                 results.append(_make_conflict(job, held.document.id))
             elif retry_failed and held.document.status == "failed":
                 results.append(self._retry_if_failed(held.document.id))
@@ -306,21 +360,22 @@ class Ledger(ABC):
         except JobNotFailed:
             return self.read(job_id)
 
-    def retry(self, job_id: str) -> StatusDocument:
+    def retry(self, job_id: str, tenant: str | None = None) -> StatusDocument:
         """Queue a failed job again, with its id, idempotency key and webhooks, and with all its attempts.
 
         Args:
             job_id: The id of the job.
+            tenant: The name of its tenant; None: anybody's.
 
         Returns:
             The queued document. A job that is not final is left as it is.
 
         Raises:
-            UnknownJob: The ledger has no such job.
+            UnknownJob: The ledger has no such job, or it is another tenant's.
             JobNotFailed: The job is final and has not failed, is a shard, or cannot be read by this version.
         """
         while True:
-            before = self.read(job_id)
+            before = self.read(job_id, tenant)
             if not before.final:
                 return before
             job = self.read_job(job_id) if before.status == "failed" else None
@@ -357,18 +412,20 @@ class Ledger(ABC):
         document = self.submit(job)  # perhaps the first with this idempotency key, which has its own id
         return job.model_copy(update={"id": document.id}), document
 
-    def read_job(self, job_id: str) -> Work | None:
+    def read_job(self, job_id: str, tenant: str | None = None) -> Work | None:
         """Read a job's content, which the ledger keeps while the job is not final and if it has failed.
 
         Args:
             job_id: The id of the job.
+            tenant: The name of its tenant; None: anybody's.
 
         Returns:
-            The job or shard; None if the ledger does not have it, or this version cannot read it.
+            The job or shard; None if the ledger does not have it, if it is another tenant's, or if this
+            version cannot read it.
         """
         held = self._find(job_id)
         try:
-            return parse(json.loads(held.job)) if held else None
+            return parse(json.loads(held.job)) if held and held.belongs_to(tenant) else None
         except InvalidJob:
             return None
 
@@ -402,20 +459,21 @@ class Ledger(ABC):
             return held.document
         return self.finish(held.document, status="failed", error=problem)
 
-    def read(self, job_id: str) -> StatusDocument:
+    def read(self, job_id: str, tenant: str | None = None) -> StatusDocument:
         """Read the document of a job.
 
         Args:
             job_id: The id of the job.
+            tenant: The name of its tenant; None: anybody's.
 
         Returns:
             The document.
 
         Raises:
-            UnknownJob: The ledger has no such job.
+            UnknownJob: The ledger has no such job, or it is another tenant's: the error is the same.
         """
         job_id = str(job_id)  # web frameworks pass uuid.UUID
-        documents = self.read_many([job_id]) if re.fullmatch(ID_PATTERN, job_id) else {}
+        documents = self.read_many([job_id], tenant) if re.fullmatch(ID_PATTERN, job_id) else {}
         if job_id not in documents:
             message = f"The ledger has no job {job_id}: its id is wrong, or it ended too long ago."
             raise UnknownJob(message)
@@ -540,20 +598,21 @@ class Ledger(ABC):
             before = current  # of the same attempt: only its cancellation has been requested
             after = state_machine.advance(current, **changes)
 
-    def cancel(self, job_id: str) -> StatusDocument:
+    def cancel(self, job_id: str, tenant: str | None = None) -> StatusDocument:
         """Cancel a job: a waiting one is final at once, a running one as soon as its worker stops it.
 
         Args:
             job_id: The id of the job.
+            tenant: The name of its tenant; None: anybody's.
 
         Returns:
             The new document. A final job is left as it is.
 
         Raises:
-            UnknownJob: The ledger has no such job.
+            UnknownJob: The ledger has no such job, or it is another tenant's.
         """
         while True:
-            before = self.read(job_id)
+            before = self.read(job_id, tenant)
             if before.final or before.cancel_requested_at:
                 return before
             after = state_machine.cancel(before)
@@ -630,10 +689,29 @@ class Ledger(ABC):
             self.observer.job_finished(document.status, document.error.code if document.error else "")
 
 
-def _make_entry(work: Work) -> Entry:
+def is_same_job(entry: Entry, held: Entry) -> bool:
+    """Whether an existing entry is of the job that is submitted.
+
+    Args:
+        entry: The entry of the submitted job.
+        held: The existing entry with its id or idempotency key.
+
+    Returns:
+        False if the content differs, or if it is another tenant's. Who submits for no tenant finds all jobs.
+    """
+    return held.fingerprint == entry.fingerprint and held.belongs_to(entry.tenant.name or None)
+
+
+def _make_entry(work: Work, tenant: Tenant) -> Entry:
     document, terms = state_machine.new_document(work.id, work), terms_of(work)
     return Entry(
-        _fingerprint(work), work.to_json(), terms.idempotency_key, document, terms.route, terms.webhooks
+        _fingerprint(work),
+        work.to_json(),
+        terms.idempotency_key,
+        document,
+        terms.route,
+        terms.webhooks,
+        tenant,
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from gradcam_worker.ledger import outbox, state_machine
-from gradcam_worker.ledger.ledger import Entry, LeaseRenewal, Ledger, Overdue
+from gradcam_worker.ledger.ledger import Entry, LeaseRenewal, Ledger, Overdue, is_same_job
 from gradcam_worker.ledger.memory.outbox import MemoryOutbox
 from gradcam_worker.schemas.status import StatusDocument
 
@@ -25,7 +25,7 @@ class MemoryLedger(Ledger):
         self.health: dict[str, str] = {}
         self._lease_s, self._clock = lease_s, clock
         self._entries: dict[str, Entry] = {}
-        self._keys: dict[str, str] = {}
+        self._keys: dict[tuple[str, str], str] = {}  # tenant and idempotency key -> job id
         self._due: dict[str, float] = {}  # job id -> when its lease or pause ends, or when it is missed
         self._republished: dict[str, int] = {}
         self._claimed: dict[str, float] = {}  # route -> when its latest received message was published
@@ -37,13 +37,13 @@ class MemoryLedger(Ledger):
         results: list[Entry] = []
         for entry in entries:
             results.append(self._create_one(entry))
-            if results[-1].fingerprint != entry.fingerprint:
+            if not is_same_job(entry, results[-1]):
                 break
         return results
 
     def _create_one(self, entry: Entry) -> Entry:
         with self._lock:
-            key = entry.idempotency_key
+            key = entry.idempotency_key and (entry.tenant.name, entry.idempotency_key)
             owner = self._keys.get(key, entry.document.id) if key else entry.document.id
             owner = owner if owner in self._entries else entry.document.id
             if owner not in self._entries:
@@ -102,9 +102,10 @@ class MemoryLedger(Ledger):
         for sink in self.outbox.sinks if event else ():
             self.outbox.put(sink, f"{after.id}:{sink}", event, None, after)
 
-    def read_many(self, ids: Sequence[str]) -> dict[str, StatusDocument]:
+    def read_many(self, ids: Sequence[str], tenant: str | None = None) -> dict[str, StatusDocument]:
         """See `Ledger.read_many`."""
-        return {job_id: self._entries[job_id].document for job_id in ids if job_id in self._entries}
+        entries = {job_id: self._entries[job_id] for job_id in ids if job_id in self._entries}
+        return {job_id: entry.document for job_id, entry in entries.items() if entry.belongs_to(tenant)}
 
     def count_jobs(self) -> tuple[int, int]:
         """See `Ledger.count_jobs`."""

@@ -18,6 +18,7 @@ The jobs
     Other keys:
 
     idempotency:<hash>   the id of the job with this idempotency key
+    idempotency:<tenant>:<hash>   the same for the jobs of a tenant, whose name is the field `tenant` of a job
     expiring             waiting jobs, by the time when they expire
     canceling            running jobs to be canceled
     claimed              for each route, when the latest received message was published

@@ -22,11 +22,12 @@ class NewJob(NamedTuple):
     webhooks: str  # JSON; empty: none
     expires_ms: int | None
     event: str  # empty: nothing to deliver
+    tenant: str  # its name; empty: nobody's
 
 
 @dataclass(kw_only=True)
 class CreateJobs(LuaScript[list[list[str]]], file="create_jobs"):
-    """Enter jobs. Returns a list for each: the existing fingerprint, job and document, or nothing."""
+    """Enter jobs. Returns a list for each: the existing fingerprint, job, document and tenant, or nothing."""
 
     retention_ms: int
     keyed_retention_ms: int

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gradcam_worker.ledger import outbox, state_machine
-from gradcam_worker.ledger.ledger import Entry, LeaseRenewal, Ledger, Overdue
+from gradcam_worker.ledger.ledger import Entry, LeaseRenewal, Ledger, Overdue, Tenant
 from gradcam_worker.ledger.redis import scripts
 from gradcam_worker.ledger.redis.pubsub import RedisJobUpdates
 from gradcam_worker.redis_server.client import RedisServer
@@ -47,13 +47,15 @@ class RedisLedger(Ledger):
     def _make_new_job(self, entry: Entry) -> scripts.NewJob:
         document, key = entry.document, entry.idempotency_key
         digest = hashlib.sha256((key or "").encode()).hexdigest()
+        tenant = entry.tenant.name
+        owned = f"{tenant}:{digest}" if tenant else digest
         webhooks = [
             {"lane": outbox.destination_of(webhook.url), "events": webhook.events, "text": webhook.to_json()}
             for webhook in entry.webhooks
         ]
         return scripts.NewJob(
             job_id=document.id,
-            idempotency=f"{self.server.prefix}idempotency:{digest}" if key else "",
+            idempotency=f"{self.server.prefix}idempotency:{owned}" if key else "",
             fingerprint=entry.fingerprint,
             job=entry.job,
             document=document.to_json(),
@@ -64,15 +66,18 @@ class RedisLedger(Ledger):
             webhooks=json.dumps(webhooks) if webhooks else "",
             expires_ms=_expires_ms(document),
             event=state_machine.name_event(None, document),
+            tenant=tenant,
         )
 
     def _find(self, job_id: str) -> Entry | None:
-        names = ("fingerprint", "job", "document", "route")
+        names = ("fingerprint", "job", "document", "route", "tenant")
         with self.server.translate_errors():
-            fingerprint, job, text, route = map(str, self.server.redis.hmget(self._key(job_id), *names))
-        if fingerprint == str(None):  # the job does not exist
+            fields: Any = self.server.redis.hmget(self._key(job_id), *names)
+        fingerprint, job, text, route, tenant = fields
+        if fingerprint is None:  # the job does not exist
             return None
-        return Entry(fingerprint, job, None, StatusDocument.model_validate_json(text), route)
+        document = StatusDocument.model_validate_json(text)
+        return Entry(fingerprint, job, None, document, route, tenant=Tenant(tenant or ""))
 
     def _compare_and_set(
         self,
@@ -108,16 +113,16 @@ class RedisLedger(Ledger):
             )
         )
 
-    def read_many(self, ids: Sequence[str]) -> dict[str, StatusDocument]:
+    def read_many(self, ids: Sequence[str], tenant: str | None = None) -> dict[str, StatusDocument]:
         """See `Ledger.read_many`: one round trip."""
         with self.server.translate_errors(), self.server.redis.pipeline(transaction=False) as pipeline:
             for job_id in ids:
-                pipeline.hget(self._key(job_id), "document")
-            texts = pipeline.execute()
+                pipeline.hmget(self._key(job_id), "document", "tenant")
+            found = pipeline.execute()
         return {
             job_id: StatusDocument.model_validate_json(text)
-            for job_id, text in zip(ids, texts, strict=True)
-            if text
+            for job_id, (text, owner) in zip(ids, found, strict=True)
+            if text and tenant in {None, owner or ""}
         }
 
     def open_updates(self) -> RedisJobUpdates:
@@ -201,11 +206,12 @@ class RedisLedger(Ledger):
 
 
 def _existing_or_new(entry: Entry, *existing: str) -> Entry:
-    """The existing entry, from its fingerprint, job and document; the new one if there is none."""
+    """The existing entry, from its fingerprint, job, document and tenant; the new one if there is none."""
     if not existing:
         return entry
-    fingerprint, job, text = existing
-    return Entry(fingerprint, job, entry.idempotency_key, StatusDocument.model_validate_json(text))
+    fingerprint, job, text, tenant = existing
+    document = StatusDocument.model_validate_json(text)
+    return Entry(fingerprint, job, entry.idempotency_key, document, tenant=Tenant(tenant))
 
 
 def _expires_ms(document: StatusDocument) -> int | None:

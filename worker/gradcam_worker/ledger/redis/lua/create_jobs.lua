@@ -1,19 +1,21 @@
--- Enter jobs, in order. Returns for each {} if it is new, else the existing fingerprint, job and document.
--- Stops at the first whose id or idempotency key belongs to a different job: the jobs after it are not
--- entered.
+-- Enter jobs, in order. Returns for each {} if it is new, else the existing fingerprint, job, document and
+-- tenant. Stops at the first whose id or idempotency key belongs to a different job, or whose id belongs to
+-- another tenant's: the jobs after it are not entered.
 -- include: records
 local prefix = ARGV[1]
 local retention_ms = tonumber(ARGV[2])
 local keyed_retention_ms = tonumber(ARGV[3]) -- of a job with an idempotency key
 local jobs = records(4, 'job_id', 'idempotency', 'fingerprint', 'job', 'document', 'attempt', 'revision',
-                     'status', 'route', 'webhooks', 'expires_ms', 'event')
+                     'status', 'route', 'webhooks', 'expires_ms', 'event', 'tenant')
 
 -- include: clock
 -- include: events
 -- include: retention
 
 local function find(job_id)
-  return redis.call('HMGET', prefix .. 'job:' .. job_id, 'fingerprint', 'job', 'document')
+  local held = redis.call('HMGET', prefix .. 'job:' .. job_id, 'fingerprint', 'job', 'document', 'tenant')
+  held[4] = held[4] or '' -- also of jobs that earlier versions have entered
+  return held
 end
 
 local function enter(new)
@@ -21,6 +23,7 @@ local function enter(new)
   redis.call('HSET', prefix .. 'job:' .. new.job_id, 'fingerprint', new.fingerprint, 'job', new.job,
              'document', new.document, 'attempt', new.attempt, 'revision', new.revision,
              'idempotency', new.idempotency, 'route', new.route, 'webhooks', new.webhooks, 'place', place)
+  if new.tenant ~= '' then redis.call('HSET', prefix .. 'job:' .. new.job_id, 'tenant', new.tenant) end
   if new.idempotency ~= '' then redis.call('SET', new.idempotency, new.job_id) end
   if place ~= '' then redis.call('ZADD', prefix .. place, now, new.job_id) end
   if new.status ~= 'queued' then
@@ -38,7 +41,8 @@ for _, new in ipairs(jobs) do
   if not held[1] and owner ~= new.job_id then held = find(new.job_id) end
   if held[1] then
     reply[#reply + 1] = held
-    if held[1] ~= new.fingerprint then break end
+    local is_other_tenants = new.tenant ~= '' and new.tenant ~= held[4]
+    if held[1] ~= new.fingerprint or is_other_tenants then break end
   else
     reply[#reply + 1] = {}
     enter(new)
