@@ -536,9 +536,9 @@ def test_what_another_backfill_finishes_at_the_last_moment_is_its_own(harness: H
     harness.registry.record = BackfillRecord({"backfill": theirs.id}, (stray.id,), is_running=False)
     cancel = harness.ledger.cancel
 
-    def late(job_id: str) -> StatusDocument:
+    def late(job_id: str, tenant: str | None = None) -> StatusDocument:
         harness.store.put(f"data/{stray.key}.parquet", b"theirs", "")
-        return cancel(job_id)
+        return cancel(job_id, tenant)
 
     harness.ledger.cancel = late  # type: ignore[method-assign]
     with pytest.raises(BackfillConflict, match="holds another backfill, of which a shard was done just now"):

@@ -18,10 +18,13 @@ from gradcam_worker.backfill.registry import RedisBackfillRegistry
 from gradcam_worker.broker import app, publisher
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.errors import LedgerUnavailable
+from gradcam_worker.ledger.ledger import Tenant
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.operations import servers
 from gradcam_worker.operations.doctor import run_checks
 from gradcam_worker.schemas.ids import new_id
+from gradcam_worker.schemas.job import Job
+from gradcam_worker.schemas.listing import JobQuery
 from gradcam_worker.schemas.status import WorkerRef
 from gradcam_worker.settings import Settings
 
@@ -212,6 +215,14 @@ def test_whoever_may_only_submit_may_do_all_that_a_client_does(port: int, admin:
         worker.finish(worker.claim(worker.read(retried), WORKER).document, status="failed")
         assert client.retry(retried).status == "queued"
         assert client.cancel(retried).status == "canceled"
+        ledger = RedisLedger(settings)
+        tenants = [("acme", Tenant("acme")), ("other", Tenant("other", share=2)), (None, None)]
+        for name, tenant in tenants * 2:
+            entered = ledger.submit(Job(**{**fields, "metadata": {"customer": "42"}}), tenant=tenant)
+            found = ledger.list_jobs(JobQuery(status="queued", label="customer=42"), name)
+            assert entered in found.jobs
+            assert ledger.cancel(entered.id, name).final
+        assert ledger.read_usage("acme", 1)[0].jobs == 2
         registry, place = RedisBackfillRegistry(RedisLedger(settings).server), "s3://results/cams"
         assert registry.renew(place, "me", {}, [], "token", enter=True).is_owner
         assert registry.request_cancel(place)

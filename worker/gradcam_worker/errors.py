@@ -9,6 +9,7 @@
     │   ├── JobCanceled                canceled                  fails
     │   ├── MaxAttemptsExceeded        max_attempts_exceeded     fails
     │   ├── UnknownJob                 unknown_job               raised
+    │   ├── InvalidQuery               invalid_query             raised
     │   ├── JobNotFailed               job_not_failed            raised
     │   ├── WaitTimeout                wait_timeout              raised
     │   ├── NoResult                   no_result                 raised
@@ -175,6 +176,13 @@ class UnknownJob(JobError, LocalError):
 
     code = "unknown_job"
     public_message = "There is no such request, or it was made too long ago."
+
+
+class InvalidQuery(JobError, LocalError):
+    """Jobs cannot be listed so; the message names each condition that is wrong."""
+
+    code = "invalid_query"
+    public_message = "This list cannot be made as it was asked for. Please correct the request."
 
 
 class JobNotFailed(JobError, LocalError):

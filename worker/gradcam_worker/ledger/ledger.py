@@ -14,7 +14,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import date, datetime, timedelta
 from enum import Enum
 from typing import Any, Protocol
 
@@ -33,6 +33,7 @@ from gradcam_worker.observability.events import NULL_OBSERVER, Observer
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.schemas.ids import utc_now
 from gradcam_worker.schemas.job import ID_PATTERN, Job, Webhook
+from gradcam_worker.schemas.listing import JobPage, JobQuery
 from gradcam_worker.schemas.shard import Shard
 from gradcam_worker.schemas.status import Problem, StatusDocument, WorkerRef
 from gradcam_worker.schemas.work import Work, parse, terms_of
@@ -86,6 +87,7 @@ class Entry:
     route: str = "normal"  # its priority, or "shard": jobs of one route are claimed in order of arrival
     webhooks: tuple[Webhook, ...] = ()
     tenant: Tenant = NOBODY
+    network: str = ""  # that a job asks for
 
     def belongs_to(self, tenant: str | None) -> bool:
         """Whether it is a job of this tenant; None: of any."""
@@ -125,6 +127,15 @@ class LeaseRenewal:
 
     lost: frozenset[str] = frozenset()  # jobs of the worker that it does not hold any more
     canceled: frozenset[str] = frozenset()  # running jobs, of any worker, whose cancellation was requested
+
+
+@dataclass(frozen=True)
+class UsageDay:
+    """What the jobs of a tenant that ended on one day have used."""
+
+    day: date  # UTC
+    jobs: int
+    device_s: float  # see `device_s_of`
 
 
 @dataclass(frozen=True)
@@ -290,6 +301,33 @@ class Ledger(ABC):
 
         Returns:
             The ids of the jobs.
+        """
+
+    @abstractmethod
+    def list_jobs(self, query: JobQuery, tenant: str | None = None) -> JobPage:
+        """List jobs, newest first. Shards are not listed.
+
+        A page is a bounded amount of work for the ledger: it may have fewer jobs than asked for, even none,
+        and a cursor. Jobs that are entered meanwhile do not move what later pages contain.
+
+        Args:
+            query: Which jobs, and how many.
+            tenant: The name of the tenant whose jobs are listed; None: everybody's.
+
+        Returns:
+            The page.
+        """
+
+    @abstractmethod
+    def read_usage(self, tenant: str, days: int) -> list[UsageDay]:
+        """Read what a tenant has used.
+
+        Args:
+            tenant: Its name. Nobody's usage is not counted.
+            days: The number of days, today's included; a year is kept.
+
+        Returns:
+            The days, the latest first.
         """
 
     @abstractmethod
@@ -702,6 +740,28 @@ def is_same_job(entry: Entry, held: Entry) -> bool:
     return held.fingerprint == entry.fingerprint and held.belongs_to(entry.tenant.name or None)
 
 
+def latest_days(days: int) -> list[date]:
+    """The latest days in UTC, today first."""
+    today = utc_now().date()
+    return [today - timedelta(days=ago) for ago in range(days)]
+
+
+def device_s_of(document: StatusDocument) -> float:
+    """How long a job has used the device: its equal share of the pass that it was computed in.
+
+    A method that scores many masked images has passes of its own: their time, with the waiting between them.
+    Time of earlier attempts, and for metrics, is not included.
+
+    Args:
+        document: The final document.
+
+    Returns:
+        Seconds; 0 for a job that was not computed.
+    """
+    metrics = document.metrics
+    return metrics.get("explain_s", 0) / max(metrics.get("batch_size", 1), 1)
+
+
 def _make_entry(work: Work, tenant: Tenant) -> Entry:
     document, terms = state_machine.new_document(work.id, work), terms_of(work)
     return Entry(
@@ -712,6 +772,7 @@ def _make_entry(work: Work, tenant: Tenant) -> Entry:
         terms.route,
         terms.webhooks,
         tenant,
+        work.network,
     )
 
 

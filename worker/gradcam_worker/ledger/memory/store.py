@@ -4,11 +4,24 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from datetime import date
 
 from gradcam_worker.ledger import outbox, state_machine
-from gradcam_worker.ledger.ledger import Entry, LeaseRenewal, Ledger, Overdue, is_same_job
+from gradcam_worker.ledger.ledger import (
+    Entry,
+    LeaseRenewal,
+    Ledger,
+    Overdue,
+    UsageDay,
+    device_s_of,
+    is_same_job,
+    latest_days,
+)
 from gradcam_worker.ledger.memory.outbox import MemoryOutbox
+from gradcam_worker.schemas import listing
+from gradcam_worker.schemas.listing import JobPage, JobQuery
 from gradcam_worker.schemas.status import StatusDocument
+from gradcam_worker.schemas.work import ROUTE
 
 
 class MemoryLedger(Ledger):
@@ -30,6 +43,7 @@ class MemoryLedger(Ledger):
         self._republished: dict[str, int] = {}
         self._claimed: dict[str, float] = {}  # route -> when its latest received message was published
         self._dead: dict[str, float] = {}
+        self._usage: dict[tuple[str, date], tuple[int, float]] = {}  # jobs, and seconds of the device
         self._leader: tuple[str, float] = ("", 0)
         self._lock = threading.RLock()
 
@@ -93,6 +107,10 @@ class MemoryLedger(Ledger):
             self._dead.setdefault(after.id, now)
         elif before and before.status == "failed":
             self._dead.pop(after.id, None)
+        if after.final and entry.tenant.name:
+            used = (entry.tenant.name, after.updated_at.date())
+            jobs, device_s = self._usage.get(used, (0, 0.0))
+            self._usage[used] = jobs + 1, device_s + device_s_of(after)
         event = state_machine.name_event(before, after)
         for index, hook in enumerate(entry.webhooks):
             if event in hook.events:
@@ -180,6 +198,27 @@ class MemoryLedger(Ledger):
                 self._republished[job_id] = self._republished.get(job_id, 0) + 1
                 self._due[job_id] = now + lost_after_s * (2.0 ** (self._republished[job_id] - 1) - 1)
             return job_ids
+
+    def list_jobs(self, query: JobQuery, tenant: str | None = None) -> JobPage:
+        """See `Ledger.list_jobs`."""
+        entries = [
+            entry
+            for entry in self._entries.values()
+            if entry.route != ROUTE
+            and entry.belongs_to(tenant)
+            and query.network in {None, entry.network}
+            and query.accepts(entry.document)
+        ]
+        places = {listing.position_of(entry.document): entry.document for entry in entries}
+        end = listing.parse_cursor(query.cursor) if query.cursor else None
+        left = sorted((place for place in places if end is None or place < end), reverse=True)
+        page = left[: query.limit]
+        cursor = listing.cursor_after(page[-1]) if len(left) > len(page) else None
+        return JobPage(jobs=tuple(places[place] for place in page), cursor=cursor)
+
+    def read_usage(self, tenant: str, days: int) -> list[UsageDay]:
+        """See `Ledger.read_usage`."""
+        return [UsageDay(day, *self._usage.get((tenant, day), (0, 0.0))) for day in latest_days(days)]
 
     def find_dead_letters(self) -> list[tuple[str, float]]:
         """See `Ledger.find_dead_letters`."""

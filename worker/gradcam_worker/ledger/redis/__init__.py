@@ -29,6 +29,21 @@ The jobs
 
     The new revision of a job's document is published on the channel `changed:<id>`.
 
+The lists
+    For each list of jobs a sorted set of their ids, by the time when they were created, in microseconds.
+    There are lists of all jobs, whose scope is empty, and lists of each tenant's, whose scope is its name:
+
+    listed:<scope>:all              all jobs
+    listed:<scope>:status:<status>  the jobs in this state
+    listed:<scope>:network:<hash>   the jobs for this network
+    listed:<scope>:label:<hash>     the jobs with this entry in their metadata
+
+    They are made from the jobs' records, and read with them: a job that an earlier version has entered, or
+    has changed, is in the wrong list until this version changes it, and is left out there.
+
+    usage:<tenant>:<day>            the number of a tenant's jobs that ended on a day, counted from the epoch,
+                                    and their milliseconds on the device; kept for 400 days
+
 The outbox
     A recipient is one webhook of a job, or a sink that receives the events of every job. The recipients at
     one host, or of one sink, share a destination.

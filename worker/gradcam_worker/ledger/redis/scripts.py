@@ -23,6 +23,8 @@ class NewJob(NamedTuple):
     expires_ms: int | None
     event: str  # empty: nothing to deliver
     tenant: str  # its name; empty: nobody's
+    created_us: int
+    lists: str  # their names, a line each; empty: a shard, which is in none
 
 
 @dataclass(kw_only=True)
@@ -55,6 +57,23 @@ class ReplaceDocument(LuaScript[int], file="replace_document"):
     keyed_retention_ms: int
     lease_ms: int
     only_if_due: bool
+    status_before: str
+    created_us: int
+    device_ms: int
+
+
+@dataclass(kw_only=True)
+class ListJobs(LuaScript[list[str]], file="list_jobs"):
+    """Find jobs that are in all of some lists. Returns where to go on, and documents: see the script."""
+
+    scope: str
+    is_nobodys: bool
+    limit: int
+    max_scanned: int
+    newest_us: str
+    oldest_us: str
+    before_id: str
+    names: Sequence[str]
 
 
 class HeldLease(NamedTuple):

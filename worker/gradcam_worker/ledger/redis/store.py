@@ -3,20 +3,34 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from datetime import date
 from typing import Any
 
 from gradcam_worker.ledger import outbox, state_machine
-from gradcam_worker.ledger.ledger import Entry, LeaseRenewal, Ledger, Overdue, Tenant
+from gradcam_worker.ledger.ledger import (
+    Entry,
+    LeaseRenewal,
+    Ledger,
+    Overdue,
+    Tenant,
+    UsageDay,
+    device_s_of,
+    latest_days,
+)
 from gradcam_worker.ledger.redis import scripts
 from gradcam_worker.ledger.redis.pubsub import RedisJobUpdates
 from gradcam_worker.redis_server.client import RedisServer
+from gradcam_worker.schemas import listing
+from gradcam_worker.schemas.listing import JobPage, JobQuery
 from gradcam_worker.schemas.status import StatusDocument
-from gradcam_worker.schemas.work import ROUTES
+from gradcam_worker.schemas.work import ROUTE, ROUTES
 from gradcam_worker.settings import Settings
 
 MAX_REPUBLISH_PAUSE_MS = 600_000  # between publications of a message that seems lost
 WORKER_TTL_LEASES = 3  # a worker that has renewed no lease for so many lease durations is not listed
 MAX_DEAD_LETTERS_LISTED = 10_000
+MAX_SCANNED_JOBS = 1000  # for one page of a list: a few milliseconds of the server's time
+EPOCH = date(1970, 1, 1)
 
 
 class RedisLedger(Ledger):
@@ -67,6 +81,8 @@ class RedisLedger(Ledger):
             expires_ms=_expires_ms(document),
             event=state_machine.name_event(None, document),
             tenant=tenant,
+            created_us=listing.position_of(document)[0],
+            lists="" if entry.route == ROUTE else "\n".join(_names_of_lists(entry)),
         )
 
     def _find(self, job_id: str) -> Entry | None:
@@ -109,6 +125,9 @@ class RedisLedger(Ledger):
                     keyed_retention_ms=keyed_ms,
                     lease_ms=self._lease_ms,
                     only_if_due=only_if_due,
+                    status_before=before.status,
+                    created_us=listing.position_of(after)[0],
+                    device_ms=int(device_s_of(after) * 1000) if after.final else 0,
                 )
             )
         )
@@ -183,6 +202,43 @@ class RedisLedger(Ledger):
             )
         )
 
+    def list_jobs(self, query: JobQuery, tenant: str | None = None) -> JobPage:
+        """See `Ledger.list_jobs`."""
+        newest_us, before_id = listing.parse_cursor(query.cursor) if query.cursor else ("+inf", "")
+        names = [f"status:{query.status}"] if query.status else []
+        names += [_network_list(query.network)] if query.network else []
+        names += [_label_list(query.label)] if query.label else []
+        last_us, last_id, more, *texts = self.server.run(
+            scripts.ListJobs(
+                scope=tenant or "",
+                is_nobodys=tenant == "",
+                limit=query.limit,
+                max_scanned=MAX_SCANNED_JOBS,
+                newest_us=str(newest_us),
+                oldest_us=str(int(query.created_after.timestamp() * 1e6)) if query.created_after else "-inf",
+                before_id=before_id,
+                names=names or ["all"],
+            )
+        )
+        documents = [StatusDocument.model_validate_json(text) for text in texts]
+        return JobPage(
+            jobs=tuple(document for document in documents if query.accepts(document)),
+            cursor=listing.cursor_after((int(last_us), last_id)) if more and last_id else None,
+        )
+
+    def read_usage(self, tenant: str, days: int) -> list[UsageDay]:
+        """See `Ledger.read_usage`: one round trip."""
+        listed = latest_days(days)
+        with self.server.translate_errors(), self.server.redis.pipeline(transaction=False) as pipeline:
+            for day in listed:
+                number = (day - EPOCH).days
+                pipeline.hmget(f"{self.server.prefix}usage:{tenant}:{number}", "jobs", "device_ms")
+            found = pipeline.execute()
+        return [
+            UsageDay(day, int(jobs or 0), int(device_ms or 0) / 1000)
+            for day, (jobs, device_ms) in zip(listed, found, strict=True)
+        ]
+
     def find_dead_letters(self) -> list[tuple[str, float]]:
         """See `Ledger.find_dead_letters`."""
         with self.server.translate_errors():
@@ -212,6 +268,26 @@ def _existing_or_new(entry: Entry, *existing: str) -> Entry:
     fingerprint, job, text, tenant = existing
     document = StatusDocument.model_validate_json(text)
     return Entry(fingerprint, job, entry.idempotency_key, document, tenant=Tenant(tenant))
+
+
+def _names_of_lists(entry: Entry) -> list[str]:
+    """The names of the lists that a new job is in: see "The lists" in `gradcam_worker.ledger.redis`."""
+    labels = [_label_list(f"{name}={value}") for name, value in entry.document.metadata.items()]
+    network = [_network_list(entry.network)] if entry.network else []
+    return ["all", f"status:{entry.document.status}", *network, *labels]
+
+
+def _network_list(network: str) -> str:
+    return f"network:{_digest(network)}"
+
+
+def _label_list(label: str) -> str:
+    return f"label:{_digest(label)}"
+
+
+def _digest(text: str) -> str:
+    """A part of a key's name, which has no line breaks and a bounded length."""
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:32]
 
 
 def _expires_ms(document: StatusDocument) -> int | None:

@@ -6,10 +6,11 @@ local prefix = ARGV[1]
 local retention_ms = tonumber(ARGV[2])
 local keyed_retention_ms = tonumber(ARGV[3]) -- of a job with an idempotency key
 local jobs = records(4, 'job_id', 'idempotency', 'fingerprint', 'job', 'document', 'attempt', 'revision',
-                     'status', 'route', 'webhooks', 'expires_ms', 'event', 'tenant')
+                     'status', 'route', 'webhooks', 'expires_ms', 'event', 'tenant', 'created_us', 'lists')
 
 -- include: clock
 -- include: events
+-- include: listing
 -- include: retention
 
 local function find(job_id)
@@ -30,6 +31,10 @@ local function enter(new)
     begin_retention(new.job_id, new.idempotency, retention_ms, keyed_retention_ms, new.route, new.status)
   elseif new.expires_ms ~= '' then
     redis.call('ZADD', prefix .. 'expiring', new.expires_ms, new.job_id)
+  end
+  if new.lists ~= '' then
+    local longest_ms = math.max(retention_ms, keyed_retention_ms)
+    pcall(list_new_job, new.tenant, new.lists, new.created_us, new.job_id, longest_ms)
   end
   record_event(new.job_id, new.webhooks, new.event, new.document, retention_ms)
 end

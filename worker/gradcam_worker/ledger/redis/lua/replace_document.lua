@@ -19,15 +19,21 @@ local retention_ms = tonumber(ARGV[15])
 local keyed_retention_ms = tonumber(ARGV[16]) -- of a job with an idempotency key
 local lease_ms = tonumber(ARGV[17])
 local only_if_due = ARGV[18] == '1' -- replace only if the lease or the pause is over
+local status_before = ARGV[19]
+local created_us = ARGV[20]
+local device_ms = ARGV[21] -- for which a job that has ended used the device
 
 -- include: clock
 -- include: events
+-- include: listing
 -- include: retention
+-- include: usage
 
 local key = prefix .. 'job:' .. job_id
 local held_attempt, held_revision, held_document, held_fingerprint, place_before, route, webhooks,
-      idempotency = unpack(redis.call('HMGET', key, 'attempt', 'revision', 'document', 'fingerprint', 'place',
-                                      'route', 'webhooks', 'idempotency'))
+      idempotency, tenant = unpack(redis.call('HMGET', key, 'attempt', 'revision', 'document', 'fingerprint',
+                                              'place', 'route', 'webhooks', 'idempotency', 'tenant'))
+tenant = tenant or '' -- as of jobs that earlier versions have entered
 
 -- A write that is repeated because its reply was lost succeeds again.
 if held_document == document then return 1 end
@@ -80,6 +86,11 @@ if cancel_requested then
 end
 if place == '' or place == 'dead' then
   begin_retention(job_id, idempotency, retention_ms, keyed_retention_ms, route, status)
+  if tenant ~= '' then pcall(count_usage, tenant, device_ms) end
+end
+if status ~= status_before and route ~= 'shard' then
+  local longest_ms = math.max(retention_ms, keyed_retention_ms)
+  pcall(relist_job, tenant, status_before, status, created_us, job_id, longest_ms)
 end
 record_event(job_id, webhooks, event, document, retention_ms)
 -- The job may contain presigned URLs, which must not be kept. A failed job keeps them, for a retry.
