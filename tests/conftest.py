@@ -197,6 +197,7 @@ LASTING_KEYS = {
     r"(outbox|lane:.+|waiting|down)": "recipients that have events to deliver",
     r"(gone|later)": "URLs, which are removed when their pause is over",
     r"claimed": "one field for each priority",
+    r"(tenants|api_keys)": "what operators have made",
     r"workers": "one field for each worker, which is removed when the worker is gone",
     r"backfills": "ids of running backfills, which are removed when the backfill is gone",
     r"gradcam\.(interactive|bulk|shards)(\x06\x16\d)?": "a queue: messages that were not received",

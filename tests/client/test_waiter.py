@@ -89,8 +89,8 @@ def test_who_waits_is_told_and_does_not_look(
     looks: list[str] = []
     read_many = RedisLedger.read_many
 
-    def look(self: RedisLedger, ids: Sequence[str]) -> dict[str, StatusDocument]:
-        found = read_many(self, ids)
+    def look(self: RedisLedger, ids: Sequence[str], tenant: str | None = None) -> dict[str, StatusDocument]:
+        found = read_many(self, ids, tenant)
         looks.append(threading.current_thread().name)
         return found
 
@@ -441,7 +441,7 @@ def test_a_ledger_that_comes_back_without_the_job_says_so(
         waiter = waiting(beside, client, job_id)
         with pytest.raises(LedgerUnavailable):
             client.wait(job_id, 0.1)
-        monkeypatch.setattr(ledger, "read_many", lambda _: {})
+        monkeypatch.setattr(ledger, "read_many", lambda *_: {})
         with pytest.raises(UnknownJob, match=job_id):
             waiter.result(WAIT_S)
 

@@ -11,7 +11,9 @@ from fastapi.testclient import TestClient
 
 from gradcam_worker.client.async_client import AsyncGradcamClient
 from gradcam_worker.client.client import GradcamClient
+from gradcam_worker.gateway.access import Access, Caller
 from gradcam_worker.gateway.app import create_app
+from gradcam_worker.redis_server.client import RedisServer
 from gradcam_worker.settings import Settings
 from gradcam_worker.testing import MemoryLedger, MemoryObjects, MemoryStore, RecordingPublisher, eager_client
 
@@ -25,11 +27,23 @@ class PresignableObjects(MemoryObjects):
         return f"https://s3.test/{uri.partition('://')[2]}?type={media_type}&size={size}&for={expires_s}"
 
 
+class Everybody(Access):
+    """Whoever reaches the app is the one user."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings, RedisServer(settings), loopback=True)
+
+    async def authenticate(
+        self, authorization: str | None, *, host: str | None = None, origin: str | None = None
+    ) -> Caller:
+        return self._one_user
+
+
 @contextmanager
 def serving(client: GradcamClient, objects: PresignableObjects, **settings: Any) -> Iterator[TestClient]:
     """An API over a client."""
     used = Settings(uploads="s3://uploads", **settings)
-    app = create_app(used, client=AsyncGradcamClient(client=client), objects=objects)
+    app = create_app(used, client=AsyncGradcamClient(client=client), access=Everybody(used), objects=objects)
     with TestClient(app) as http:
         yield http
 

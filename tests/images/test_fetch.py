@@ -35,9 +35,11 @@ DATA = b"not decoded here"
 LOCAL = ("127.0.0.0/8",)  # of the servers of these tests
 
 
-def fetch(uri: str, seconds: float = 10, sha256: str | None = None, **settings: Any) -> bytes:
-    chosen = Settings(**settings)
-    return UriFetcher(chosen, S3(chosen)).fetch(ImageRef(uri=uri, sha256=sha256), Deadline(seconds)).data
+def fetch(
+    uri: str, seconds: float = 10, sha256: str | None = None, *, redirects: bool = True, **settings: Any
+) -> bytes:
+    chosen, image = Settings(**settings), ImageRef(uri=uri, sha256=sha256, redirects=redirects)
+    return UriFetcher(chosen, S3(chosen)).fetch(image, Deadline(seconds)).data
 
 
 @pytest.fixture(autouse=True)
@@ -258,6 +260,15 @@ class TestHttp:
             self.get(http_server, http_server.url("/here", answer(301, headers={"location": "/there"})))
             == DATA
         )
+
+    def test_a_job_may_refuse_redirects_also_those_within_the_host(
+        self, http_server: Any, answer: Any
+    ) -> None:
+        there = http_server.url("/there", answer(200, DATA))
+        here = http_server.url("/here", answer(302, headers={"location": "/there"}))
+        assert self.get(http_server, there, redirects=False) == DATA
+        with pytest.raises(UriNotAllowed, match="redirects, which is not allowed"):
+            self.get(http_server, here, redirects=False)
 
     def test_redirects_in_a_circle_end(self, http_server: Any, answer: Any) -> None:
         circle = http_server.url("/circle", answer(302, headers={"location": "/circle"}))

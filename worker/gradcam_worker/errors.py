@@ -37,6 +37,13 @@
     ├── StorageError
     │   ├── OutputNotAllowed           output_not_allowed        fails
     │   └── StorageUnavailable         storage_unavailable       retried
+    ├── AccessError
+    │   ├── InvalidApiKey              invalid_api_key           raised
+    │   ├── ScopeMissing               scope_missing             raised
+    │   ├── RateLimited                rate_limited              raised
+    │   ├── QuotaExceeded              quota_exceeded            raised
+    │   ├── UnknownTenant              unknown_tenant            raised
+    │   └── InvalidPolicy              invalid_policy            raised
     ├── RedisUnavailable
     │   ├── BrokerUnavailable          broker_unavailable        raised
     │   └── LedgerUnavailable          ledger_unavailable        raised
@@ -370,6 +377,74 @@ class StorageUnavailable(StorageError, RetryableError):
 
     code = "storage_unavailable"
     public_message = "The result cannot be stored or read just now. Please try again later."
+
+
+class AccessError(GradcamError):
+    """What a key of the HTTP API may do, and how much of it."""
+
+    public_message = "This request is not allowed."
+
+
+class InvalidApiKey(AccessError, LocalError):
+    """No API key was sent, or one that is unknown, expired or revoked."""
+
+    code = "invalid_api_key"
+    public_message = "The key that was sent does not open anything here. Please use a valid one."
+
+
+class ScopeMissing(AccessError, LocalError):
+    """The API key is valid, and was made for other requests than this one."""
+
+    code = "scope_missing"
+    public_message = "The key that was sent does not allow this. Please use another one."
+
+
+class RateLimited(AccessError, LocalError):
+    """The tenant makes more requests at a time than its policy allows.
+
+    Args:
+        message: What was received, and what the policy allows.
+        retry_after_s: When a request is accepted again, in seconds from now.
+    """
+
+    code = "rate_limited"
+    retryable = True
+    public_message = "There were too many requests at once. Please try again in a moment."
+
+    def __init__(self, message: str = "", *, retry_after_s: float = 1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class QuotaExceeded(AccessError, LocalError):
+    """The tenant has submitted as many jobs on this day as its policy allows.
+
+    Args:
+        message: What was received, and what the policy allows.
+        retry_after_s: When the day ends, in seconds from now.
+    """
+
+    code = "quota_exceeded"
+    retryable = True
+    public_message = "There were too many requests today. Please try again tomorrow."
+
+    def __init__(self, message: str = "", *, retry_after_s: float = 1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class UnknownTenant(AccessError, LocalError):
+    """There is no tenant of this name."""
+
+    code = "unknown_tenant"
+    public_message = "There is no such customer."
+
+
+class InvalidPolicy(AccessError, LocalError):
+    """What a tenant is to be allowed is no policy, or would reach into another tenant's places."""
+
+    code = "invalid_policy"
+    public_message = "These permissions cannot be given."
 
 
 class RedisUnavailable(GradcamError):

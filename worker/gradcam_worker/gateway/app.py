@@ -16,6 +16,7 @@ from gradcam_worker.gateway.context import Gateway
 from gradcam_worker.gateway.middleware import Edge
 from gradcam_worker.gateway.objects import GatewayObjects, UploadObjects
 from gradcam_worker.gateway.open_requests import OpenRequests
+from gradcam_worker.redis_server.client import RedisServer
 from gradcam_worker.settings import Settings
 
 MIN_GZIP_BYTES = 1024
@@ -43,7 +44,7 @@ def create_app(
     Args:
         settings: Those of a client.
         client: Stands in for one of these settings.
-        access: Who may do what; default: whoever reaches the app may do everything.
+        access: Who may do what; default: whoever has an API key.
         objects: Stands in for S3.
 
     Returns:
@@ -52,7 +53,7 @@ def create_app(
     gateway = Gateway(
         settings,
         client or AsyncGradcamClient(settings=settings),
-        access or Access(settings),
+        access or Access(settings, RedisServer(settings), loopback=False),
         GatewayObjects(objects or SettingsObjects(settings)),
         OpenRequests(settings.serve_open_requests),
     )
@@ -63,6 +64,7 @@ def create_app(
         yield
         await gateway.client.close()
         gateway.objects.close()
+        gateway.access.close()
 
     app = FastAPI(
         title="gradcam-worker", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None

@@ -8,10 +8,11 @@ from fastapi import Depends, Header, Path, Request
 
 from gradcam_worker.client.async_client import AsyncGradcamClient
 from gradcam_worker.errors import UnknownJob
-from gradcam_worker.gateway.access import Access, Caller, Scope
+from gradcam_worker.gateway.access import Access, Caller
 from gradcam_worker.gateway.artifact_lists import ArtifactLists
 from gradcam_worker.gateway.objects import GatewayObjects
 from gradcam_worker.gateway.open_requests import OpenRequests
+from gradcam_worker.gateway.tenants import Scope
 from gradcam_worker.observability.prometheus import Metrics
 from gradcam_worker.schemas.job import ID_PATTERN
 from gradcam_worker.settings import Settings
@@ -55,9 +56,12 @@ def CallerWith(scope: Scope) -> Any:  # noqa: N802  # it reads as a type where i
     """
 
     async def find_caller(
-        gateway: GatewayOf, authorization: Annotated[str | None, Header(include_in_schema=False)] = None
+        gateway: GatewayOf,
+        authorization: Annotated[str | None, Header(include_in_schema=False)] = None,
+        host: Annotated[str | None, Header(include_in_schema=False)] = None,
+        origin: Annotated[str | None, Header(include_in_schema=False)] = None,
     ) -> Caller:
-        caller = await gateway.access.authenticate(authorization)
+        caller = await gateway.access.authenticate(authorization, host=host, origin=origin)
         caller.check_scope(scope)
         await gateway.access.admit(caller)
         return caller

@@ -74,8 +74,10 @@ async def events(
     document = await client.status(job_id)
     if document.final and document.revision == seen:
         return Response(status_code=HTTPStatus.NO_CONTENT)
-    held = AsyncExitStack()
-    await held.enter_async_context(gateway.open_requests.hold())
+    async with AsyncExitStack() as entered:
+        await entered.enter_async_context(gateway.access.stream(caller))
+        await entered.enter_async_context(gateway.open_requests.hold())
+        held = entered.pop_all()
     return EventStream(_stream(client, caller, job_id, seen, until), held)
 
 

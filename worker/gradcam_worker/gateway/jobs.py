@@ -61,7 +61,7 @@ async def submit(
         read = bodies.parse_json(await bodies.read_body(request, gateway.settings.max_message_bytes))
         fields, upload = _with_target(read), None
     job = caller.check_job(_with_key(_checked(Job.parse(fields)), idempotency_key))
-    await gateway.access.admit(caller, jobs=1)
+    await gateway.access.admit_jobs(caller, 1, job.idempotency_key)
     if upload:
         await gateway.objects.put(upload.uri, upload.data, upload.media_type)
     client = gateway.client_of(caller)
@@ -69,7 +69,7 @@ async def submit(
     job_id = await client.submit(job)
     if wait_s:
         request.state.waited = True
-        async with gateway.open_requests.hold():
+        async with gateway.open_requests.hold(), gateway.access.stream(caller):
             document = await _wait(client, request, job_id, wait_s)
     else:
         document = await client.status(job_id)
@@ -109,6 +109,7 @@ async def cancel(gateway: GatewayOf, caller: Submitter, job_id: JobIdOf) -> Resp
 @router.post("/{job_id}/retry", operation_id="retry_job")
 async def retry(gateway: GatewayOf, caller: Submitter, job_id: JobIdOf) -> Response:
     """Try a failed job again, under its id. One that waits or runs is left as it is."""
+    await gateway.access.admit_jobs(caller)
     return await job_response(gateway, caller, await gateway.client_of(caller).retry(job_id))
 
 

@@ -4,6 +4,7 @@
 with the request itself is in `errors`: a JSON pointer into the body or a parameter's name, with a sentence.
 """
 
+import math
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
@@ -28,6 +29,10 @@ STATUS_OF: Mapping[type[GradcamError], HTTPStatus] = {  # of the nearest class
     errors.RequestTooLarge: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     errors.UnsupportedRequestType: HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
     errors.ServerBusy: HTTPStatus.SERVICE_UNAVAILABLE,
+    errors.InvalidApiKey: HTTPStatus.UNAUTHORIZED,
+    errors.ScopeMissing: HTTPStatus.FORBIDDEN,
+    errors.RateLimited: HTTPStatus.TOO_MANY_REQUESTS,
+    errors.QuotaExceeded: HTTPStatus.TOO_MANY_REQUESTS,
     errors.UnknownJob: HTTPStatus.NOT_FOUND,
     errors.UnknownBackfill: HTTPStatus.NOT_FOUND,
     errors.NoResult: HTTPStatus.CONFLICT,
@@ -72,7 +77,9 @@ def problem_response(error: GradcamError) -> Response:
         body["errors"] = findings
     headers = {}
     if status in {HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.TOO_MANY_REQUESTS}:
-        headers["Retry-After"] = str(max(1, round(getattr(error, "retry_after_s", None) or RETRY_AFTER_S)))
+        headers["Retry-After"] = str(
+            max(1, math.ceil(getattr(error, "retry_after_s", None) or RETRY_AFTER_S))
+        )
     if status == HTTPStatus.UNAUTHORIZED:
         headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(body, status.value, headers, MEDIA_TYPE)

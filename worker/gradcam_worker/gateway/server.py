@@ -2,7 +2,9 @@
 
 import uvicorn
 
+from gradcam_worker.gateway.access import Access, is_this_machine
 from gradcam_worker.gateway.app import create_app
+from gradcam_worker.redis_server.client import RedisServer
 from gradcam_worker.settings import Settings
 
 SHUTDOWN_S = 10  # for open requests, after SIGTERM
@@ -21,8 +23,9 @@ def run(settings: Settings, host: str, port: int) -> int:
     Returns:
         The exit code.
     """
+    access = Access(settings, RedisServer(settings), loopback=is_this_machine(host))
     config = uvicorn.Config(
-        create_app(settings),
+        create_app(settings, access=access),
         host=host,
         port=port,
         log_config=None,

@@ -28,7 +28,7 @@ from gradcam_worker.schemas.job import ImageRef, describe_missing_scheme
 from gradcam_worker.schemas.model import describe_excess_length
 from gradcam_worker.settings import Settings
 from gradcam_worker.storage.s3 import S3
-from gradcam_worker.text.urls import has_credentials, without_secrets, without_user
+from gradcam_worker.text.urls import WEB_SCHEMES, has_credentials, without_secrets, without_user
 
 if TYPE_CHECKING:
     from gradcam_worker.net.dialer import Resolve
@@ -64,8 +64,6 @@ class UriFetcher:
         self._s3, self._observer = s3, observer
         self._readers: dict[str, Callable[[str, Deadline, int], bytes]] = {
             "s3": self._read_s3,
-            "http": self._read_http,
-            "https": self._read_http,
             "file": self._read_file,
             "data": self._read_data,
         }
@@ -110,14 +108,16 @@ class UriFetcher:
         if why := describe_missing_scheme(image.uri):
             message = f"{why}."
             raise UriNotAllowed(message)
-        if scheme not in allowed or scheme not in self._readers:
+        if scheme not in allowed or scheme not in {*self._readers, *WEB_SCHEMES}:
             shown, schemes = redact_uri(image.uri)[:200], " or ".join(allowed)
             message = f"{shown!r} is not allowed: its scheme must be {schemes} (GRADCAM_IMAGE_SCHEMES)."
             raise UriNotAllowed(message)
         limit = self._settings.max_image_bytes
-        data = self._readers[scheme](
-            image.uri, deadline, limit if max_bytes is None else min(max_bytes, limit)
-        )
+        limit = limit if max_bytes is None else min(max_bytes, limit)
+        if scheme in WEB_SCHEMES:
+            data = self._read_http(image.uri, deadline, limit, redirects=image.redirects)
+        else:
+            data = self._readers[scheme](image.uri, deadline, limit)
         self._observer.image_read(len(data))
         sha256 = hashlib.sha256(data).hexdigest()
         if image.sha256 not in {None, sha256}:
@@ -150,13 +150,15 @@ class UriFetcher:
             raise UriNotAllowed(message)
         return self._s3.read_image(bucket, key, limit, deadline)
 
-    def _read_http(self, uri: str, deadline: Deadline, limit: int) -> bytes:
+    def _read_http(self, uri: str, deadline: Deadline, limit: int, *, redirects: bool) -> bytes:
         from gradcam_worker.net.http import HttpFailed
 
         shown = redact_uri(uri)
         seconds = min(self._settings.fetch_timeout_s, deadline.left_s())
         try:
-            answer = self._web.get(uri, max_bytes=limit, seconds=seconds, deadline=deadline)
+            answer = self._web.get(
+                uri, max_bytes=limit, seconds=seconds, deadline=deadline, redirects=redirects
+            )
         except HttpFailed as error:
             deadline.check(f"reading {shown}")
             message = f"{shown} could not be read: {error}"

@@ -105,7 +105,13 @@ class HttpClient:
         return url
 
     def get(
-        self, text: str, *, max_bytes: int, seconds: float, deadline: Deadline | None = None
+        self,
+        text: str,
+        *,
+        max_bytes: int,
+        seconds: float,
+        deadline: Deadline | None = None,
+        redirects: bool = True,
     ) -> HttpResponse:
         """Fetch a URL. Each redirect is checked as the first URL is.
 
@@ -114,12 +120,13 @@ class HttpClient:
             max_bytes: Limit of the body: more is cut off, one byte after the limit.
             seconds: Time for everything, redirects included.
             deadline: The job's: when it is over or cancelled, the request ends.
+            redirects: Whether redirects are followed.
 
         Returns:
             The last answer.
 
         Raises:
-            UriNotAllowed: The URL, or one that it redirects to, is not allowed.
+            UriNotAllowed: The URL, or one that it redirects to, is not allowed, or redirects are not.
             HttpFailed: There is no usable answer.
         """
         with _Timer(seconds, deadline) as timer:
@@ -131,6 +138,9 @@ class HttpClient:
                     if response.status not in REDIRECTS or location is None:
                         return HttpResponse(response.status, _body(response, headers, max_bytes), headers)
                     text = _redirect_url(url, location)
+                    if not redirects:
+                        message = f"{url.host} redirects, which is not allowed: name the address itself."
+                        raise UriNotAllowed(message)
         message = f"it redirects more than {MAX_REDIRECTS} times"
         raise HttpFailed(message)
 

@@ -138,10 +138,18 @@ def _refuse_image_data(value: Any) -> Any:
 
 
 class ImageRef(RequestModel):
-    """The URI of an image. With `sha256` the image must have this checksum."""
+    """The URI of an image. With `sha256` the image must have this checksum.
+
+    Without `redirects` a web server's redirect is refused, also one to a host that workers allow.
+    """
 
     uri: Annotated[Uri, BeforeValidator(_refuse_image_data)]
     sha256: Sha256 | None = None
+    redirects: bool = True
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without_defaults(self, serialize(self), ["redirects"])
 
 
 class Webhook(RequestModel):
