@@ -7,14 +7,16 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import cv2
 import numpy as np
 import pytest
 
 from gradcam_worker import AsyncGradcamClient
+from gradcam_worker.client.job_fields import JobOptions
 from gradcam_worker.schemas.job import ImageRef, Job, JobDetails, JobFields, Target, Webhook
+from gradcam_worker.schemas.options import ArtifactKind, ArtifactSpec
 from gradcam_worker.testing import TinyNetwork, eager_client
 
 USER_CODE = Path(__file__).with_name("user_code.py")
@@ -33,9 +35,18 @@ Job(image="s3://in/a.jpg", network="vgg16", target=target, priority="urgent")  #
 Target(top_n="3")  # wrong
 client.submit(image="s3://in/a.jpg", network="vgg16", target=target, top_m=1)  # wrong
 client.submit(network="vgg16", target=target)  # wrong
+client.submit(image="s3://in/a.jpg", network="vgg16")  # wrong
+client.submit(image="s3://in/a.jpg", network="vgg16", top_m=3)  # wrong
+client.submit(image="s3://in/a.jpg", network="vgg16", top_n="3")  # wrong
+client.submit(image="s3://in/a.jpg", network="vgg16", top_n=3, classes=["tabby"])  # wrong
+client.submit(image="s3://in/a.jpg", network="vgg16", top_n=3, method="gradcam+")  # wrong
+client.submit(image="s3://in/a.jpg", network="vgg16", top_n=3, artifacts=["overly"])  # wrong
+client.submit(image="s3://in/a.jpg", network="vgg16", top_n=3).wate()  # wrong
 client.upload_and_submit("a.jpg", network="vgg16")  # wrong
+client.upload_and_submit("a.jpg", network="vgg16", top_n=3, priorty="high")  # wrong
 client.wait(5)  # wrong
 asyncio.run(AsyncGradcamClient().submit(network="vgg16"))  # wrong
+asyncio.run(AsyncGradcamClient().submit(image="s3://in/a.jpg", network="vgg16", top_n=3, metdata={}))  # wrong
 client.result("id").urls.first()  # wrong
 explain_image(load_network("vgg16"), 5, top_n=1)  # wrong
 explain_image(load_network("vgg16"), "a.jpg", top=1)  # wrong
@@ -94,6 +105,14 @@ def test_what_type_checkers_are_told_of_a_job_is_what_a_job_has() -> None:
     assert JobFields.__annotations__.keys() == fields.keys()
     assert JobFields.__required_keys__ == {name for name, field in fields.items() if field.is_required()}
     assert JobDetails.__annotations__.keys() == fields.keys() - {"image"}
+
+
+def test_what_type_checkers_are_told_of_submit_is_a_job_and_its_short_forms() -> None:
+    fields = {field.alias or name for name, field in Job.model_fields.items()}
+    assert JobOptions.__annotations__.keys() == fields - {"image", "network", "target"} | {"webhook"}
+    assert {*get_args(ArtifactKind)} == {
+        get_args(kind.model_fields["kind"].annotation)[0] for kind in get_args(get_args(ArtifactSpec)[0])
+    }
 
 
 @pytest.mark.parametrize(

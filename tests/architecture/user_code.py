@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradcam_worker import AsyncGradcamClient, GradcamClient, Job
+from gradcam_worker.client import AsyncJobHandle, JobHandle
 from gradcam_worker.errors import GradcamError, ImageError, InvalidJob, LedgerUnavailable
 from gradcam_worker.gradcam import (
     Explained,
@@ -23,6 +24,7 @@ from gradcam_worker.gradcam import (
 from gradcam_worker.schemas.job import HeatmapSpec, ImageRef, MethodSpec, OverlaySpec, Target, Webhook
 
 IMAGE = "s3://in/red.png"
+HOOK = "https://app.example/hook"
 
 
 def jobs() -> list[Job]:
@@ -53,11 +55,19 @@ def many(count: int) -> Iterator[dict[str, Any]]:
 
 
 def with_client(client: GradcamClient, image: Path) -> list[str]:
-    ids: list[str] = client.submit_many(jobs())
+    ids: list[JobHandle] = client.submit_many(jobs())
     ids += client.submit_many(many(2))
     ids.append(client.submit(jobs()[0], retry_failed=True))
     ids.append(client.submit(image=IMAGE, network="vgg16", target={"top_n": 2}, priority="high"))
-    ids.append(client.upload_and_submit(image, network="vgg16", target=Target(top_n=1)))
+    ids.append(client.submit(image=IMAGE, network="vgg16", top_n=2, method="rise", artifacts=["overlay"]))
+    ids.append(client.upload_and_submit(image, network="vgg16", classes=["red", 1], webhooks=[HOOK]))
+    job_id: str = client.submit(image=IMAGE, network="vgg16", top_n=1, against=["blue"])
+    ids.append(client.job(job_id))
+    document = ids[-1].wait(timeout_s=60)
+    same: set[str] = {one.status for one in ids[0].stream()} | {ids[0].status().status, ids[0].id}
+    assert same == {"succeeded", ids[0]}
+    assert [one.class_.name for one in ids[2].result().manifest.explanations]
+    ids[0].cancel()
     document = client.wait(ids[0], timeout_s=60)
     statuses: list[str] = [one.status for one in client.stream(ids[0])]
     if document.error:
@@ -74,8 +84,14 @@ async def with_async_client(client: AsyncGradcamClient) -> list[str]:
     async with client:
         job_id: str = await client.submit(image=IMAGE, network="vgg16", target=Target(top_n=3))
         again = await client.submit(jobs()[0])
-        ids: list[str] = await client.submit_many([*many(2)])
-        uploaded: str = await client.upload_and_submit(b"pixels", network="vgg16", target={"top_n": 1})
+        job: AsyncJobHandle = await client.submit(image=IMAGE, network="vgg16", top_n=3, webhook=HOOK)
+        async for document in job.stream():
+            assert document.id == job
+        assert [(await job.wait()).status, (await job.status()).status] == ["succeeded"] * 2
+        assert (await job.result()).urls
+        assert (await client.job(job.id).cancel()).final
+        ids: list[AsyncJobHandle] = await client.submit_many([*many(2)])
+        uploaded: str = await client.upload_and_submit(b"pixels", network="vgg16", top_n=1)
         statuses = [document.status async for document in client.stream(job_id)]
         final = await client.wait(job_id)
         url: str = next(iter((await client.result(job_id)).urls.values()))

@@ -10,16 +10,20 @@ from gradcam_worker.lazy_imports import lazy_imports
 if TYPE_CHECKING:
     from gradcam_worker.client.async_client import AsyncGradcamClient as AsyncGradcamClient
     from gradcam_worker.client.client import GradcamClient as GradcamClient
+    from gradcam_worker.client.job_handle import AsyncJobHandle as AsyncJobHandle
+    from gradcam_worker.client.job_handle import JobHandle as JobHandle
     from gradcam_worker.client.results import Result as Result
 
-__all__ = ["AsyncGradcamClient", "GradcamClient", "Result"]
+__all__ = ["AsyncGradcamClient", "AsyncJobHandle", "GradcamClient", "JobHandle", "Result"]
 
 if not TYPE_CHECKING:
     __getattr__, __dir__ = lazy_imports(
         __name__,
         {
             "AsyncGradcamClient": "gradcam_worker.client.async_client",
+            "AsyncJobHandle": "gradcam_worker.client.job_handle",
             "GradcamClient": "gradcam_worker.client.client",
+            "JobHandle": "gradcam_worker.client.job_handle",
             "Result": "gradcam_worker.client.results",
         },
     )

@@ -1,8 +1,8 @@
 """The client for asyncio: the same names, awaitable. Waiting for a job does not block a thread.
 
 >>> async with AsyncGradcamClient("redis://127.0.0.1:6379/0") as client:
-...     job_id = await client.submit(image="s3://in/pier.jpg", network="vgg16", target={"top_n": 5})
-...     async for document in client.stream(job_id):
+...     job = await client.submit(image="s3://in/pier.jpg", network="vgg16", top_n=5)
+...     async for document in job.stream():
 ...         print(document.status, document.stage)
 
 Other calls run in threads of the client's own, at most `CALLS_AT_ONCE`: an unreachable Redis does not block
@@ -16,14 +16,18 @@ import contextvars
 import functools
 import os
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, closing, suppress
-from typing import Any, Concatenate, ParamSpec, Self, TypeVar
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar, Unpack, overload
 
 from gradcam_worker.client.client import GradcamClient, call_after_wait
+from gradcam_worker.client.job_fields import Classes, Image, TopN, WithTarget
+from gradcam_worker.client.job_handle import AsyncJobHandle
 from gradcam_worker.client.waiter import Subscription
 from gradcam_worker.errors import WaitTimeout
+from gradcam_worker.schemas.job import Job
 from gradcam_worker.schemas.status import StatusDocument
 from gradcam_worker.settings import Settings
 
@@ -69,14 +73,99 @@ class AsyncGradcamClient:
         self.client = client or GradcamClient(broker_url, status_url, settings=settings)
         self._threads: dict[int, ThreadPoolExecutor] = {}  # by process: they do not survive a fork
 
-    submit = _awaitable(GradcamClient.submit)
-    submit_many = _awaitable(GradcamClient.submit_many)
     status = _awaitable(GradcamClient.status)
     statuses = _awaitable(GradcamClient.statuses)
     cancel = _awaitable(GradcamClient.cancel)
     retry = _awaitable(GradcamClient.retry)
     result = _awaitable(GradcamClient.result)
-    upload_and_submit = _awaitable(GradcamClient.upload_and_submit)
+
+    @overload
+    async def submit(
+        self, /, *, image: Image, network: str, retry_failed: bool = False, **fields: Unpack[TopN]
+    ) -> AsyncJobHandle: ...
+
+    @overload
+    async def submit(
+        self, /, *, image: Image, network: str, retry_failed: bool = False, **fields: Unpack[Classes]
+    ) -> AsyncJobHandle: ...
+
+    @overload
+    async def submit(
+        self, /, *, image: Image, network: str, retry_failed: bool = False, **fields: Unpack[WithTarget]
+    ) -> AsyncJobHandle: ...
+
+    @overload
+    async def submit(
+        self, job: Job | Mapping[str, Any], /, *, retry_failed: bool = False
+    ) -> AsyncJobHandle: ...
+
+    async def submit(
+        self, job: Job | Mapping[str, Any] | None = None, /, *, retry_failed: bool = False, **fields: Any
+    ) -> AsyncJobHandle:
+        """See `GradcamClient.submit`."""
+        submit = functools.partial(self.client.submit, retry_failed=retry_failed, **fields)
+        return AsyncJobHandle(await self._call(submit if job is None else lambda: submit(job)), self)
+
+    async def submit_many(
+        self, jobs: Iterable[Job | Mapping[str, Any]], *, retry_failed: bool = False
+    ) -> list[AsyncJobHandle]:
+        """See `GradcamClient.submit_many`."""
+        submit = functools.partial(self.client.submit_many, jobs, retry_failed=retry_failed)
+        return [AsyncJobHandle(job_id, self) for job_id in await self._call(submit)]
+
+    @overload
+    async def upload_and_submit(
+        self,
+        /,
+        image: Path | str | bytes,
+        *,
+        network: str,
+        to: str | None = None,
+        retry_failed: bool = False,
+        **fields: Unpack[TopN],
+    ) -> AsyncJobHandle: ...
+
+    @overload
+    async def upload_and_submit(
+        self,
+        /,
+        image: Path | str | bytes,
+        *,
+        network: str,
+        to: str | None = None,
+        retry_failed: bool = False,
+        **fields: Unpack[Classes],
+    ) -> AsyncJobHandle: ...
+
+    @overload
+    async def upload_and_submit(
+        self,
+        /,
+        image: Path | str | bytes,
+        *,
+        network: str,
+        to: str | None = None,
+        retry_failed: bool = False,
+        **fields: Unpack[WithTarget],
+    ) -> AsyncJobHandle: ...
+
+    async def upload_and_submit(
+        self,
+        /,
+        image: Path | str | bytes,
+        *,
+        to: str | None = None,
+        retry_failed: bool = False,
+        **fields: Any,
+    ) -> AsyncJobHandle:
+        """See `GradcamClient.upload_and_submit`."""
+        submit: Callable[..., str] = self.client.upload_and_submit
+        call = functools.partial(submit, image, to=to, retry_failed=retry_failed, **fields)
+        return AsyncJobHandle(await self._call(call), self)
+
+    def job(self, job_id: str) -> AsyncJobHandle:
+        """See `GradcamClient.job`. It needs no server, and so is not awaited."""
+        return AsyncJobHandle(job_id, self)
 
     async def close(self) -> None:
         """See `GradcamClient.close`; the threads end after the calls that run."""

@@ -1,9 +1,9 @@
 """The client of web apps and scripts: submit a job, read its state, wait for it. No numpy, no TensorFlow.
 
 >>> client = GradcamClient("redis://127.0.0.1:6379/0")
->>> job_id = client.submit(image="s3://in/pier.jpg", network="vgg16", target={"top_n": 5})
->>> client.wait(job_id).status
->>> client.result(job_id).urls  # of each overlay and array, for a browser
+>>> job = client.submit(image="s3://in/pier.jpg", network="vgg16", top_n=5)
+>>> job.wait().status
+>>> job.result().overlays[0].url  # for a browser
 """
 
 import time
@@ -15,6 +15,8 @@ from typing import Any, Generic, Self, TypeVar, Unpack, overload
 
 from gradcam_worker.broker import envelope, publisher
 from gradcam_worker.client import results
+from gradcam_worker.client.job_fields import Classes, Image, TopN, WithTarget, as_job
+from gradcam_worker.client.job_handle import JobHandle
 from gradcam_worker.client.results import Objects, Result
 from gradcam_worker.client.waiter import JobWaiter
 from gradcam_worker.errors import (
@@ -29,7 +31,7 @@ from gradcam_worker.ledger.ledger import Ledger
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.observability import tracing
 from gradcam_worker.resilience.retry import HALF_OR_MORE, Retries, RetryPolicy
-from gradcam_worker.schemas.job import Job, JobDetails, JobFields, describe_missing_scheme
+from gradcam_worker.schemas.job import Job, describe_missing_scheme
 from gradcam_worker.schemas.status import StatusDocument
 from gradcam_worker.settings import Settings
 from gradcam_worker.text.log_events import EventLogger
@@ -69,8 +71,8 @@ class GradcamClient:
 
     Examples:
         >>> client = GradcamClient("redis://127.0.0.1:6379/0")
-        >>> job_id = client.submit(image="s3://in/pier.jpg", network="vgg16", target={"top_n": 5})
-        >>> client.wait(job_id).status
+        >>> job = client.submit(image="s3://in/pier.jpg", network="vgg16", top_n=5)
+        >>> job.wait().status
         'succeeded'
     """
 
@@ -106,14 +108,26 @@ class GradcamClient:
         self._objects = objects or results.SettingsObjects(settings)
 
     @overload
-    def submit(self, job: Job | Mapping[str, Any], /, *, retry_failed: bool = False) -> str: ...
+    def submit(
+        self, /, *, image: Image, network: str, retry_failed: bool = False, **fields: Unpack[TopN]
+    ) -> JobHandle: ...
 
     @overload
-    def submit(self, /, *, retry_failed: bool = False, **fields: Unpack[JobFields]) -> str: ...
+    def submit(
+        self, /, *, image: Image, network: str, retry_failed: bool = False, **fields: Unpack[Classes]
+    ) -> JobHandle: ...
+
+    @overload
+    def submit(
+        self, /, *, image: Image, network: str, retry_failed: bool = False, **fields: Unpack[WithTarget]
+    ) -> JobHandle: ...
+
+    @overload
+    def submit(self, job: Job | Mapping[str, Any], /, *, retry_failed: bool = False) -> JobHandle: ...
 
     def submit(
         self, job: Job | Mapping[str, Any] | None = None, /, *, retry_failed: bool = False, **fields: Any
-    ) -> str:
+    ) -> JobHandle:
         """Enter a job in the ledger, put its message on the queue, return the job's id.
 
         Submitting the same job again (by id, or by `idempotency_key`) returns the first one's id and runs
@@ -123,10 +137,11 @@ class GradcamClient:
         Args:
             job: a `Job`, or its fields in a dictionary; else its fields by name.
             retry_failed: try the job again where it is one that has failed; without it the failure stays.
-            **fields: `image`, `network` and `target`, and any other field of `Job`.
+            **fields: `image`, `network`, `top_n` or `classes`, and any other field of `Job`. Instead of an
+                object, `method` may be a name, `artifacts` a list of kinds, and `webhook` a URL.
 
         Returns:
-            The job's id.
+            The job's id, which has the calls for this job: `wait`, `result` and others of `JobHandle`.
 
         Raises:
             InvalidJob: no worker would accept it; the message names each field that is wrong.
@@ -135,14 +150,16 @@ class GradcamClient:
                 submitted again with the same id or key it runs once.
 
         Examples:
-            >>> job_id = client.submit(image="s3://in/pier.jpg", network="vgg16", target={"top_n": 5})
+            >>> job = client.submit(image="s3://in/pier.jpg", network="vgg16", top_n=5, method="gradcam++")
+            >>> job.wait().status
+            'succeeded'
         """
         if job is not None and fields:
             message = f"Give a job or its fields, not both: {', '.join(fields)} came with a job."
             raise InvalidJob(message)
-        job = _as_job(fields if job is None else job)
+        job = as_job(fields if job is None else job)
         with self._traces.start_span("submit", job.traceparent, kind="PRODUCER", job_id=job.id):
-            return self._submit(_with_trace(job), retry_failed=retry_failed)
+            return JobHandle(self._submit(_with_trace(job), retry_failed=retry_failed), self)
 
     def _submit(self, job: Job, *, retry_failed: bool) -> str:
         self._check(job)
@@ -158,7 +175,7 @@ class GradcamClient:
 
     def submit_many(
         self, jobs: Iterable[Job | Mapping[str, Any]], *, retry_failed: bool = False
-    ) -> list[str]:
+    ) -> list[JobHandle]:
         """Submit jobs, hundreds in a round trip.
 
         Args:
@@ -176,9 +193,9 @@ class GradcamClient:
 
         Examples:
             >>> uris = (f"s3://in/{number}.jpg" for number in range(1000))
-            >>> client.submit_many({"image": uri, "network": "vgg16", "target": {"top_n": 1}} for uri in uris)
+            >>> client.submit_many({"image": uri, "network": "vgg16", "top_n": 1} for uri in uris)
         """
-        ids: list[str] = []
+        ids: list[JobHandle] = []
         published, left = True, iter(jobs)
         while True:
             chunk, problem = self._next_chunk(left)
@@ -195,7 +212,7 @@ class GradcamClient:
                     problem = held
                 else:
                     accepted.append((job, held))
-            ids += [held.id for _, held in accepted]
+            ids += [JobHandle(held.id, self) for _, held in accepted]
             # A broker that has been out of reach for so long is not waited for with every chunk again.
             published = self._publish_entered(accepted, _retries(once=not published))
             if problem:
@@ -207,7 +224,7 @@ class GradcamClient:
         size = 0
         try:
             for job_or_fields in left:
-                job = _with_trace(_as_job(job_or_fields))
+                job = _with_trace(as_job(job_or_fields))
                 size += self._check(job)
                 chunk.append(job)
                 if len(chunk) >= CHUNK or size >= CHUNK_BYTES:
@@ -270,6 +287,20 @@ class GradcamClient:
             )
             return False
         return True
+
+    def job(self, job_id: str) -> JobHandle:
+        """A handle of a job that was submitted elsewhere. No server is asked: it may be unknown.
+
+        Args:
+            job_id: the job's id.
+
+        Returns:
+            The id, with the calls for this job.
+
+        Examples:
+            >>> client.job(request.path_params["job_id"]).status()
+        """
+        return JobHandle(job_id, self)
 
     def status(self, job_id: str) -> StatusDocument:
         """What is known about a job.
@@ -384,6 +415,42 @@ class GradcamClient:
         uri = manifest_uri or results.manifest_uri(self.status(job_id))
         return results.read(str(job_id), uri, self._objects, expires_s)
 
+    @overload
+    def upload_and_submit(
+        self,
+        /,
+        image: Path | str | bytes,
+        *,
+        network: str,
+        to: str | None = None,
+        retry_failed: bool = False,
+        **fields: Unpack[TopN],
+    ) -> JobHandle: ...
+
+    @overload
+    def upload_and_submit(
+        self,
+        /,
+        image: Path | str | bytes,
+        *,
+        network: str,
+        to: str | None = None,
+        retry_failed: bool = False,
+        **fields: Unpack[Classes],
+    ) -> JobHandle: ...
+
+    @overload
+    def upload_and_submit(
+        self,
+        /,
+        image: Path | str | bytes,
+        *,
+        network: str,
+        to: str | None = None,
+        retry_failed: bool = False,
+        **fields: Unpack[WithTarget],
+    ) -> JobHandle: ...
+
     def upload_and_submit(
         self,
         /,
@@ -391,8 +458,8 @@ class GradcamClient:
         *,
         to: str | None = None,
         retry_failed: bool = False,
-        **fields: Unpack[JobDetails],
-    ) -> str:
+        **fields: Any,
+    ) -> JobHandle:
         """Upload an image, and submit a job for it.
 
         It is stored under its SHA-256, so the same bytes are stored once. Nothing is uploaded for an invalid
@@ -405,7 +472,7 @@ class GradcamClient:
             **fields: those of `submit`, without the image.
 
         Returns:
-            The job's id.
+            As `submit`.
 
         Raises:
             ImageNotFound: the file cannot be read.
@@ -415,10 +482,10 @@ class GradcamClient:
             InvalidJob, IdempotencyConflict, LedgerUnavailable: as `submit`.
 
         Examples:
-            >>> job_id = client.upload_and_submit("pier.jpg", network="vgg16", target={"top_n": 5})
+            >>> job = client.upload_and_submit("pier.jpg", network="vgg16", top_n=5)
         """
         upload = results.prepare_upload(image, to or self._settings.uploads, self._settings.max_image_bytes)
-        job = Job.parse({**fields, "image": {"uri": upload.uri, "sha256": upload.sha256}})
+        job = as_job({**fields, "image": {"uri": upload.uri, "sha256": upload.sha256}})
         self._check(job)
         self._objects.put(upload.uri, upload.data, upload.media_type)
         return self.submit(job, retry_failed=retry_failed)
@@ -529,10 +596,6 @@ def _retries(*, once: bool = False) -> Retries:
     _waited_s.set(0)  # it counts once
     policy = replace(REDIS_RETRIES, total_s=left_s)
     return (replace(policy, max_tries=1) if once else policy).start()
-
-
-def _as_job(job: Job | Mapping[str, Any]) -> Job:
-    return job if isinstance(job, Job) else Job.parse(job)
 
 
 def _with_number(problem: Exception, accepted: Sequence[str]) -> Exception:

@@ -153,6 +153,20 @@ def default_target(target: Mapping[str, Any], classes: int | None = None) -> dic
     return {**target, "top_n": max(min(DEFAULT_TOP_N, others), 1)}
 
 
+MethodName = Literal[
+    "gradcam",
+    "counterfactual",
+    "gradcam++",
+    "hirescam",
+    "xgradcam",
+    "layercam",
+    "eigencam",
+    "notebook",
+    "integrated_gradients",
+    "rise",
+    "occlusion",
+]
+ArtifactKind = Literal["overlay", "heatmap", "grid", "animation", "report"]
 WITHOUT_CLASS = ("eigencam",)  # methods whose heatmap is the same for every class
 
 
@@ -167,19 +181,7 @@ class MethodSpec(RequestModel):
     differ too.
     """
 
-    name: Literal[
-        "gradcam",
-        "counterfactual",
-        "gradcam++",
-        "hirescam",
-        "xgradcam",
-        "layercam",
-        "eigencam",
-        "notebook",
-        "integrated_gradients",
-        "rise",
-        "occlusion",
-    ] = "gradcam"
+    name: MethodName = "gradcam"
     layer: Name | None = None  # None: the network's default target layer; "auto": found in its graph
     score: Literal["logit", "probability"] = "logit"
     normalize: Literal["per_class", "joint", "none"] = "per_class"

@@ -1,0 +1,109 @@
+"""What `submit` takes: the fields of a job by name, with short forms, for type checkers and at run time.
+
+The short forms are the client's: what is sent is a `gradcam_worker.schemas.job.Job`, which has none.
+
+    top_n, classes, against    the fields of `target`, beside the others
+    method="rise"              {"name": "rise"}
+    artifacts=["report"]       [{"kind": "report"}]
+    webhook="https://..."      webhooks=[{"url": "https://..."}], for one
+"""
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, Literal, Required, TypeAlias, TypedDict
+
+from gradcam_worker.errors import InvalidJob
+from gradcam_worker.schemas.job import ImageRef, Job, Priority, Webhook
+from gradcam_worker.schemas.options import ArtifactKind, ArtifactSpec, MethodName, MethodSpec, Metric, Target
+
+Image: TypeAlias = ImageRef | str | dict[str, Any]
+OF_TARGET = ("top_n", "classes", "against")
+
+
+class JobOptions(TypedDict, total=False):
+    """The fields of a job that may be left out."""
+
+    idempotency_key: str | None
+    method: MethodSpec | MethodName | dict[str, Any]
+    artifacts: Sequence[ArtifactSpec | ArtifactKind | dict[str, Any]]
+    metrics: Sequence[Metric]
+    priority: Priority
+    webhook: Webhook | str | dict[str, Any]
+    webhooks: Sequence[Webhook | str | dict[str, Any]]
+    metadata: dict[str, str]
+    inputs: Mapping[str, float | str | Sequence[float]]
+    output: str | None
+    expires_at: datetime | None
+    timeout_s: float
+    max_attempts: int
+    id: str
+    schema: Literal["gradcam.job/v1"]
+    traceparent: str | None
+
+
+class TopN(JobOptions, total=False):
+    """A job that explains the most probable classes."""
+
+    top_n: Required[int]
+    against: Sequence[int | str]
+
+
+class Classes(JobOptions, total=False):
+    """A job that explains these classes, by their names or numbers."""
+
+    classes: Required[Sequence[int | str]]
+    against: Sequence[int | str]
+
+
+class WithTarget(JobOptions, total=False):
+    """A job whose classes are given as it has them on the wire."""
+
+    target: Required[Target | dict[str, Any]]
+
+
+def as_job(job: Job | Mapping[str, Any]) -> Job:
+    """Make a job of its fields.
+
+    Args:
+        job: A job, which is returned, or its fields, in which short forms are allowed.
+
+    Returns:
+        The job.
+
+    Raises:
+        InvalidJob: They are not those of a job. The message names each field that is wrong.
+    """
+    return job if isinstance(job, Job) else Job.parse(without_short_forms(job))
+
+
+def without_short_forms(fields: object) -> object:
+    """Replace short forms by the fields of a job; anything else is left to `Job.parse`.
+
+    Args:
+        fields: The fields, by name.
+
+    Returns:
+        The fields of a job.
+
+    Raises:
+        InvalidJob: A short form and the field that it stands for are both there.
+    """
+    if not isinstance(fields, Mapping):
+        return fields
+    wire = dict(fields)
+    target = {name: wire.pop(name) for name in OF_TARGET if name in wire}
+    if target and "target" in wire:
+        message = f"Give target, or {' and '.join(target)} beside the other fields, not both."
+        raise InvalidJob(message)
+    wire.setdefault("target", target)
+    if "webhook" in wire:
+        if "webhooks" in wire:
+            message = "Give webhook, or a list of webhooks, not both."
+            raise InvalidJob(message)
+        wire["webhooks"] = [wire.pop("webhook")]
+    if isinstance(wire.get("method"), str):
+        wire["method"] = {"name": wire["method"]}
+    for name, field in (("artifacts", "kind"), ("webhooks", "url")):
+        if isinstance(wire.get(name), list | tuple):
+            wire[name] = [{field: one} if isinstance(one, str) else one for one in wire[name]]
+    return wire
