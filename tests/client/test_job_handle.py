@@ -38,6 +38,23 @@ def test_a_handle_is_the_id_wherever_an_id_goes(client: GradcamClient) -> None:
     assert client.status(job) == client.job(stored).status() == job.status()
 
 
+def test_a_client_says_which_workers_live_and_what_they_offer() -> None:
+    ledger = MemoryLedger()
+    client = GradcamClient(settings=Settings(), ledger=ledger, publish=RecordingPublisher())
+    assert client.workers() == client.networks() == ()
+    report = {"device": "cpu", "running": 2, "networks": {"catalog": ["vgg16"]}}
+    ledger.renew_leases("w:1", json.dumps(report), {})
+    (worker,), (network,) = client.workers(), client.networks()
+    assert (worker.id, worker.device, worker.running, worker.networks) == ("w:1", "cpu", 2, ("vgg16",))
+    assert (network.name, network.input_size, network.imagenet, network.workers) == (
+        "vgg16",
+        (224, 224),
+        True,
+        1,
+    )
+    assert asyncio.run(AsyncGradcamClient(client=client).workers()) == (worker,)
+
+
 def test_a_handle_has_the_calls_of_its_job(client: GradcamClient) -> None:
     eager = eager_client({"s3://in/red.png": RED})
     done, lost = eager.submit_many(

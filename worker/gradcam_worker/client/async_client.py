@@ -78,6 +78,8 @@ class AsyncGradcamClient:
     cancel = _awaitable(GradcamClient.cancel)
     retry = _awaitable(GradcamClient.retry)
     result = _awaitable(GradcamClient.result)
+    networks = _awaitable(GradcamClient.networks)
+    workers = _awaitable(GradcamClient.workers)
 
     @overload
     async def submit(

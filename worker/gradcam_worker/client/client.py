@@ -15,6 +15,7 @@ from typing import Any, Generic, Self, TypeVar, Unpack, overload
 
 from gradcam_worker.broker import envelope, publisher
 from gradcam_worker.client import results
+from gradcam_worker.client.fleet import read_fleet
 from gradcam_worker.client.job_fields import Classes, Image, TopN, WithTarget, as_job
 from gradcam_worker.client.job_handle import JobHandle
 from gradcam_worker.client.results import Objects, Result
@@ -31,6 +32,7 @@ from gradcam_worker.ledger.ledger import Ledger
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.observability import tracing
 from gradcam_worker.resilience.retry import HALF_OR_MORE, Retries, RetryPolicy
+from gradcam_worker.schemas.fleet import NetworkOffer, WorkerReport
 from gradcam_worker.schemas.job import Job, describe_missing_scheme
 from gradcam_worker.schemas.status import StatusDocument
 from gradcam_worker.settings import Settings
@@ -489,6 +491,39 @@ class GradcamClient:
         self._check(job)
         self._objects.put(upload.uri, upload.data, upload.media_type)
         return self.submit(job, retry_failed=retry_failed)
+
+    def networks(self) -> tuple[NetworkOffer, ...]:
+        """The networks that live workers offer, by name.
+
+        Returns:
+            For each, its name, what its classes are, its input and target layer, and how many workers
+            have it. A network of the catalog is offered where its weights are on the worker's machine; others may be
+            downloaded when a job names them.
+
+        Raises:
+            LedgerUnavailable: the ledger cannot be reached, or does not let this user read its workers.
+
+        Examples:
+            >>> [network.name for network in client.networks()]
+            ['efficientnet_lite0', 'vgg16']
+        """
+        return read_fleet(self._retry(self._ledger.find_workers)).networks
+
+    def workers(self) -> tuple[WorkerReport, ...]:
+        """The workers that live: they have reported within the last seconds.
+
+        Returns:
+            For each, what it computes on, how many jobs it runs, and what keeps it from taking any, if so.
+            Empty: nobody would run a job just now. It would wait in the queue.
+
+        Raises:
+            LedgerUnavailable: the ledger cannot be reached, or does not let this user read its workers.
+
+        Examples:
+            >>> any(not worker.trouble for worker in client.workers())
+            True
+        """
+        return read_fleet(self._retry(self._ledger.find_workers)).workers
 
     def is_upload(self, uri: str, *others: str) -> bool:
         """Whether a URI lies below GRADCAM_UPLOADS, or below one of `others`.
