@@ -497,8 +497,8 @@ class GradcamClient:
 
         Returns:
             For each, its name, what its classes are, its input and target layer, and how many workers
-            have it. A network of the catalog is offered where its weights are on the worker's machine; others may be
-            downloaded when a job names them.
+            have it. A network of the catalog is offered where its weights are on the worker's machine; others
+            may be downloaded when a job names them.
 
         Raises:
             LedgerUnavailable: the ledger cannot be reached, or does not let this user read its workers.
