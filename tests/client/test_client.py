@@ -583,7 +583,7 @@ def test_many_threads_share_one_client(settings: Settings) -> None:
     client = GradcamClient(settings=settings)
 
     def work(_: int) -> list[str]:
-        ids = []
+        ids: list[str] = []
         for _ in range(50):
             ids.append(client.submit(**FIELDS))
             assert client.status(ids[-1]).id == ids[-1]

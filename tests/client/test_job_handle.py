@@ -41,7 +41,7 @@ def test_a_handle_is_the_id_wherever_an_id_goes(client: GradcamClient) -> None:
 def test_a_client_says_which_workers_live_and_what_they_offer() -> None:
     ledger = MemoryLedger()
     client = GradcamClient(settings=Settings(), ledger=ledger, publish=RecordingPublisher())
-    assert client.workers() == client.networks() == ()
+    assert (client.workers(), client.networks()) == ((), ())
     report = {"device": "cpu", "running": 2, "networks": {"catalog": ["vgg16"]}}
     ledger.renew_leases("w:1", json.dumps(report), {})
     (worker,), (network,) = client.workers(), client.networks()
