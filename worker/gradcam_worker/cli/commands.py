@@ -8,7 +8,7 @@ import click
 from click.core import ParameterSource
 
 from gradcam_worker import __version__, extras
-from gradcam_worker.cli import backfill, convert, gallery, jobs, operate, replay, serve
+from gradcam_worker.cli import backfill, convert, gallery, jobs, operate, replay, serve, tenants
 from gradcam_worker.cli.options import json_option
 from gradcam_worker.errors import GradcamError, InvalidSettings
 from gradcam_worker.observability.logs import configure_logging
@@ -239,5 +239,7 @@ for _command in (
     operate.networks,
     operate.top,
     serve.serve,
+    tenants.tenants,
+    tenants.keys,
 ):
     gradcam.add_command(_command)

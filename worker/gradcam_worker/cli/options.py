@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -13,6 +14,7 @@ from gradcam_worker.schemas.options import MethodSpec, Metric, default_target, i
 from gradcam_worker.text import comma_lists
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 DEFAULT_NETWORK = "efficientnet_lite0"
 METHOD_OPTIONS = ("layer", "score", "normalize", "flip")
 METHODS, SCORES, NORMALIZE = (
@@ -40,6 +42,17 @@ MASKING_OPTIONS = {  # of the methods that cover parts of the image: option, lea
 def json_option(help_text: str = "Print JSON, for programs.") -> Callable[[Command], Command]:
     """The option `--json`, as the keyword argument `as_json`."""
     return click.option("--json", "as_json", is_flag=True, help=help_text)
+
+
+def parse_duration(_: click.Context, __: click.Parameter, text: str | None) -> float | None:
+    """Click callback of a duration: `90s`, `30m`, `2h` or `7d`, as seconds; None: not given."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,3})?)([smhd])", text.strip())
+    if not match:
+        message = f"{text!r} is not a duration: write 90s, 30m, 2h or 7d"
+        raise click.BadParameter(message)
+    return float(match[1]) * UNITS_S[match[2]]
 
 
 def parse_comma_lists(

@@ -1,12 +1,11 @@
 """The commands about final failures: replay (jobs), redeliver (webhooks)."""
 
-import re
 from dataclasses import asdict
 from typing import Any
 
 import click
 
-from gradcam_worker.cli.options import Command, json_option
+from gradcam_worker.cli.options import Command, json_option, parse_duration
 from gradcam_worker.ledger.dead_letters import DeadLetter, DeadLetters
 from gradcam_worker.ledger.outbox import DeadDelivery, Outbox
 from gradcam_worker.ledger.redis.outbox import RedisOutbox
@@ -17,19 +16,7 @@ from gradcam_worker.settings import Settings
 from gradcam_worker.text.urls import without_secrets
 from gradcam_worker.text.visible import counted
 
-UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 DEFAULT_ROWS = 50  # of a list without --limit
-
-
-def _duration(_: click.Context, __: click.Parameter, text: str | None) -> float | None:
-    """`90s`, `30m`, `2h`, `7d` -> seconds."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,3})?)([smhd])", text.strip())
-    if not match:
-        message = f"{text!r} is not a duration: write 90s, 30m, 2h or 7d"
-        raise click.BadParameter(message)
-    return float(match[1]) * UNITS_S[match[2]]
 
 
 def _selection_options(command: Command) -> Command:
@@ -44,7 +31,7 @@ def _selection_options(command: Command) -> Command:
         click.option(
             "--since",
             "since_s",
-            callback=_duration,
+            callback=parse_duration,
             metavar="2h|30m|7d",
             help="Select failures of the last 2 hours, 30 minutes, 7 days.",
         ),

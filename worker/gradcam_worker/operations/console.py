@@ -11,11 +11,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from gradcam_worker.gateway.api_keys import MARK, ApiKey
+from gradcam_worker.gateway.tenants import TenantPolicy
 from gradcam_worker.gradcam.catalog import NetworkRow
 from gradcam_worker.gradcam.classes import DATA, percent
 from gradcam_worker.gradcam.files import weights
 from gradcam_worker.gradcam.sizing import DEFAULT_SIZING
 from gradcam_worker.ledger.dead_letters import DeadLetter, ReplayResult
+from gradcam_worker.ledger.ledger import UsageDay
 from gradcam_worker.ledger.outbox import DeadDelivery
 from gradcam_worker.schemas.job import Job
 from gradcam_worker.schemas.status import ResultWarning, StatusDocument
@@ -154,6 +157,52 @@ def show_letters(previews: Sequence[tuple[DeadLetter, Job | str]], total: int) -
         out.print(plain(line, "dim" if isinstance(job, str) else ""), soft_wrap=True)
         out.print(plain("    " + truncate(detail, out.width - 4), "dim"), soft_wrap=True)
     _show_rest(len(previews), total)
+
+
+def show_tenants(usage: Mapping[TenantPolicy, Sequence[UsageDay]], days: int) -> None:
+    """Print tenants.
+
+    Args:
+        usage: Each tenant, and what it has used on each of some days.
+        days: The number of days.
+    """
+    if not usage:
+        out.print("There are no tenants: `gradcam tenants set NAME` makes one.")
+        return
+    numbers = ("share", f"jobs, {days} d", "device", "jobs a day", "rate")
+    rows = table("tenant", *numbers, "scopes", numbers=numbers)
+    for policy, used in usage.items():
+        rows.add_row(
+            plain(policy.name),
+            f"{policy.share:g}",
+            f"{sum(day.jobs for day in used):,}",
+            f"{sum(day.device_s for day in used):,.1f} s",
+            f"{policy.jobs_per_day:,}" if policy.jobs_per_day else "any",
+            f"{policy.rate:g}/s",
+            " ".join(policy.scopes),
+        )
+    out.print(rows)
+
+
+def show_api_keys(records: Sequence[ApiKey]) -> None:
+    """Print the records of API keys."""
+    if not records:
+        out.print("There are no keys: `gradcam keys create TENANT` makes one.")
+        return
+    now = datetime.now(UTC)
+    rows = table("key", "tenant", "scopes", "made", "state", "note")
+    for record in records:
+        until = f"until {record.expires_at:%Y-%m-%d}" if record.expires_at else "valid"
+        problem = record.problem(now)
+        rows.add_row(
+            plain(f"{MARK}_{record.prefix}"),
+            plain(record.tenant),
+            " ".join(record.scopes),
+            f"{record.created_at:%Y-%m-%d}",
+            Text(problem or until, "red" if problem else "green"),
+            plain(record.note),
+        )
+    out.print(rows)
 
 
 def show_replay_preview(job: Job | str) -> None:
