@@ -1,0 +1,234 @@
+"""The HTTP API as its callers meet it: with real servers and workers; curl, a browser, proxies, kills."""
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.client import HTTPConnection
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import redis
+from selenium.webdriver.support.ui import WebDriverWait
+
+from gradcam_worker.operations import servers
+from gradcam_worker.schemas.ids import new_id
+
+pytestmark = [pytest.mark.live]
+
+WAIT_S = 120  # for a worker that is only just starting, on a busy machine
+BUFFER_BYTES = 16 * 1024  # that the proxy holds back
+JOB: dict[str, Any] = {"image": "s3://photos/astronaut.jpg", "network": "efficientnet_lite0", "top_n": 2}
+
+
+@pytest.fixture(scope="module")
+def place(make_stage: Callable[..., Any]) -> Any:
+    """Servers, without a worker."""
+    return make_stage("gateway", uploads="s3://photos/uploads", lost_after_s=3600)
+
+
+@pytest.fixture(scope="module")
+def fleet(make_stage: Callable[..., Any]) -> Iterator[Any]:
+    """Servers with a worker whose network is a small one."""
+    stage = make_stage("fleet", uploads="s3://photos/uploads")
+    with stage.worker("worker", tiny=True):
+        yield stage
+
+
+@contextlib.contextmanager
+def serving(stage: Any, name: str = "gateway") -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """`gradcam serve`; its address and its process."""
+    port = servers.free_port()
+    command = [sys.executable, "-W", "error", "-m", "gradcam_worker", "serve", "--port", str(port)]
+    with (stage.logs / f"{name}.log").open("ab") as log:
+        process = subprocess.Popen(
+            command, env=stage.settings.environment_for_child(), stdout=log, stderr=subprocess.STDOUT
+        )
+    try:
+        wait_for(lambda: servers.accepts_connections(port) or process.poll() is not None, "the gateway")
+        assert process.poll() is None, stage.log(name)
+        yield f"http://127.0.0.1:{port}", process
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(30)
+    assert "Traceback" not in stage.log(name)
+
+
+@pytest.fixture(scope="module")
+def api(fleet: Any) -> Iterator[str]:
+    """The address of an API with a worker behind it."""
+    with serving(fleet) as (address, _):
+        yield address
+
+
+def wait_for(condition: Callable[[], object], what: str, seconds: float = WAIT_S) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"{what} did not come"
+        time.sleep(0.05)
+
+
+def curl(*arguments: str) -> Any:
+    done = subprocess.run(["curl", "-sS", *arguments], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def test_curl_sends_a_photo_and_gets_what_it_shows(api: str, photos: Path) -> None:
+    wanted = ["-F", "network=efficientnet_lite0", "-F", "top_n=2"]
+    document = curl("-H", "Prefer: wait=60", "-F", f"image=@{photos / 'astronaut.jpg'}", *wanted, f"{api}/v1/jobs")
+    assert document["status"] == "succeeded", document
+    assert len(document["predictions"]) >= 2
+    overlays = [one for one in document["artifacts"] if one["kind"] == "overlay"]
+    assert [one["class_id"] for one in overlays] == [one["id"] for one in document["predictions"][:2]]
+    result = curl(f"{api}/v1/jobs/{document['id']}/result")
+    assert result["manifest"]["job_id"] == document["id"]
+    picture = httpx.get(result["urls"][overlays[0]["uri"]])
+    assert picture.headers["content-type"] == overlays[0]["media_type"]
+
+
+def test_a_browser_puts_an_image_straight_into_the_bucket_of_that_type_and_size_alone(
+    api: str, photos: Path
+) -> None:
+    photo = (photos / "astronaut.jpg").read_bytes()
+    target = httpx.post(f"{api}/v1/uploads", json={"media_type": "image/jpeg", "bytes": len(photo)}).json()
+    assert httpx.put(target["url"], content=photo + b"!", headers=target["headers"]).status_code == 403
+    html = {"Content-Type": "text/html"}
+    assert httpx.put(target["url"], content=photo, headers=html).status_code == 403
+    assert httpx.put(target["url"].replace("uploads", "private"), content=photo).status_code == 403
+    assert httpx.put(target["url"], content=photo, headers=target["headers"]).status_code == 200
+    job = {**JOB, "image": target["uri"]}
+    document = httpx.post(f"{api}/v1/jobs", json=job, headers={"Prefer": "wait=60"}, timeout=90).json()
+    assert document["status"] == "succeeded", document
+
+
+class Buffering(BaseHTTPRequestHandler):
+    """A proxy that holds back a response until it has `BUFFER_BYTES` of it, as nginx does unless it is told.
+
+    Below `/whole` it holds back all of it, whatever it is told.
+    """
+
+    target: str
+
+    def do_GET(self) -> None:
+        if self.path == "/page":
+            self._answer(200, {"content-type": "text/html"})
+            self.wfile.write(b"<!doctype html><title>page</title>")
+            return
+        whole, path = self.path.startswith("/whole"), self.path.removeprefix("/whole")
+        names = ("last-event-id", "accept")
+        headers = {name: self.headers[name] for name in names if name in self.headers}
+        with contextlib.closing(HTTPConnection(self.target, timeout=60)) as origin:
+            origin.request("GET", path, headers=headers)
+            response = origin.getresponse()
+            obeys = response.getheader("x-accel-buffering") == "no" and not whole
+            kept = {"content-type": response.getheader("content-type") or "text/plain"}
+            buffer = b""
+            if obeys:
+                self._answer(response.status, kept)
+            while data := response.read1():
+                buffer += data
+                if obeys or (len(buffer) > BUFFER_BYTES and not whole):
+                    self.wfile.write(buffer)
+                    buffer = b""
+            if not obeys:
+                self._answer(response.status, kept)
+                self.wfile.write(buffer)
+
+    def _answer(self, status: int, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("connection", "close")
+        self.end_headers()
+
+    def log_message(self, *args: object) -> None:
+        """Log nothing."""
+
+
+@contextlib.contextmanager
+def proxied(api: str) -> Iterator[str]:
+    handler = type("Handler", (Buffering,), {"target": api.removeprefix("http://")})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as proxy:
+        threading.Thread(target=proxy.serve_forever, args=[0.05], daemon=True).start()
+        yield f"http://127.0.0.1:{proxy.server_port}"
+        proxy.shutdown()
+
+
+FOLLOW = """
+const source = new EventSource(arguments[0]); window.seen = []; window.source = source
+source.addEventListener('status', event => seen.push([event.lastEventId, JSON.parse(event.data).status]))
+"""
+
+
+@pytest.mark.parametrize("way", ["/v1/jobs/{}/events", "/whole/v1/jobs/{}/events?until=event"])
+def test_a_stock_event_source_hears_each_change_through_a_proxy_that_buffers(
+    place: Any, driver: Any, way: str
+) -> None:
+    with serving(place) as (api, _), proxied(api) as proxy:
+        job_id = httpx.post(f"{api}/v1/jobs", json=JOB).json()["id"]
+        driver.get(f"{proxy}/page")
+        driver.execute_script(FOLLOW, proxy + way.format(job_id))
+
+        def seen() -> list[list[str]]:
+            found: list[list[str]] = driver.execute_script("return seen")
+            return found
+
+        WebDriverWait(driver, 30).until(lambda _: seen() == [["1", "queued"]])
+        httpx.post(f"{api}/v1/jobs/{job_id}/cancel")
+        WebDriverWait(driver, 30).until(lambda _: len(seen()) == 2)
+        assert seen()[1][1] == "canceled"
+        ended = "return source.readyState == 2"
+        WebDriverWait(driver, 30).until(lambda _: driver.execute_script(ended))
+        assert len(seen()) == 2, "nothing comes twice"
+
+
+def test_who_goes_away_leaves_nothing_open(place: Any) -> None:
+    with serving(place) as (api, _):
+
+        def open_requests() -> float:
+            lines = httpx.get(f"{api}/metrics").text.splitlines()
+            return next(float(line.split()[1]) for line in lines if line.startswith("gradcam_http_open"))
+
+        with httpx.Client() as http:
+            job_id = http.post(f"{api}/v1/jobs", json=JOB).json()["id"]
+            with http.stream("GET", f"{api}/v1/jobs/{job_id}/events") as events:
+                next(events.iter_text())
+                assert open_requests() == 1
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{api}/v1/jobs", json=JOB, headers={"Prefer": "wait=60"}, timeout=1)
+        wait_for(lambda: open_requests() == 0, "the end of both", 10)
+        assert httpx.get(f"{api}/ready").status_code == 200
+
+
+def test_nothing_is_lost_when_the_gateway_is_killed_between_accepting_and_answering(place: Any) -> None:
+    key = {"Idempotency-Key": new_id()}
+    with serving(place, "killed") as (api, process):
+        accepted = threading.Event()
+
+        def submit() -> None:
+            with contextlib.suppress(httpx.HTTPError):
+                httpx.post(f"{api}/v1/jobs", json=JOB, headers={**key, "Prefer": "wait=60"}, timeout=60)
+            accepted.set()
+
+        threading.Thread(target=submit, daemon=True).start()
+        wait_for(lambda: b"idempotency" in b"".join(_keys(place)), "the job in the ledger")
+        process.kill()
+        process.wait(10)
+        assert accepted.wait(10)
+    with serving(place, "again") as (api, _):
+        again = httpx.post(f"{api}/v1/jobs", json=JOB, headers=key)
+        assert again.status_code == 202
+        jobs = [key for key in _keys(place) if key.endswith(again.json()["id"].encode())]
+        assert jobs, "it is the job of the first time"
+
+
+def _keys(stage: Any) -> list[bytes]:
+    with redis.Redis.from_url(stage.settings.broker_url) as server:
+        return [key for key in server.scan_iter(count=1000) if isinstance(key, bytes)]
