@@ -82,7 +82,9 @@ def curl(*arguments: str) -> Any:
 
 def test_curl_sends_a_photo_and_gets_what_it_shows(api: str, photos: Path) -> None:
     wanted = ["-F", "network=efficientnet_lite0", "-F", "top_n=2"]
-    document = curl("-H", "Prefer: wait=60", "-F", f"image=@{photos / 'astronaut.jpg'}", *wanted, f"{api}/v1/jobs")
+    document = curl(
+        "-H", "Prefer: wait=60", "-F", f"image=@{photos / 'astronaut.jpg'}", *wanted, f"{api}/v1/jobs"
+    )
     assert document["status"] == "succeeded", document
     assert len(document["predictions"]) >= 2
     overlays = [one for one in document["artifacts"] if one["kind"] == "overlay"]
@@ -199,7 +201,8 @@ def test_who_goes_away_leaves_nothing_open(place: Any) -> None:
         with httpx.Client() as http:
             job_id = http.post(f"{api}/v1/jobs", json=JOB).json()["id"]
             with http.stream("GET", f"{api}/v1/jobs/{job_id}/events") as events:
-                next(events.iter_text())
+                chunks = events.iter_text()  # which is kept: the stream is closed with it
+                next(chunks)
                 assert open_requests() == 1
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{api}/v1/jobs", json=JOB, headers={"Prefer": "wait=60"}, timeout=1)
