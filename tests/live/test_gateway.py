@@ -81,7 +81,7 @@ def curl(*arguments: str) -> Any:
 
 
 def test_curl_sends_a_photo_and_gets_what_it_shows(api: str, photos: Path) -> None:
-    wanted = ["-F", "network=efficientnet_lite0", "-F", "top_n=2"]
+    wanted = ["-F", "network=efficientnet_lite0", "-F", "top_n=2", "-F", f"image=@{photos / 'astronaut.jpg'}"]
     document = curl(
         "-H", "Prefer: wait=60", "-F", f"image=@{photos / 'astronaut.jpg'}", *wanted, f"{api}/v1/jobs"
     )
