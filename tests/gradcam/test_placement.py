@@ -15,7 +15,6 @@ from gradcam_worker.gradcam.explain import Explained, explain_image
 from gradcam_worker.gradcam.imaging.overlay import overlay, to_grey
 from gradcam_worker.gradcam.imaging.region import draw_contour, hot_box
 from gradcam_worker.gradcam.imaging.resize import Heatmap, Pixels, enlarge, enlarge_placed
-from gradcam_worker.gradcam.report import page
 from gradcam_worker.gradcam.sizing import SIZINGS, Placement, Size, Sizing, spans
 from tests.gradcam.sized_network import SizedNetwork
 
@@ -241,12 +240,3 @@ def test_the_explanation_of_a_row_of_pixels_is_placed_too(noise: Any) -> None:
     for sizing in FITS.values():
         explained = explain_red(pixels, sizing)
         assert explained.overlay(0).shape == pixels.shape
-
-
-def test_the_report_says_that_a_part_of_the_photo_was_cut_off() -> None:
-    pixels = photo_with_object((100, 300), 20, 120, 60)
-    said = "What is not coloured was cut off before the network saw the photo."
-    for name, sizing in FITS.items():
-        explained = explain_red(pixels, sizing)
-        html = page(explained, pixels, name="photo.png", facts={}).decode()
-        assert (said in html) == (sizing.fit == "crop"), name

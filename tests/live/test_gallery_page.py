@@ -179,7 +179,8 @@ def test_outside_what_the_network_saw_a_photo_keeps_its_colours(
     assert transparent == [not left <= pixel + 0.5 < right for pixel in range(256)]
     placement = Sizing(fit="crop").placement((240, 320), (16, 16))
     black = np.zeros((192, 256, 3), np.uint8)
-    expected = overlay(black, kept.heatmap.astype(np.float32), alpha=1, placement=placement)
+    heatmap = kept.heatmap.astype(np.float32)
+    expected = overlay(black, heatmap, alpha=1, colormap="viridis", placement=placement)
     shown = ~np.array(transparent)
     assert_allclose(reader.canvas(canvas)[:, shown], expected[:, shown], atol=8)
 
@@ -187,7 +188,7 @@ def test_outside_what_the_network_saw_a_photo_keeps_its_colours(
 def test_the_opacity_is_that_of_all_photos_and_of_no_heatmap_alone(reader: Reader, page: bytes) -> None:
     reader.open(page)
     opacity = "getComputedStyle(document.querySelector('{}')).opacity"
-    assert reader.run(opacity.format(".stage img + canvas")) == "0.4"
+    assert reader.run(opacity.format(".stage img + canvas")) == "0.5"
     reader.find("opacity").send_keys(Keys.END)
     assert reader.text("#opacity-value") == ["100 %"]
     assert reader.run(opacity.format(".stage img + canvas")) == "1"
@@ -202,6 +203,28 @@ def test_the_opacity_is_that_of_all_photos_and_of_no_heatmap_alone(reader: Reade
     )
     assert alone
     assert all(one == [0, "1", "image_not_found"] for one in alone)
+
+
+def test_a_picture_opens_in_the_viewer_with_all_classes_of_its_image(
+    reader: Reader, page: bytes, store: testing.MemoryStore
+) -> None:
+    reader.open(page)
+    (first, *_) = read_statistics(store, 3).choose_classes(None, 1)
+    kept = first.top_rows()[0][0].record
+    Select(reader.find("colormap")).select_by_visible_text("inferno")
+    reader.driver.find_element(By.CSS_SELECTOR, ".class:first-child .groups figure:first-child .tile").click()
+    viewer = "document.querySelector('gradcam-viewer')"
+    WebDriverWait(reader.driver, 20).until(lambda _: reader.run(f"{viewer}.$('tabs').children.length"))
+    assert reader.run("find('look').open")
+    assert reader.text("#look-title") == [f"Row {kept['row']}, {ODD_ID}{kept['row']}"]
+    shown = reader.run(f"{viewer}.$('tabs').children[{viewer}.selected].textContent")
+    assert kept["class_name"] in shown
+    assert reader.run(f"{viewer}.$('colormap').value") == "inferno"
+    assert f"raw {kept['raw_max']:.3g}" in reader.run(f"{viewer}.$('top').textContent")
+    reader.find("close").click()
+    assert not reader.run("find('look').open")
+    reader.driver.find_element(By.CSS_SELECTOR, ".mean .tile").click()
+    assert "heatmaps are shown alone" in reader.run(f"{viewer}.$('marks').textContent")
 
 
 def test_every_picture_has_the_shape_of_its_image(reader: Reader, page: bytes) -> None:

@@ -56,7 +56,15 @@ NOT_RUN = {  # how a command begins -> why it is not run here
     r"valkey-cli ": "asks for the password of an administrator",
 }
 RUN = ("bash", "python")
-SHOWN = {"go", "javascript", "json", "sql", "text", "toml"}  # languages of blocks that are no commands
+SHOWN = {
+    "go",
+    "html",
+    "javascript",
+    "json",
+    "sql",
+    "text",
+    "toml",
+}  # languages of blocks that are no commands
 MARK = "-- block {} --"
 
 

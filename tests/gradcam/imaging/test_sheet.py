@@ -12,6 +12,7 @@ from gradcam_worker.gradcam.imaging.sheet import (
     sheet,
     shorten,
     title_height,
+    with_legend,
     with_title,
 )
 
@@ -151,3 +152,23 @@ class TestTitle:
 
     def test_a_character_that_the_font_lacks_becomes_a_question_mark(self) -> None:
         assert_array_equal(drawn_title("5 \N{CAT FACE} 77.1 %"), drawn_title("5 ? 77.1 %"))
+
+
+class TestLegend:
+    TABLE = np.stack([np.arange(256)] * 3, axis=-1).astype(np.uint8)[:, np.newaxis]
+
+    def test_the_colours_are_shown_as_they_look_on_bright_and_on_dark_photos(self) -> None:
+        drawn = with_legend(plain(RED, 50, 340), self.TABLE, 0.5, ("0", "peak"), [], 20)
+        assert_array_equal(drawn[:50], plain(RED, 50, 340))
+        bar = drawn[50:70, 20:-20, 0].astype(int)
+        assert (bar[0, 0], bar[-1, 0], bar[0, -1], bar[-1, -1]) == (128, 0, 255, 128)
+        assert (np.diff(bar, axis=1) >= 0).all()
+        assert (drawn[50:, :20] == 255).all()
+
+    def test_parts_share_lines_while_there_is_room(self) -> None:
+        heights = [
+            with_legend(plain(RED, 50, width), self.TABLE, 1, ("0", "peak"), ["a" * 20] * 6, 20).shape[0]
+            for width in (2000, 600, 240)
+        ]
+        one_line, some, each_alone = heights
+        assert one_line < some < each_alone

@@ -25,6 +25,7 @@ from pydantic import ValidationError
 
 from gradcam_worker import __version__
 from gradcam_worker.artifacts.render import RenderedArtifact, RenderResult
+from gradcam_worker.artifacts.warnings import result_warnings
 from gradcam_worker.gradcam import network_inputs
 from gradcam_worker.gradcam.catalog import NetworkRow
 from gradcam_worker.gradcam.explain import Explanation, Prediction
@@ -44,7 +45,7 @@ from gradcam_worker.schemas.manifest import (
     SalientRegion,
 )
 from gradcam_worker.schemas.options import MethodSpec
-from gradcam_worker.schemas.status import ClassScore, ManifestRef, ResultWarning
+from gradcam_worker.schemas.status import ClassScore, ManifestRef
 from gradcam_worker.storage.stores import Object, Store
 from gradcam_worker.text.log_events import EventLogger
 
@@ -245,22 +246,6 @@ def _placed_peak_xy(
 def class_scores(predictions: tuple[Prediction, ...]) -> tuple[ClassScore, ...]:
     """Convert predictions to their form in documents."""
     return tuple(ClassScore(**vars(prediction)) for prediction in predictions)
-
-
-def result_warnings(image: InputRecord, explanation: Explanation) -> tuple[ResultWarning, ...]:
-    """List what a reader should know: a damaged image, heatmaps that are zero, sums that are wrong."""
-    warnings = [
-        ResultWarning(code="zero_heatmap", class_id=class_id) for class_id in explanation.zero_heatmaps
-    ]
-    for class_id in explanation.incomplete:
-        detail = (
-            "The attributions do not sum to the difference between the scores of image and baseline: take "
-            "more steps."
-        )
-        warnings.append(ResultWarning(code="incomplete_attributions", class_id=class_id, detail=detail))
-    if image.damage:
-        warnings.insert(0, ResultWarning(code="image_damaged", **dict(image.damage)))
-    return tuple(warnings)
 
 
 def write_manifest(

@@ -1,14 +1,16 @@
 """The artifacts of one explained image, as bytes, before they are uploaded."""
 
 import io
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 
 from gradcam_worker import __version__
 from gradcam_worker.artifacts.npz import to_npz
+from gradcam_worker.artifacts.warnings import result_warnings
 from gradcam_worker.gradcam import report
 from gradcam_worker.gradcam.classes import versus
 from gradcam_worker.gradcam.decoding.decode import Decoded
@@ -31,6 +33,16 @@ from gradcam_worker.schemas.options import (
 
 # threshold -> the box of each explained class, in pixels of the image; None if its heatmap is zero
 Boxes = dict[float, list[region.Box | None]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """The job, or the row of a shard, that artifacts are made for, as a report describes it."""
+
+    job_id: str
+    method: MethodSpec
+    created_at: datetime | None = None  # the same for all attempts, which write the same bytes
+    metadata: Mapping[str, str] = field(default_factory=dict)  # the job's own names and values
 
 
 @dataclass(frozen=True)
@@ -59,8 +71,7 @@ def render(
     explanation: Explanation,
     deadline: Deadline,
     *,
-    job_id: str,
-    method: MethodSpec,
+    source: Source,
 ) -> RenderResult:
     """Render the artifacts of a job, or of a row of a shard.
 
@@ -69,8 +80,7 @@ def render(
         image: The decoded image.
         explanation: Its heatmaps.
         deadline: By when all artifacts have to be rendered.
-        job_id: The id that a report shows.
-        method: The method that a report shows.
+        source: The job or row, as a report describes it.
 
     Raises:
         JobTimeout: The deadline passed.
@@ -88,7 +98,7 @@ def render(
             class_boxes.append(region.hot_box(heatmap, image.decoded.size, threshold, explanation.placement))
     artifacts = []
     for spec in specs:
-        for artifact in _render(spec, image, explanation, boxes, job_id, method):
+        for artifact in _render(spec, image, explanation, boxes, source):
             deadline.check("render")
             artifacts.append(artifact)
     threshold = manifest_spec.threshold
@@ -101,18 +111,17 @@ def _render(
     image: DecodedImage,
     explanation: Explanation,
     boxes: Boxes,
-    job_id: str,
-    method: MethodSpec,
+    source: Source,
 ) -> Iterator[RenderedArtifact]:
     decoded = image.decoded
     if isinstance(spec, OverlaySpec):
         yield from _overlays(spec, decoded, explanation, boxes)
     elif isinstance(spec, GridSpec):
-        yield _grid(spec, decoded, explanation)
+        yield _grid(spec, decoded, explanation, source)
     elif isinstance(spec, AnimationSpec):
         yield _animation(spec, decoded, explanation)
     elif isinstance(spec, ReportSpec):
-        yield _report(job_id, method, image, explanation)
+        yield _report(source, image, explanation)
     elif spec.format == "png":
         for index, (prediction, heatmap) in enumerate(
             zip(explanation.explained, explanation.shown, strict=True)
@@ -154,13 +163,44 @@ def _overlays(
         yield _image_artifact(name, drawn, spec.format, "overlay", index, bgr=True)
 
 
-def _grid(spec: GridSpec, decoded: Decoded, explanation: Explanation) -> RenderedArtifact:
-    """Draw the image and its overlays on one sheet, at display size, whatever the size of the image."""
+def _grid(spec: GridSpec, decoded: Decoded, explanation: Explanation, source: Source) -> RenderedArtifact:
+    """Draw the image and its overlays on one sheet with a legend, at display size, whatever its own size."""
     pixels = sheet.as_tile(decoded.pixels)
-    figure = sheet.sheet(
+    tiles = sheet.sheet(
         sheet.arrange_in_rows([("photo", pixels), *_titled_overlays(spec, pixels, explanation)])
     )
+    strongest, *about = _about_scale(source.method, explanation)
+    rows, columns = explanation.heatmaps.shape[1:]
+    figure = sheet.with_legend(
+        tiles,
+        overlay.colors(spec.colormap),
+        spec.alpha,
+        ("0", strongest),
+        [
+            *about,
+            f"map of {columns} x {rows} cells, interpolated",
+            explanation.network.name,
+            f"layer {explanation.layer}",
+            _method_text(source.method),
+            *filter(None, (_date(source),)),
+        ],
+        sheet.letter_height(max(pixels.shape[1], sheet.MIN_WIDTH)),
+    )
     return _image_artifact(f"grid.{overlay.EXTENSIONS[spec.format]}", figure, spec.format, "grid", None)
+
+
+def _about_scale(method: MethodSpec, explanation: Explanation) -> list[str]:
+    """What full colour stands for, and what follows from that."""
+    if len(explanation.explained) == 1:
+        return ["strongest region"]
+    if method.normalize == "per_class" or method.name == integrated.NAME:
+        return ["strongest region of each class", "own scale for each class: do not compare their colours"]
+    return ["strongest region of all classes", "one scale for all classes"]
+
+
+def _date(source: Source) -> str:
+    """When the job was created; empty if it is not known."""
+    return f"{source.created_at.astimezone(UTC):%Y-%m-%d %H:%M} UTC" if source.created_at else ""
 
 
 def _animation(spec: AnimationSpec, decoded: Decoded, explanation: Explanation) -> RenderedArtifact:
@@ -183,30 +223,36 @@ def _titled_overlays(
         yield explanation.title(index), base.draw(heatmap)
 
 
-def _report(
-    job_id: str, method: MethodSpec, image: DecodedImage, explanation: Explanation
-) -> RenderedArtifact:
-    record, network = image.record, explanation.network
+def _report(source: Source, image: DecodedImage, explanation: Explanation) -> RenderedArtifact:
+    record, network, method = image.record, explanation.network, source.method
     size = f"{record.width} x {record.height} pixels, {record.media_type}, {record.bytes:,} bytes"
     facts = {
-        "Job": job_id,
+        **({"Date": _date(source)} if source.created_at else {}),
+        "Network": network.name,
+        "Method": ", ".join(filter(None, (_method_text(method), versus(explanation.against)))),
+        "Layer": explanation.layer,
+        "Job": source.job_id,
         "Image": record.uri,
         "Image SHA-256": record.sha256,
         "Image size": size,
-        "Network": network.name,
         "Weights SHA-256": network.weights_sha256 or "not known",
         "Network input": f"{network.input_size[1]} x {network.input_size[0]} pixels",
         "Preprocessing": network.preprocessing,
         "Sizing": network.sizing.describe(),
-        "Layer": explanation.layer,
-        "Method": ", ".join(filter(None, (_method_text(method), versus(explanation.against)))),
         "Normalization": method.normalize,
         "Computed with": f"{network.backend}, {network.dtype}",
         "Made by": f"gradcam-worker {__version__}",
     }
     name = "" if record.uri.startswith("data:") else record.uri.rpartition("/")[2]
     data = report.page(
-        explanation, image.decoded.pixels, name=name or "image", facts=facts, method=method.name
+        explanation,
+        image.decoded.pixels,
+        name=name or "image",
+        facts=facts,
+        metadata=source.metadata,
+        method=method.name,
+        normalize=method.normalize,
+        warnings=[warning.model_dump(mode="json") for warning in result_warnings(record, explanation)],
     )
     return RenderedArtifact("report.html", data, "text/html; charset=utf-8", "report", None, {})
 

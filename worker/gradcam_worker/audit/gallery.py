@@ -34,7 +34,7 @@ from gradcam_worker.gradcam.imaging.html import (
     page_placement,
     to_base64,
 )
-from gradcam_worker.gradcam.imaging.overlay import COLORMAPS, colors, encode_jpeg
+from gradcam_worker.gradcam.imaging.overlay import encode_jpeg
 from gradcam_worker.gradcam.imaging.resize import enlarge, shrink_to_edge
 from gradcam_worker.gradcam.sizing import Placement
 from gradcam_worker.images.fetch import UriFetcher
@@ -251,6 +251,10 @@ def _page_data(
             "uri": _truncate(record["uri"], MAX_URI_LENGTH),
             "rank": record["rank"],
             "percent": percent(record["probability"]),
+            "probability": round(record["probability"], 6),
+            "raw_min": record["raw_min"],
+            "raw_max": record["raw_max"],
+            "full": [record["width"], record["height"]],
             "width": max(round(record["width"] * PHOTO_EDGES[0] / longer_side), 1),
             "height": max(round(record["height"] * PHOTO_EDGES[0] / longer_side), 1),
             "heatmap": heatmap(row.heatmap),
@@ -261,14 +265,18 @@ def _page_data(
         "title": _truncate(
             "Gallery · " + "; ".join(network.partition(",")[0] for network in statistics.networks)
         ),
-        "about": f"The colours show how much each region of an image {counts}, from 0 to the strongest "
-        "region. They tell where the network looked, not whether it is right. Images in which the class came "
-        "first go before all others.",
+        "about": f"The colours show how much each region of an image {counts}, from 0 to its own strongest "
+        "region: each heatmap has its own scale. They tell where the network looked, not whether it is "
+        "right. Images in which the class came first go before all others.",
         "facts": [[label, _truncate(value)] for label, value in facts.items()],
         "rows": rows,
         "columns": columns,
         "photos": [],
-        "colors": {name: to_base64(colors(name).tobytes()) for name in COLORMAPS},
+        "grid": classes[0].total.shape,
+        "manifest": {
+            "method": {"name": method, "normalize": statistics.method.normalize},
+            "predictions": [],
+        },
         "classes": [
             {
                 "id": summary.id,
@@ -277,6 +285,7 @@ def _page_data(
                 "first": summary.first,
                 "count": summary.count,
                 "percent": percent(summary.probability / summary.count),
+                "probability": round(summary.probability / summary.count, 6),
                 "mean": heatmap(summary.total / max(float(summary.total.max()), TINY)),
                 "groups": [
                     {"title": title, "rows": [row_data(row) for row in group]}

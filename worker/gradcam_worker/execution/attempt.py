@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime
 
 from gradcam_worker.errors import InvalidJob
 from gradcam_worker.execution.services import Services
@@ -56,6 +57,7 @@ class JobContext:
     deadline: Deadline
     report_progress: Callable[[Progress], None]  # called when a stage begins
     attempt: int = 1
+    created_at: datetime | None = None  # of the job, the same for all attempts
     current_stage: str = "check"
     metrics: dict[str, float] = field(default_factory=dict)
     checkpoint: Callable[[Progress], None] = lambda _: None  # reports what must survive this process

@@ -290,6 +290,7 @@ class JobHandler:
             Deadline(work.timeout_s),
             progress_writer.write,
             attempt=document.attempt,
+            created_at=document.created_at,
             checkpoint=progress_writer.checkpoint,
             after_crash=crashed is not None,
             row_search=row_state(crashed).search if crashed else None,

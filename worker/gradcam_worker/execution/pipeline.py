@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import partial
 
 from gradcam_worker.artifacts import artifacts
-from gradcam_worker.artifacts.render import render
+from gradcam_worker.artifacts.render import Source, render
 from gradcam_worker.errors import ImageForbidden, ImageNotFound
 from gradcam_worker.execution.attempt import JobContext, JobResult, Progress, admit
 from gradcam_worker.execution.scoring import explain_in_passes, method_of, spec_of
@@ -111,8 +111,7 @@ def _explain(
             image,
             explanation,
             context.deadline,
-            job_id=job.id,
-            method=spec_of(method),
+            source=Source(job.id, spec_of(method), context.created_at, job.metadata),
         )
         image.release()
     with context.enter_stage("upload"):

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from gradcam_worker.artifacts import artifacts, dataset
 from gradcam_worker.artifacts.dataset import ExplainedRow, Outcome
-from gradcam_worker.artifacts.render import render
+from gradcam_worker.artifacts.render import Source, render
 from gradcam_worker.errors import (
     AttemptFenced,
     EngineUnavailable,
@@ -143,8 +143,7 @@ class ShardRows:
                     decoded,
                     explanation,
                     deadline,
-                    job_id=self.row_id(index),
-                    method=self._shard.method,
+                    source=Source(self.row_id(index), self._shard.method, self._context.created_at),
                 )
             folder = f"overlays/{self.row_id(index)}"
             artifacts.upload(self._store, folder, rendered, deadline)

@@ -1,15 +1,14 @@
 """An explanation as a self-contained HTML page. No text of a job can inject HTML.
 
-The script of the page draws the heatmaps from their values, so that readers can change opacity, threshold and
-colour map. See `gradcam_worker.gradcam.imaging.html`.
+The page shows a viewer document in `<gradcam-viewer>` (`data/gradcam-viewer.js`), which draws the heatmaps
+from their values. See `gradcam_worker.gradcam.imaging.html`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from gradcam_worker.gradcam.classes import percent, versus
 from gradcam_worker.gradcam.explain import Explanation, Prediction
 from gradcam_worker.gradcam.imaging.html import (
     encode_heatmaps,
@@ -17,7 +16,7 @@ from gradcam_worker.gradcam.imaging.html import (
     page_placement,
     to_base64,
 )
-from gradcam_worker.gradcam.imaging.overlay import COLORMAPS, colors, encode_jpeg
+from gradcam_worker.gradcam.imaging.overlay import encode_jpeg
 from gradcam_worker.gradcam.imaging.resize import Pixels, enlarge, shrink_to_edge
 from gradcam_worker.gradcam.sizing import spans
 
@@ -34,7 +33,9 @@ PHOTO_AREAS = (
 MAX_SHORT_SIDE = 1415  # of the photo in pixels: the root of the first area
 MAX_SIDE = 8192  # in pixels; browsers draw no canvas that is much longer
 QUALITIES = (90, 80, 70, 60)  # of its JPEG; a smaller photo looks better than a lower quality
+MAX_PHOTO_FACT_BYTES = 100  # of the line that says how large the photo on the page is
 MAX_TEXT_LENGTH = 1000  # characters of a fact, or of the title
+LEAD = ("Date", "Network", "Method", "Layer")  # facts that stand above the picture
 
 
 def page(
@@ -43,7 +44,10 @@ def page(
     *,
     name: str,
     facts: Mapping[str, str],
+    metadata: Mapping[str, str] | None = None,
     method: str = "gradcam",
+    normalize: str = "per_class",
+    warnings: Sequence[Mapping[str, Any]] = (),
 ) -> bytes:
     """Make the report on an image. The same arguments always give the same bytes.
 
@@ -55,19 +59,26 @@ def page(
         explanation: The explanation.
         pixels: The image (height, width, 3), uint8, RGB.
         name: The name of the image.
-        facts: What is listed below the image, in this order.
+        facts: What is listed below the image, in this order; those of `LEAD` above it.
+        metadata: The job's own names and values, which are listed apart; None: there are none.
         method: The name of the formula, which decides how the colours are explained.
+        normalize: How it was normalized, which decides whether the classes begin with one scale.
+        warnings: As the manifest has them, with `class_id` and `detail`.
 
     Returns:
         The page, in UTF-8.
     """
-    data = _page_data(explanation, pixels, name, facts) | _legend(method, versus(explanation.against))
-    if explanation.placement and explanation.placement.is_inside:
-        data["about"] += " What is not coloured was cut off before the network saw the photo."
+    data = _page_data(explanation, pixels, name, facts) | {"metadata": _listed(metadata or {})}
+    data["manifest"] |= {
+        "method": {"name": method, "normalize": normalize},
+        "warnings": [dict(warning) for warning in warnings],
+    }
     page_bytes = len(fill_template("report.html", {**data, "photo": ""}))
-    for photo in _photos(pixels):
+    facts_without_photo = data["facts"]
+    for photo, (height, width) in _photos(pixels):
         data["photo"] = f"data:image/jpeg;base64,{to_base64(photo)}"
-        if page_bytes + len(data["photo"]) < MAX_PAGE_BYTES:
+        data["facts"] = [*facts_without_photo, ["Photo on this page", f"{width} x {height} pixels"]]
+        if page_bytes + len(data["photo"]) < MAX_PAGE_BYTES - MAX_PHOTO_FACT_BYTES:
             break
     return fill_template("report.html", data)
 
@@ -75,66 +86,50 @@ def page(
 def _page_data(
     explanation: Explanation, pixels: Pixels, name: str, facts: Mapping[str, str]
 ) -> dict[str, Any]:
-    grid, zero_ids = explanation.heatmaps.shape[1:], explanation.zero_heatmaps
+    """A viewer document without its photo, and the texts of the page."""
+    grid = explanation.heatmaps.shape[1:]
     rows, columns = _heatmap_size(explanation, pixels)
     heatmaps = np.stack([enlarge(heatmap, (rows, columns)) for heatmap in explanation.shown])
     shown_size = "" if (rows, columns) == grid else f", shown as {columns} x {rows}"
     facts = {**facts, "Heatmap": f"{grid[1]} x {grid[0]} cells{shown_size}"}
     return {
         "title": _truncate(f"{explanation.network.name} · {name}"),
-        "rows": rows,
-        "columns": columns,
+        "lead": _listed({label: facts[label] for label in LEAD if label in facts}),
+        "facts": _listed({label: value for label, value in facts.items() if label not in LEAD}),
+        "maps": {"rows": rows, "columns": columns, "grid": grid, "uint16": encode_heatmaps(heatmaps)},
         **page_placement(explanation.placement),
-        "heatmaps": encode_heatmaps(heatmaps),
-        "explained": [
-            {
-                **_prediction_data(prediction),
-                "more": _details(explanation, index),
-                "zero": prediction.id in zero_ids,
-            }
-            for index, prediction in enumerate(explanation.explained)
-        ],
-        "predictions": [_prediction_data(prediction) for prediction in explanation.predictions],
-        "colors": {colormap: to_base64(colors(colormap).tobytes()) for colormap in COLORMAPS},
-        "facts": [[str(label), _truncate(str(value))] for label, value in facts.items()],
+        "manifest": {
+            "input": {"width": pixels.shape[1], "height": pixels.shape[0]},
+            "network": {"name": explanation.network.name, "layer": explanation.layer},
+            "explanations": [
+                _explained_class(explanation, index) for index in range(len(explanation.explained))
+            ],
+            "predictions": [_score(prediction) for prediction in explanation.predictions],
+            "against": [{"id": label.id, "name": label.name} for label in explanation.against],
+        },
     }
 
 
-def _legend(method: str, against: str) -> dict[str, str]:
-    """The explanation of the colours, and of their absence, for a method and what `versus` says."""
-    counts, nothing = {
-        "counterfactual": ("counts against the class that is chosen", "speaks against this class"),
-        "eigencam": ("stands out to the layer, whichever class is chosen", "stands out"),
-    }.get(method, ("counts for the class that is chosen", "speaks for this class"))
-    others = f", {against}" if against else ""
-    return {
-        "about": f"The colours show how much each region of the photo {counts}{others}, from 0 to the "
-        "strongest region. They tell where the network looked, not whether it is right.",
-        "nothing": f"Nothing in the image {nothing}{others}.",
-    }
-
-
-def _details(explanation: Explanation, index: int) -> str:
-    """Rank, wnid, raw values and metrics of an explained class, in sentences."""
-    prediction = explanation.explained[index]
-    metrics = explanation.metrics[index] if explanation.metrics else {}
-    rank = ", ".join(filter(None, (f"Rank {prediction.rank}", prediction.wnid)))
-    raw = f"Raw map from {explanation.raw_min[index]:.4g} to {explanation.raw_max[index]:.4g}"
+def _explained_class(explanation: Explanation, index: int) -> dict[str, Any]:
+    score = _score(explanation.explained[index])
     error = explanation.completeness_error
-    complete = "" if error is None else f"Sum of the attributions off by {error[index]:.1%}"
-    areas = ", ".join(f"{metric} {area:.3f}" for metric, area in metrics.items())
-    return " ".join(f"{part}." for part in (rank, raw, complete, areas.capitalize()) if part)
-
-
-def _prediction_data(prediction: Prediction) -> dict[str, Any]:
     return {
-        "rank": prediction.rank,
-        "id": prediction.id,
-        "wnid": prediction.wnid,
-        "name": prediction.name.replace("_", " "),
-        "probability": round(prediction.probability, 6),
-        "percent": percent(prediction.probability),
+        "class": {"id": score["id"], "wnid": score["wnid"], "name": score["name"]},
+        "rank": score["rank"],
+        "probability": score["probability"],
+        "raw_min": float(explanation.raw_min[index]),
+        "raw_max": float(explanation.raw_max[index]),
+        "metrics": dict(explanation.metrics[index]) if explanation.metrics else {},
+        "completeness_error": None if error is None else float(error[index]),
     }
+
+
+def _score(prediction: Prediction) -> dict[str, Any]:
+    return {**vars(prediction), "probability": round(prediction.probability, 6)}
+
+
+def _listed(facts: Mapping[str, str]) -> list[list[str]]:
+    return [[_truncate(str(label)), _truncate(str(value))] for label, value in facts.items()]
 
 
 def _heatmap_size(explanation: Explanation, pixels: Pixels) -> tuple[int, int]:
@@ -148,14 +143,14 @@ def _heatmap_size(explanation: Explanation, pixels: Pixels) -> tuple[int, int]:
     )
 
 
-def _photos(pixels: Pixels) -> Iterator[bytes]:
-    """The photo as smaller and smaller JPEGs."""
+def _photos(pixels: Pixels) -> Iterator[tuple[bytes, tuple[int, int]]]:
+    """The photo as smaller and smaller JPEGs, with their (height, width)."""
     short, long = sorted(pixels.shape[:2])
     for area in PHOTO_AREAS:
         edge = min(int((area * long / short) ** 0.5), MAX_SIDE)
         shrunk = shrink_to_edge(pixels, edge)
         for quality in QUALITIES:
-            yield encode_jpeg(shrunk, quality)
+            yield encode_jpeg(shrunk, quality), (shrunk.shape[0], shrunk.shape[1])
 
 
 def _truncate(text: str) -> str:

@@ -16,6 +16,7 @@ from gradcam_worker.gradcam.methods import masking
 from gradcam_worker.operations import console
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.runtime import service_factory
+from gradcam_worker.schemas.ids import utc_now
 from gradcam_worker.schemas.job import Job
 from gradcam_worker.schemas.manifest import Manifest
 from gradcam_worker.schemas.options import default_target, is_default_target
@@ -87,7 +88,9 @@ def explain_files(
                 progress.update(task, description=description + part)
 
             for image in images:
-                context = JobContext(Deadline(timeout_s), lambda stage: show(stage.passes))
+                context = JobContext(
+                    Deadline(timeout_s), lambda stage: show(stage.passes), created_at=utc_now()
+                )
                 results[image] = _explain_file(job, image, services, folders[image], output, context)
                 progress.advance(task)
         except KeyboardInterrupt:

@@ -69,7 +69,7 @@ def _split_template(template: str) -> tuple[str, str]:
     """The parts of a template before and after its data. A line `@name@` includes that file."""
     text = (DATA / template).read_text(encoding="utf-8")
     text = re.sub(
-        r"^@([a-z_]+\.\w+)@\n", lambda line: (DATA / line[1]).read_text("utf-8"), text, flags=re.MULTILINE
+        r"^@([a-z_-]+\.\w+)@\n", lambda line: (DATA / line[1]).read_text("utf-8"), text, flags=re.MULTILINE
     )
     for tag, placeholder in (("style", "@STYLE@"), ("script", "@SCRIPT@")):
         block = re.search(f"<{tag}>(.*?)</{tag}>", text, re.DOTALL)

@@ -21,6 +21,7 @@ TILE_AREA = 480 * 360  # in pixels
 MAX_TILE_SIDE = 720  # in pixels
 MAX_TILE_SHORT_SIDE = 416  # in pixels: the root of the area
 MIN_WIDTH = 240  # in pixels: less leaves no room for a title
+SEPARATOR = "  ·  "  # between parts on a line
 FONT_WEIGHT = 400  # regular
 KEPT_CHARACTERS = len("100.0 %")  # at the end of a title, which are never cut
 
@@ -71,6 +72,54 @@ def sheet(rows: Sequence[Sequence[Tile]]) -> Pixels:
     return canvas
 
 
+def with_legend(
+    drawn: Pixels, table: Pixels, alpha: float, ends: tuple[str, str], parts: Sequence[str], letter_size: int
+) -> Pixels:
+    """Write below a sheet what its colours mean.
+
+    The colours are shown as they look on the photos: over white at the top to black at the bottom.
+
+    Args:
+        drawn: The sheet (height, width, 3), uint8.
+        table: The RGB colours of the colour map, (256, 1, 3), uint8.
+        alpha: The share of the colours on the photos, from 0 to 1.
+        ends: What the first and the last colour stand for.
+        parts: Further texts, as many on a line as there is room for.
+        letter_size: Height of the letters of the titles, in pixels.
+
+    Returns:
+        The sheet with the legend, (height, width, 3), uint8.
+    """
+    height, width, _ = drawn.shape
+    gap, small = letter_size, letter_size * 4 // 5
+    line, room = title_height(small) * 3 // 4, width - 2 * gap
+    lines = _fill_lines([*parts], room, small)
+    canvas = _white(height + gap + line * (1 + len(lines)) + gap // 2, width)
+    _paste(canvas, drawn, 0, 0)
+    row = table[np.linspace(0, len(table) - 1, room).round().astype(int), 0].astype(np.float32)
+    ground = np.linspace(255, 0, gap, dtype=np.float32)[:, np.newaxis, np.newaxis]
+    _paste(canvas, np.rint(alpha * row + (1 - alpha) * ground).astype(np.uint8), height, gap)
+    top = height + gap
+    last = shorten(ends[1], room * 2 // 3, small)
+    _write(canvas, ends[0], top, gap, room // 3, small, line)
+    _write(canvas, last, top, width - gap - _width(last, small), room, small, line)
+    for text in lines:
+        top += line
+        _write(canvas, text, top, gap, room, small, line)
+    return canvas
+
+
+def _fill_lines(parts: list[str], width: int, letter_size: int) -> list[str]:
+    lines = parts[:1]
+    for part in parts[1:]:
+        joined = f"{lines[-1]}{SEPARATOR}{part}"
+        if _width(joined, letter_size) <= width:
+            lines[-1] = joined
+        else:
+            lines.append(part)
+    return lines
+
+
 def with_title(title: str, image: Pixels) -> Pixels:
     """Draw an image below its title.
 
@@ -108,10 +157,13 @@ def _paste(canvas: Pixels, image: Pixels, top: int, left: int) -> None:
     canvas[top : top + image.shape[0], left : left + image.shape[1]] = image
 
 
-def _write(canvas: Pixels, title: str, top: int, left: int, width: int, letter_size: int) -> None:
-    """Write a title in black, centred vertically in its line."""
+def _write(
+    canvas: Pixels, title: str, top: int, left: int, width: int, letter_size: int, line_height: int = 0
+) -> None:
+    """Write a title in black, centred vertically in its line of `title_height`, or of a height of its own."""
     text = shorten(title, width, letter_size)
-    baseline = top + (title_height(letter_size) + letter_size * 7 // 10) // 2  # capitals are 0.7 as high
+    line = line_height or title_height(letter_size)
+    baseline = top + (line + letter_size * 7 // 10) // 2  # capitals are 0.7 as high
     cv2.putText(canvas, text, (left, baseline), (0, 0, 0), _font(), letter_size, FONT_WEIGHT)
 
 
