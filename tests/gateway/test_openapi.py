@@ -23,6 +23,11 @@ def document() -> dict[str, Any]:
     return create_app(Settings()).openapi()
 
 
+def validate(document: dict[str, Any], name: str, value: Any) -> None:
+    schema = {"$ref": f"#/components/schemas/{name}", "components": document["components"]}
+    jsonschema_rs.validator_for(schema).validate(value)
+
+
 def in_document(schema: Any) -> Any:
     """A schema of `deploy/schemas` with its references as they are in the document."""
     return json.loads(json.dumps(schema).replace("#/$defs/", "#/components/schemas/"))
@@ -46,8 +51,11 @@ def test_its_schemas_are_those_of_the_wire(document: dict[str, Any], name: str, 
 
 def test_a_request_takes_every_field_of_a_job(document: dict[str, Any]) -> None:
     wire, request = (document["components"]["schemas"][name]["properties"] for name in ("Job", "JobRequest"))
-    assert {*request} - {*wire} == {"top_n", "classes", "against"}
-    assert all(request[name] == wire[name] for name in wire if name != "image")
+    assert {*request} - {*wire} == {"top_n", "classes", "against", "webhook"}
+    short = {"image", "method", "artifacts", "webhooks"}
+    assert all(request[name] == wire[name] for name in {*wire} - short)
+    for form in ({"method": "rise"}, {"artifacts": ["report"]}, {"webhook": "https://app.example.com/x"}):
+        validate(document, "JobRequest", {**examples.JOB, **form})
 
 
 def test_it_describes_every_operation_of_the_app_and_no_other(document: dict[str, Any]) -> None:

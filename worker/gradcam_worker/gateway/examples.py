@@ -69,3 +69,32 @@ UPLOAD_TARGET: dict[str, Any] = {
     "headers": {"Content-Type": "image/jpeg"},
     "expires_at": "2026-11-30T08:15:00Z",
 }
+NETWORKS: dict[str, Any] = {
+    "networks": [
+        {
+            "name": "efficientnet_lite0",
+            "input_size": [224, 224],
+            "layer": "top_act",
+            "classes": 1000,
+            "imagenet": True,
+            "labels": [],
+            "inputs": [],
+            "scores_only": False,
+            "workers": 2,
+        }
+    ]
+}
+WORKERS: dict[str, Any] = {
+    "workers": [
+        {
+            "id": "gpu-1:3f9a1c2b:41",
+            "device": "NVIDIA H100",
+            "since": CREATED,
+            "running": 3,
+            "batch": 5.5,
+            "trouble": None,
+            "version": "0.1.0",
+            "networks": ["efficientnet_lite0"],
+        }
+    ]
+}

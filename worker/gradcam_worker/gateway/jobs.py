@@ -14,6 +14,7 @@ from starlette.responses import Response
 
 from gradcam_worker.client import results
 from gradcam_worker.client.async_client import AsyncGradcamClient
+from gradcam_worker.client.job_fields import without_short_forms
 from gradcam_worker.errors import InvalidRequest, UnsupportedMediaType, WaitTimeout
 from gradcam_worker.gateway import bodies
 from gradcam_worker.gateway.access import Caller
@@ -54,13 +55,14 @@ async def submit(
     job is final. The fields of a form are `image` (the file), those of a job, `top_n` and `classes`.
     """
     bodies.require_media_type(request, JSON, FORM)
+    fields: object
     if bodies.media_type_of(request) == FORM:
         async with bodies.read_form(request, gateway.settings.max_image_bytes) as form:
             fields, upload = await _read_form(form, gateway, caller)
     else:
         read = bodies.parse_json(await bodies.read_body(request, gateway.settings.max_message_bytes))
-        fields, upload = _with_target(read), None
-    job = caller.check_job(_with_key(_checked(Job.parse(fields)), idempotency_key))
+        fields, upload = read, None
+    job = caller.check_job(_with_key(_checked(Job.parse(without_short_forms(fields))), idempotency_key))
     await gateway.access.admit_jobs(caller, 1, job.idempotency_key)
     if upload:
         await gateway.objects.put(upload.uri, upload.data, upload.media_type)
@@ -165,7 +167,7 @@ async def _read_form(
             raise InvalidRequest.at(detail, pointer=pointer((name,)))
         else:
             fields[name] = values[0] if name in TEXT_FIELDS else _json_value(name, values[0])
-    return _with_target(fields), upload
+    return fields, upload
 
 
 def _json_value(name: str, text: str) -> Any:
@@ -179,15 +181,6 @@ def _json_value(name: str, text: str) -> Any:
     except InvalidRequest as error:
         detail = "this field of a form is JSON"
         raise InvalidRequest.at(detail, pointer=pointer((name,))) from error
-
-
-def _with_target(fields: Any) -> Any:
-    """The fields with `top_n`, `classes` and `against` as a target."""
-    if not isinstance(fields, dict) or "target" in fields:
-        return fields
-    target = {name: fields[name] for name in ("top_n", "classes", "against") if name in fields}
-    rest = {name: value for name, value in fields.items() if name not in target}
-    return {**rest, "target": target} if target else rest
 
 
 def _checked(job: Job) -> Job:

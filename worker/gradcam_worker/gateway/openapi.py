@@ -7,7 +7,7 @@ pydantic models of the wire, as in `deploy/schemas`.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import Any
+from typing import Any, get_args
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
@@ -17,10 +17,20 @@ from pydantic.json_schema import models_json_schema
 from gradcam_worker import __version__
 from gradcam_worker.gateway import problems
 from gradcam_worker.gateway.artifacts import JobResource, JobResult
-from gradcam_worker.gateway.examples import JOB, PROBLEM, SUCCEEDED, UPLOAD, UPLOAD_TARGET
+from gradcam_worker.gateway.examples import (
+    JOB,
+    NETWORKS,
+    PROBLEM,
+    SUCCEEDED,
+    UPLOAD,
+    UPLOAD_TARGET,
+    WORKERS,
+)
+from gradcam_worker.gateway.fleet import NetworkList, WorkerList
 from gradcam_worker.gateway.uploads import UploadRequest, UploadTarget
 from gradcam_worker.schemas.job import Job
 from gradcam_worker.schemas.model import ResponseModel
+from gradcam_worker.schemas.options import ArtifactKind, MethodName
 
 REFERENCE = "#/components/schemas/{model}"
 JSON, FORM, EVENTS, TEXT = "application/json", "multipart/form-data", "text/event-stream", "text/plain"
@@ -132,6 +142,12 @@ OPERATIONS: Mapping[str, Operation] = {
                 "examples": {"photo": {"summary": "A photo", "value": UPLOAD}},
             }
         },
+    ),
+    "list_networks": Operation(
+        "List networks", {200: Answer("The networks that live workers offer.", NetworkList, example=NETWORKS)}
+    ),
+    "list_workers": Operation(
+        "List workers", {200: Answer("The live workers.", WorkerList, example=WORKERS)}
     ),
     "live": Operation("Is the process alive?", {200: Answer("It is.", State)}),
     "ready": Operation("Can it work?", {200: Answer("It can.", State), 503: Answer("It cannot.", State)}),
@@ -246,16 +262,34 @@ SHORT = ("top_n", "classes", "against")  # fields of a target
 
 
 def _job_request(job: Mapping[str, Any], short: Mapping[str, Any]) -> dict[str, Any]:
-    """The schema of a job in a request: the image may be its URI alone, and the target be given in short."""
+    """The schema of a job in a request, with the short forms of `client.job_fields`."""
+    properties = job["properties"]
     image = {"anyOf": [{"$ref": REFERENCE.format(model="ImageRef")}, {"type": "string", "minLength": 1}]}
+    methods = {"enum": [*get_args(MethodName)]}
+    kinds = {"enum": [*get_args(ArtifactKind)]}
+    url = {"type": "string", "maxLength": 256}
+    hook = {"anyOf": [{"$ref": REFERENCE.format(model="Webhook")}, url]}
     return {
         **job,
         "title": "JobRequest",
-        "description": "A job. The target may be given in short, as `top_n` or `classes`.",
-        "properties": {**job["properties"], "image": image, **short},
+        "description": "A job, in which short forms are allowed.",
+        "properties": {
+            **properties,
+            "image": image,
+            "method": {"anyOf": [properties["method"], methods]},
+            "artifacts": _with_items(properties["artifacts"], kinds),
+            "webhooks": {**properties["webhooks"], "items": hook},
+            "webhook": {**hook, "description": "Short for `webhooks`."},
+            **short,
+        },
         "required": ["image", "network"],
         "oneOf": [{"required": [name]} for name in ("target", "top_n", "classes")],
     }
+
+
+def _with_items(schema: Mapping[str, Any], *others: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema of a list whose items may also be others."""
+    return {**schema, "items": {"anyOf": [schema["items"], *others]}}
 
 
 def _job_form(job: Mapping[str, Any], short: Mapping[str, Any]) -> dict[str, Any]:

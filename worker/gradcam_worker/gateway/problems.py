@@ -26,6 +26,7 @@ MEDIA_TYPE = "application/problem+json"
 URN = "urn:gradcam:problem:"
 STATUS_OF: Mapping[type[GradcamError], HTTPStatus] = {  # of the nearest class
     errors.InvalidRequest: HTTPStatus.BAD_REQUEST,
+    errors.InvalidQuery: HTTPStatus.BAD_REQUEST,
     errors.RequestTooLarge: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     errors.UnsupportedRequestType: HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
     errors.ServerBusy: HTTPStatus.SERVICE_UNAVAILABLE,

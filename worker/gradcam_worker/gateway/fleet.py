@@ -1,0 +1,46 @@
+"""The routes of what live workers offer: networks, and the workers themselves."""
+
+from typing import Annotated
+
+from fastapi import APIRouter
+from starlette.responses import Response
+
+from gradcam_worker.gateway.access import Caller
+from gradcam_worker.gateway.context import CallerWith, GatewayOf, Reader
+from gradcam_worker.schemas.fleet import NetworkOffer, WorkerReport
+from gradcam_worker.schemas.model import ResponseModel
+
+router = APIRouter(prefix="/v1", tags=["workers"])
+
+
+class NetworkList(ResponseModel):
+    """The networks that live workers offer."""
+
+    networks: tuple[NetworkOffer, ...]
+
+
+class WorkerList(ResponseModel):
+    """The live workers."""
+
+    workers: tuple[WorkerReport, ...]
+
+
+@router.get("/networks", operation_id="list_networks")
+async def list_networks(gateway: GatewayOf, caller: Reader) -> Response:
+    """List the networks that live workers offer: those of the catalog whose weights they have, and their own.
+
+    A job may name any network of the catalog: a worker with access to the internet fetches its weights.
+    """
+    del caller  # the networks are the same for all
+    return _answer(NetworkList(networks=await gateway.client.networks()))
+
+
+@router.get("/workers", operation_id="list_workers")
+async def list_workers(gateway: GatewayOf, caller: Annotated[Caller, CallerWith("operate")]) -> Response:
+    """List the live workers: their device, what they run, and why they take no jobs just now, if so."""
+    del caller
+    return _answer(WorkerList(workers=await gateway.client.workers()))
+
+
+def _answer(model: ResponseModel) -> Response:
+    return Response(model.model_dump_json(), 200, {"Cache-Control": "no-store"}, "application/json")
