@@ -12,8 +12,9 @@ import pytest
 
 from gradcam_worker.client import AsyncGradcamClient, AsyncJobHandle, GradcamClient, JobHandle
 from gradcam_worker.client.job_fields import as_job
-from gradcam_worker.errors import InvalidJob
+from gradcam_worker.errors import InvalidJob, InvalidQuery
 from gradcam_worker.schemas.job import Job
+from gradcam_worker.schemas.listing import JobQuery
 from gradcam_worker.settings import Settings
 from gradcam_worker.testing import MemoryLedger, RecordingPublisher, eager_client
 
@@ -133,3 +134,19 @@ def test_what_is_no_dictionary_is_told_as_before(client: GradcamClient) -> None:
     strange: Any = ["s3://in/red.png"]
     with pytest.raises(InvalidJob, match="This is not a job"):
         client.submit(strange)
+
+
+def test_jobs_are_listed_by_their_labels_page_by_page(client: GradcamClient) -> None:
+    ids = [client.submit(**FIELDS, top_n=1, metadata={"n": str(n % 2)}) for n in range(205)]
+    client.cancel(ids[0])
+    assert [one.id for one in client.list()] == ids[::-1]
+    assert [one.id for one in client.list(label="n=0", status="canceled")] == [ids[0]]
+    page = client.list_page(JobQuery(limit=2))
+    assert [one.id for one in page.jobs] == ids[:-3:-1]
+    with pytest.raises(InvalidQuery, match="label"):
+        client.list(label="n")
+
+    async def app() -> list[str]:
+        return [one.id async for one in AsyncGradcamClient(client=client).list(network="vgg16")]
+
+    assert asyncio.run(app()) == ids[::-1]

@@ -339,3 +339,49 @@ def test_a_shards_document_has_no_manifest_of_one_image(tmp_path: Path) -> None:
     ledger.finish(document, status="succeeded", **reference(uri))
     with pytest.raises(NoResult, match=r"data\.parquet, which is no manifest of one image"):
         client.result(job_id)
+
+
+def test_a_result_is_used_without_its_manifest(photo: bytes, tmp_path: Path) -> None:
+    client = eager_client({PHOTO: photo})
+    kinds: Any = ["overlay", "heatmap", "grid", "report", "animation"]
+    job = client.submit(image=PHOTO, network="vgg16", top_n=2, artifacts=kinds)
+    result = job.result()
+    assert [one.class_name for one in result.overlays] == ["green", "red"]
+    assert result.overlays[0].url.startswith("data:image/jpeg;base64,")
+    assert str(result.report_url).startswith("data:text/html")
+    assert str(result.grid_url).startswith("data:image/jpeg")
+    assert str(result.animation_url).startswith("data:image/gif")
+    assert result.predictions[0].name == "green"
+    assert result.heatmaps.shape == (2, 4, 4)
+    assert (result.heatmaps.dtype, float(result.heatmaps[0].max())) == (np.float32, 1.0)
+    assert [one.name for one in result.files] == [
+        "overlay-1-1-green.jpg",
+        "heatmaps.npz",
+        "overlay-2-0-red.jpg",
+        "grid.jpg",
+        "report.html",
+        "animation.gif",
+    ]
+    assert [one.class_name for one in result.files if one.kind in {"heatmap", "grid"}] == [None, None]
+    paths = result.save(tmp_path / "new" / "folder")
+    assert [one.name for one in paths] == [*(one.name for one in result.files), "manifest.json"]
+    assert paths[0].read_bytes() == result.overlays[0].read()
+    assert Manifest.model_validate_json(paths[-1].read_bytes()) == result.manifest
+    assert "base64" not in repr(result) + repr(result.overlays[0])
+
+
+def test_a_result_without_arrays_says_what_was_to_be_asked_for(photo: bytes) -> None:
+    client = eager_client({PHOTO: photo})
+    plain = client.submit(image=PHOTO, network="vgg16", top_n=1, artifacts=["overlay"]).result()
+    assert (plain.report_url, plain.grid_url, plain.animation_url) == (None, None, None)
+    with pytest.raises(NoResult, match='its artifacts must contain "heatmap"'):
+        plain.heatmaps  # noqa: B018  # asking for it is the test
+    npy: Any = [{"kind": "heatmap", "format": "npy"}]
+    assert client.submit(image=PHOTO, network="vgg16", top_n=3, artifacts=npy).result().heatmaps.shape == (
+        3,
+        4,
+        4,
+    )
+    grey: Any = [{"kind": "heatmap", "format": "png"}]
+    with pytest.raises(NoResult, match="no heatmaps as numbers"):
+        client.submit(image=PHOTO, network="vgg16", top_n=1, artifacts=grey).result().heatmaps  # noqa: B018

@@ -50,7 +50,8 @@
     ├── DeliveryError
     │   ├── StatusUnavailable          status_unavailable        retried
     │   ├── DeliveryRefused            delivery_refused          raised
-    │   └── EndpointGone               endpoint_gone             raised
+    │   ├── EndpointGone               endpoint_gone             raised
+    │   └── InvalidWebhook             invalid_webhook           raised
     ├── BackfillError
     │   ├── InvalidInput               invalid_input             raised
     │   ├── InvalidRow                 invalid_row               fails
@@ -511,6 +512,13 @@ class EndpointGone(DeliveryError, LocalError):
 
     code = "endpoint_gone"
     public_message = "A notification has no receiver any more."
+
+
+class InvalidWebhook(DeliveryError, LocalError):
+    """A received webhook is not signed with a secret of this app, is too old, or is no event."""
+
+    code = "invalid_webhook"
+    public_message = "This notification cannot be accepted."
 
 
 class BackfillError(GradcamError):

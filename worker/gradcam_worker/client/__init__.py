@@ -13,8 +13,18 @@ if TYPE_CHECKING:
     from gradcam_worker.client.job_handle import AsyncJobHandle as AsyncJobHandle
     from gradcam_worker.client.job_handle import JobHandle as JobHandle
     from gradcam_worker.client.results import Result as Result
+    from gradcam_worker.client.results import ResultFile as ResultFile
+    from gradcam_worker.client.webhooks import Webhooks as Webhooks
 
-__all__ = ["AsyncGradcamClient", "AsyncJobHandle", "GradcamClient", "JobHandle", "Result"]
+__all__ = [
+    "AsyncGradcamClient",
+    "AsyncJobHandle",
+    "GradcamClient",
+    "JobHandle",
+    "Result",
+    "ResultFile",
+    "Webhooks",
+]
 
 if not TYPE_CHECKING:
     __getattr__, __dir__ = lazy_imports(
@@ -25,5 +35,7 @@ if not TYPE_CHECKING:
             "GradcamClient": "gradcam_worker.client.client",
             "JobHandle": "gradcam_worker.client.job_handle",
             "Result": "gradcam_worker.client.results",
+            "ResultFile": "gradcam_worker.client.results",
+            "Webhooks": "gradcam_worker.client.webhooks",
         },
     )

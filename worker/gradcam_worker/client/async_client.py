@@ -12,6 +12,7 @@ submission was cancelled may have been accepted.
 """
 
 import asyncio
+import builtins
 import contextvars
 import functools
 import os
@@ -23,11 +24,13 @@ from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar, Unpack, overload
 
 from gradcam_worker.client.client import GradcamClient, call_after_wait
-from gradcam_worker.client.job_fields import Classes, Image, TopN, WithTarget
+from gradcam_worker.client.job_fields import Classes, Image, ListConditions, TopN, WithTarget
 from gradcam_worker.client.job_handle import AsyncJobHandle
 from gradcam_worker.client.waiter import Subscription
+from gradcam_worker.client.webhooks import Webhooks
 from gradcam_worker.errors import WaitTimeout
 from gradcam_worker.schemas.job import Job
+from gradcam_worker.schemas.listing import MAX_PAGE, JobQuery
 from gradcam_worker.schemas.status import StatusDocument
 from gradcam_worker.settings import Settings
 
@@ -80,6 +83,8 @@ class AsyncGradcamClient:
     result = _awaitable(GradcamClient.result)
     networks = _awaitable(GradcamClient.networks)
     workers = _awaitable(GradcamClient.workers)
+    list_page = _awaitable(GradcamClient.list_page)
+    webhooks = Webhooks()
 
     @overload
     async def submit(
@@ -110,7 +115,7 @@ class AsyncGradcamClient:
 
     async def submit_many(
         self, jobs: Iterable[Job | Mapping[str, Any]], *, retry_failed: bool = False
-    ) -> list[AsyncJobHandle]:
+    ) -> builtins.list[AsyncJobHandle]:
         """See `GradcamClient.submit_many`."""
         submit = functools.partial(self.client.submit_many, jobs, retry_failed=retry_failed)
         return [AsyncJobHandle(job_id, self) for job_id in await self._call(submit)]
@@ -168,6 +173,17 @@ class AsyncGradcamClient:
     def job(self, job_id: str) -> AsyncJobHandle:
         """See `GradcamClient.job`. It needs no server, and so is not awaited."""
         return AsyncJobHandle(job_id, self)
+
+    async def list(self, **conditions: Unpack[ListConditions]) -> AsyncGenerator[StatusDocument, None]:
+        """See `GradcamClient.list`."""
+        query = JobQuery.parse(**conditions, limit=MAX_PAGE)
+        while True:
+            page = await self.list_page(query)
+            for document in page.jobs:
+                yield document
+            if page.cursor is None:
+                return
+            query = query.model_copy(update={"cursor": page.cursor})
 
     async def close(self) -> None:
         """See `GradcamClient.close`; the threads end after the calls that run."""

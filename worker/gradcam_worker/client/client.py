@@ -6,6 +6,7 @@
 >>> job.result().overlays[0].url  # for a browser
 """
 
+import builtins
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -16,10 +17,11 @@ from typing import Any, Generic, Self, TypeVar, Unpack, overload
 from gradcam_worker.broker import envelope, publisher
 from gradcam_worker.client import results
 from gradcam_worker.client.fleet import read_fleet
-from gradcam_worker.client.job_fields import Classes, Image, TopN, WithTarget, as_job
+from gradcam_worker.client.job_fields import Classes, Image, ListConditions, TopN, WithTarget, as_job
 from gradcam_worker.client.job_handle import JobHandle
 from gradcam_worker.client.results import Objects, Result
 from gradcam_worker.client.waiter import JobWaiter
+from gradcam_worker.client.webhooks import Webhooks
 from gradcam_worker.errors import (
     BrokerUnavailable,
     IdempotencyConflict,
@@ -34,6 +36,7 @@ from gradcam_worker.observability import tracing
 from gradcam_worker.resilience.retry import HALF_OR_MORE, Retries, RetryPolicy
 from gradcam_worker.schemas.fleet import NetworkOffer, WorkerReport
 from gradcam_worker.schemas.job import Job, describe_missing_scheme
+from gradcam_worker.schemas.listing import MAX_PAGE, JobPage, JobQuery
 from gradcam_worker.schemas.status import StatusDocument
 from gradcam_worker.settings import Settings
 from gradcam_worker.text.log_events import EventLogger
@@ -77,6 +80,8 @@ class GradcamClient:
         >>> job.wait().status
         'succeeded'
     """
+
+    webhooks = Webhooks()  # needs no server
 
     def __init__(
         self,
@@ -177,7 +182,7 @@ class GradcamClient:
 
     def submit_many(
         self, jobs: Iterable[Job | Mapping[str, Any]], *, retry_failed: bool = False
-    ) -> list[JobHandle]:
+    ) -> builtins.list[JobHandle]:
         """Submit jobs, hundreds in a round trip.
 
         Args:
@@ -197,7 +202,7 @@ class GradcamClient:
             >>> uris = (f"s3://in/{number}.jpg" for number in range(1000))
             >>> client.submit_many({"image": uri, "network": "vgg16", "top_n": 1} for uri in uris)
         """
-        ids: list[JobHandle] = []
+        ids: builtins.list[JobHandle] = []
         published, left = True, iter(jobs)
         while True:
             chunk, problem = self._next_chunk(left)
@@ -220,9 +225,11 @@ class GradcamClient:
             if problem:
                 raise _with_number(problem, ids) from problem
 
-    def _next_chunk(self, left: Iterator[Job | Mapping[str, Any]]) -> tuple[list[Job], Exception | None]:
+    def _next_chunk(
+        self, left: Iterator[Job | Mapping[str, Any]]
+    ) -> tuple[builtins.list[Job], Exception | None]:
         """The next jobs, checked, and the error of the one after them, if any; no jobs at the end."""
-        chunk: list[Job] = []
+        chunk: builtins.list[Job] = []
         size = 0
         try:
             for job_or_fields in left:
@@ -246,7 +253,7 @@ class GradcamClient:
 
     def _enter(
         self, jobs: Sequence[Job], retries: Retries, *, retry_failed: bool
-    ) -> list[StatusDocument | IdempotencyConflict]:
+    ) -> builtins.list[StatusDocument | IdempotencyConflict]:
         """Enter jobs in the ledger: see `Ledger.submit_many`. It is idempotent."""
         submit = _TrackingDoubt(lambda: self._ledger.submit_many(jobs, retry_failed=retry_failed))
         try:
@@ -401,7 +408,8 @@ class GradcamClient:
             expires_s: how long the URLs are valid, in seconds, at most a week.
 
         Returns:
-            Manifest and URLs.
+            Manifest, URLs and files. `heatmaps` and `save` read from the storage while they are called: with
+            asyncio, call them in a thread, as in `await asyncio.to_thread(result.save, "explained")`.
 
         Raises:
             NoResult: the job has not succeeded, or there is no manifest of this job.
@@ -412,7 +420,8 @@ class GradcamClient:
 
         Examples:
             >>> result = client.result(job_id)
-            >>> [result.urls[file.uri] for one in result.manifest.explanations for file in one.artifacts]
+            >>> [(overlay.class_name, overlay.url) for overlay in result.overlays]
+            >>> result.save("explained")
         """
         uri = manifest_uri or results.manifest_uri(self.status(job_id))
         return results.read(str(job_id), uri, self._objects, expires_s)
@@ -491,6 +500,54 @@ class GradcamClient:
         self._check(job)
         self._objects.put(upload.uri, upload.data, upload.media_type)
         return self.submit(job, retry_failed=retry_failed)
+
+    def list(self, **conditions: Unpack[ListConditions]) -> Iterator[StatusDocument]:
+        """Jobs, newest first; they are read in pages, while they are taken.
+
+        The ledger keeps a job for a week after its end (GRADCAM_RETENTION_S).
+
+        Args:
+            **conditions: all have to be fulfilled: `status`, `network`, `label` (one of the job's `metadata`,
+                as `name=value`), `created_after` (a time with its zone).
+
+        Returns:
+            An iterator of their documents. Jobs that are submitted meanwhile do not disturb it.
+
+        Raises:
+            InvalidQuery: a condition is not what it should be.
+            LedgerUnavailable: the ledger cannot be reached.
+
+        Examples:
+            >>> for document in client.list(status="failed", label="customer=42"):
+            ...     client.retry(document.id)
+        """
+        return self._pages(JobQuery.parse(**conditions, limit=MAX_PAGE))
+
+    def _pages(self, query: JobQuery) -> Iterator[StatusDocument]:
+        while True:
+            page = self.list_page(query)
+            yield from page.jobs
+            if page.cursor is None:
+                return
+            query = query.model_copy(update={"cursor": page.cursor})
+
+    def list_page(self, query: JobQuery) -> JobPage:
+        """One page of `list`, for apps that show pages.
+
+        Args:
+            query: which jobs, how many, and the cursor of the page before.
+
+        Returns:
+            The jobs and the cursor of the next page. There may be fewer jobs than asked for, and a cursor.
+
+        Raises:
+            LedgerUnavailable: the ledger cannot be reached.
+
+        Examples:
+            >>> page = client.list_page(JobQuery(status="failed", limit=20))
+            >>> client.list_page(JobQuery(status="failed", limit=20, cursor=page.cursor))
+        """
+        return self._retry(lambda: self._ledger.list_jobs(query))
 
     def networks(self) -> tuple[NetworkOffer, ...]:
         """The networks that live workers offer, by name.

@@ -1,4 +1,4 @@
-"""What `submit` takes: the fields of a job by name, with short forms, for type checkers and at run time.
+"""What calls take by name, for type checkers; and a job's fields with short forms, for `submit`.
 
 The short forms are the client's: what is sent is a `gradcam_worker.schemas.job.Job`, which has none.
 
@@ -15,6 +15,7 @@ from typing import Any, Literal, Required, TypeAlias, TypedDict
 from gradcam_worker.errors import InvalidJob
 from gradcam_worker.schemas.job import ImageRef, Job, Priority, Webhook
 from gradcam_worker.schemas.options import ArtifactKind, ArtifactSpec, MethodName, MethodSpec, Metric, Target
+from gradcam_worker.schemas.status import Status
 
 Image: TypeAlias = ImageRef | str | dict[str, Any]
 OF_TARGET = ("top_n", "classes", "against")
@@ -59,6 +60,15 @@ class WithTarget(JobOptions, total=False):
     """A job whose classes are given as it has them on the wire."""
 
     target: Required[Target | dict[str, Any]]
+
+
+class ListConditions(TypedDict, total=False):
+    """Which jobs are listed: see `GradcamClient.list`."""
+
+    status: Status | None
+    network: str | None
+    label: str | None
+    created_after: datetime | None
 
 
 def as_job(job: Job | Mapping[str, Any]) -> Job:

@@ -6,6 +6,8 @@ S3 is imported when it is first used: a client that only submits does not need i
 import hashlib
 import os
 from dataclasses import dataclass, field
+from functools import cached_property
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 from urllib.parse import unquote
@@ -21,16 +23,20 @@ from gradcam_worker.errors import (
     NoResult,
     StorageUnavailable,
 )
-from gradcam_worker.schemas.manifest import Manifest
-from gradcam_worker.schemas.status import StatusDocument
+from gradcam_worker.schemas.manifest import ArtifactRecord, ExplainedClass, Manifest
+from gradcam_worker.schemas.status import ClassScore, StatusDocument
 from gradcam_worker.settings import STORAGE_URI_FORM, Settings, is_storage_uri
 from gradcam_worker.storage.filesystem import FolderStore
 from gradcam_worker.text.urls import without_secrets
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from gradcam_worker.storage.s3 import S3
     from gradcam_worker.storage.stores import S3Store
 
+ARRAYS = {"application/x-npz", "application/x-npy"}
 MAX_EXPIRES_S = 7 * 86_400  # of a presigned URL (AWS Signature Version 4)
 # How a file of each format begins: the key of an upload, with its suffix, depends on its bytes alone.
 FORMATS = {
@@ -59,21 +65,161 @@ class Objects(Protocol):
 
 
 @dataclass(frozen=True)
+class ResultFile:
+    """One file of a result.
+
+    Attributes:
+        record: what the manifest says of it: `kind`, `uri`, `media_type`, `bytes`, `width` and so on.
+        url: a presigned URL, with which a browser reads it without keys.
+        explained: the class that it shows, with its probability; None: it shows all.
+    """
+
+    record: ArtifactRecord
+    url: str = field(repr=False)  # it grants access
+    explained: ExplainedClass | None
+    _objects: Objects = field(repr=False, compare=False)
+
+    @property
+    def kind(self) -> str:
+        """What it is: overlay, heatmap, grid, animation or report."""
+        return self.record.kind
+
+    @property
+    def name(self) -> str:
+        """Its name in its folder."""
+        return unquote(self.record.uri).replace("\\", "/").rpartition("/")[2]
+
+    @property
+    def class_name(self) -> str | None:
+        """The name of the class that it shows; None: it shows all."""
+        return self.explained.class_.name if self.explained else None
+
+    def read(self) -> bytes:
+        """Read it from the storage, with the client's settings.
+
+        Returns:
+            Its bytes.
+
+        Raises:
+            StorageUnavailable: It cannot be read.
+        """
+        return self._objects.read(self.record.uri)
+
+
+@dataclass(frozen=True)
 class Result:
     """The result of a job that succeeded.
 
     Attributes:
         manifest: the manifest, with every fact about the artifacts.
         urls: a presigned URL for each artifact, by the artifact's URI.
+
+    Examples:
+        >>> result = client.result(job_id)
+        >>> [(overlay.class_name, overlay.url) for overlay in result.overlays]
+        >>> result.heatmaps.shape  # with numpy
+        (5, 14, 14)
+        >>> result.save("explained")
     """
 
     manifest: Manifest
     urls: dict[str, str]
+    _objects: Objects = field(repr=False, compare=False)
 
     def __repr__(self) -> str:
         """Without the URLs, which grant access."""
         count = len(self.manifest.explanations)
         return f"Result(job_id={self.manifest.job_id!r}, explanations={count}, urls={len(self.urls)})"
+
+    @property
+    def predictions(self) -> tuple[ClassScore, ...]:
+        """The most probable classes, whether or not they were explained."""
+        return self.manifest.predictions
+
+    @property
+    def files(self) -> tuple[ResultFile, ...]:
+        """Every file once: those of each explained class, in their order, then those that show all."""
+        files: dict[str, ResultFile] = {}
+        for explained in self.manifest.explanations:
+            for record in explained.artifacts:
+                shared = record.index is not None  # one file with the arrays of all classes
+                file = ResultFile(record, self.urls[record.uri], None if shared else explained, self._objects)
+                files.setdefault(record.uri, file)
+        for record in self.manifest.artifacts:
+            files[record.uri] = ResultFile(record, self.urls[record.uri], None, self._objects)
+        return tuple(files.values())
+
+    @property
+    def overlays(self) -> tuple[ResultFile, ...]:
+        """The heatmaps over the image, one for each explained class; empty where the job asked for none."""
+        return self._of_kind("overlay")
+
+    @property
+    def report_url(self) -> str | None:
+        """A presigned URL of the report; None where the job asked for none."""
+        return next((file.url for file in self._of_kind("report")), None)
+
+    @property
+    def grid_url(self) -> str | None:
+        """A presigned URL of the grid of all overlays; None where the job asked for none."""
+        return next((file.url for file in self._of_kind("grid")), None)
+
+    @property
+    def animation_url(self) -> str | None:
+        """A presigned URL of the animation; None where the job asked for none."""
+        return next((file.url for file in self._of_kind("animation")), None)
+
+    @cached_property
+    def heatmaps(self) -> "NDArray[np.float32]":
+        """The heatmaps as numbers, which are read from the storage the first time.
+
+        Returns:
+            An array `(classes, rows, columns)` on the grid of the target layer, in the order of
+            `manifest.explanations`.
+
+        Raises:
+            NoResult: The job did not ask for the artifact heatmap as npz or npy.
+            StorageUnavailable: It cannot be read.
+            MissingExtra: numpy is not installed.
+        """
+        with extras.required("Result.heatmaps", "testing"):
+            import numpy as np
+        found = (file for file in self._of_kind("heatmap") if file.record.media_type in ARRAYS)
+        if (file := next(found, None)) is None:
+            message = (
+                f"Job {self.manifest.job_id} has left no heatmaps as numbers: its artifacts must contain "
+                '"heatmap", as they do by default.'
+            )
+            raise NoResult(message)
+        loaded = np.load(BytesIO(file.read()), allow_pickle=False)
+        heatmaps: NDArray[np.float32] = loaded if isinstance(loaded, np.ndarray) else loaded["heatmaps"]
+        return heatmaps
+
+    def save(self, folder: Path | str) -> list[Path]:
+        """Write all files of the result, and its manifest, into a folder of this machine.
+
+        Args:
+            folder: The folder. It is created where there is none; files of the same names are replaced.
+
+        Returns:
+            The paths, `manifest.json` last.
+
+        Raises:
+            StorageUnavailable: A file cannot be read from the storage.
+            OSError: One cannot be written.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = []
+        for file in self.files:
+            paths.append(folder / file.name)
+            paths[-1].write_bytes(file.read())
+        paths.append(folder / "manifest.json")
+        paths[-1].write_text(self.manifest.to_json(), encoding="utf-8")
+        return paths
+
+    def _of_kind(self, kind: str) -> tuple[ResultFile, ...]:
+        return tuple(file for file in self.files if file.kind == kind)
 
 
 @dataclass(frozen=True)
@@ -113,7 +259,8 @@ def read(job_id: str, uri: str, objects: Objects, expires_s: int) -> Result:
     if manifest.job_id != job_id or not all(is_below(artifact.uri, folder) for artifact in artifacts):
         message = f"The manifest at {uri} is another's than job {job_id}'s."
         raise NoResult(message)
-    return Result(manifest, {artifact.uri: objects.url(artifact.uri, expires_s) for artifact in artifacts})
+    urls = {artifact.uri: objects.url(artifact.uri, expires_s) for artifact in artifacts}
+    return Result(manifest, urls, objects)
 
 
 def is_below(uri: str, root: str) -> bool:

@@ -1,4 +1,4 @@
-"""Signs webhook messages by Standard Webhooks 1.0: HMAC-SHA256 of id, time and body.
+"""Signs webhook messages by Standard Webhooks 1.0, HMAC-SHA256 of id, time and body, and verifies them.
 
 The operator keeps the secrets, by name: `app1=whsec_new whsec_old,app2=whsec_...`. A job contains only the
 name. While a secret is being replaced a name has two, and a message carries a signature with each.
@@ -6,6 +6,8 @@ name. While a secret is being replaced a name has two, and a message carries a s
 
 import base64
 import binascii
+import hmac
+from collections.abc import Iterable
 from datetime import UTC, datetime
 
 from gradcam_worker.schemas.model import WEBHOOK_SECRET_PREFIX
@@ -40,12 +42,36 @@ def parse_secrets(text: str) -> dict[str, tuple[str, ...]]:
 
 
 def _is_secret(secret: str) -> bool:
+    return secret_key(secret) is not None
+
+
+def secret_key(secret: str) -> bytes | None:
+    """The key that a secret encodes; None: it is no secret."""
     encoded = secret.removeprefix(WEBHOOK_SECRET_PREFIX)
     try:
         key = base64.b64decode(encoded + "=" * (-len(encoded) % 4), validate=True)
     except (binascii.Error, ValueError):  # without `validate`, invalid characters would be ignored
-        return False
-    return secret.startswith(WEBHOOK_SECRET_PREFIX) and MIN_BYTES <= len(key) <= MAX_BYTES
+        return None
+    return key if secret.startswith(WEBHOOK_SECRET_PREFIX) and MIN_BYTES <= len(key) <= MAX_BYTES else None
+
+
+def is_signed(signatures: str, keys: Iterable[bytes], message_id: str, timestamp: str, body: bytes) -> bool:
+    """Whether one of the signatures of a message was made with one of the keys.
+
+    Args:
+        signatures: The header `webhook-signature`, as in `v1,AAAA v1,BBBB`.
+        keys: Keys of secrets.
+        message_id: The header `webhook-id`.
+        timestamp: The header `webhook-timestamp`.
+        body: The body.
+
+    Returns:
+        Whether it was.
+    """
+    signed = f"{message_id}.{timestamp}.".encode() + body
+    right = [base64.b64encode(hmac.digest(key, signed, "sha256")) for key in keys]
+    given = [one.removeprefix("v1,").encode() for one in signatures.split() if one.startswith("v1,")]
+    return any(hmac.compare_digest(one, other) for one in given for other in right)
 
 
 def signed_headers(secrets: tuple[str, ...], message_id: str, sent_at: datetime, body: str) -> dict[str, str]:
