@@ -1,9 +1,13 @@
 """Photos, explained: asked for on commit, heard of by signed webhook, shown in Django's admin. Copy it.
 
     pip install 'gradcam-worker[s3]' django standardwebhooks
+    python django_app.py try  # against gradcam dev, in whose environment
+
+or, as in production, with GRADCAM_BROKER_URL, GRADCAM_UPLOADS and GRADCAM_S3_... of the worker:
+
     export SECRET_KEY=$(openssl rand -hex 32) WEBHOOK_SECRET=whsec_$(openssl rand -base64 32)
-    export WEBHOOK_URL=http://127.0.0.1:8000/gradcam/  # and GRADCAM_BROKER_URL, GRADCAM_S3_... of the worker
-    export PHOTO_PLACES=s3://photos/in,...  # where photos may lie, other than below GRADCAM_UPLOADS
+    export WEBHOOK_URL=http://127.0.0.1:8000/gradcam/
+    export PHOTO_PLACES=s3://photos/in,...  # what may be named by its address; without it, nothing
     python django_app.py migrate --run-syncdb && python django_app.py createsuperuser
     python django_app.py runserver
 
@@ -15,9 +19,10 @@ import sys
 import uuid
 
 import django
+from django import forms
 from django.apps import AppConfig
 from django.conf import settings
-from django.contrib import admin
+from django.contrib import admin, messages
 from django.contrib.auth.decorators import permission_required
 from django.core.exceptions import ValidationError
 from django.core.management import execute_from_command_line
@@ -27,24 +32,27 @@ from django.shortcuts import get_object_or_404, redirect
 from django.urls import path, reverse
 from django.utils.html import format_html
 from django.views.decorators import csrf, http
-from django_settings import APPS, OURS, WISH, log
+from django_settings import APPS, ASKED, NO_WORKER, OURS, log, try_out
 from standardwebhooks import Webhook, WebhookVerificationError
 
 from gradcam_worker.client.client import GradcamClient
+from gradcam_worker.client.results import SettingsObjects, is_below, prepare_upload
 from gradcam_worker.errors import GradcamError, UriNotAllowed
 from gradcam_worker.schemas.status import FINAL, StatusEvent
+from gradcam_worker.settings import Settings
 
 photos = AppConfig(__name__, sys.modules[__name__])  # this file is an app by itself
 photos.label, photos.verbose_name, photos.models_module = "photos", "Photos", photos.module
 settings.configure(**OURS, ROOT_URLCONF=__name__, INSTALLED_APPS=[*APPS, photos])
 django.setup()
 client = GradcamClient()
+objects = SettingsObjects(Settings.from_environment())  # the bucket of uploads
 
 
 # models.py
 class Photo(models.Model):
     id = models.UUIDField(primary_key=True, default=uuid.uuid4, editable=False)
-    image = models.CharField(max_length=1000, help_text="s3://bucket/key")
+    image = models.CharField(max_length=1000, blank=True, help_text="s3://bucket/key")
     version = models.PositiveIntegerField(default=1)  # of the question: each is one job
     job = models.CharField(max_length=36)
     revision = models.PositiveIntegerField(default=0)  # of the answer: the latest counts
@@ -62,19 +70,19 @@ class Photo(models.Model):
             transaction.on_commit(self.ask)  # no sooner: the answer may come before this request has ended
 
     def clean(self):  # the worker can read more than whoever adds a photo may see
-        if not client.is_upload(self.image, *settings.PHOTO_PLACES):
-            raise ValidationError({"image": UriNotAllowed.public_message})
+        if not any(is_below(self.image, place) for place in (settings.PHOTO_UPLOADS, *settings.PHOTO_PLACES)):
+            raise ValidationError(UriNotAllowed.public_message if self.image else "Choose a photo.")
 
     def ask(self):
         """How is the job? Where there is none yet, submit it. Harmless, however often it is called."""
         try:
             if self.job not in client.statuses([self.job]):
                 self.job = client.submit(
-                    **WISH,
+                    **ASKED,
                     image=self.image,
                     idempotency_key=f"photo-{self.pk}-{self.version}",  # submitted twice, it runs once
                     metadata={"photo": str(self.pk), "version": str(self.version)},
-                    webhooks=[{"url": settings.WEBHOOK_URL, "secret_ref": "photos"}],
+                    webhooks=[{"url": settings.WEBHOOK_URL, "secret_ref": settings.WEBHOOK_SECRET_NAME}],
                 )
             self.hear(client.status(self.job))
         except GradcamError as error:
@@ -121,12 +129,44 @@ def picture(request, pk, large):
     return redirect(result.urls[made[0].uri])
 
 
+# forms.py
+class PhotoForm(forms.ModelForm):
+    file = forms.FileField(label="Photo", required=False, help_text="JPEG, PNG, WebP, GIF or BMP.")
+
+    def clean(self):
+        """Store the file below our own prefix; its place there is the photo's address."""
+        cleaned = super().clean()
+        if cleaned.get("file"):
+            try:
+                upload = prepare_upload(cleaned["file"].read(), settings.PHOTO_UPLOADS, settings.LARGEST)
+                objects.put(upload.uri, upload.data, upload.media_type)
+            except GradcamError as error:
+                log.warning("upload: %s", error)
+                raise ValidationError(error.public_message) from error
+            self.instance.image = cleaned["image"] = upload.uri
+        return cleaned
+
+
 # admin.py and urls.py
 @admin.register(Photo)
 class PhotoAdmin(admin.ModelAdmin):
     list_display = list_display_links = ("thumbnail", "image", "status", "outcome")
-    fields, readonly_fields = ("image", "status", "outcome", "pictures"), ("status", "outcome", "pictures")
-    ordering, actions = ("-job",), ("explain_again",)  # a job's id begins with the time
+    readonly_fields = ("status", "outcome", "pictures")
+    ordering, actions = ("-job",), ("explain_again", "cancel")  # a job's id begins with the time
+    form = PhotoForm
+
+    def get_fields(self, request, photo=None):
+        if photo:
+            return ("image", *self.readonly_fields)
+        return ("file", "image") if settings.PHOTO_PLACES else ("file",)
+
+    def save_model(self, request, photo, form, change):
+        super().save_model(request, photo, form, change)
+        try:
+            if not client.workers():
+                messages.warning(request, NO_WORKER)
+        except GradcamError as error:
+            log.warning("workers: %s", error)  # whether the job was taken is told by the photo itself
 
     def has_change_permission(self, request, photo=None):
         return False  # another image is another photo
@@ -137,6 +177,11 @@ class PhotoAdmin(admin.ModelAdmin):
         photos.filter(status__in=FINAL).update(**new)
         for photo in photos:
             photo.ask()
+
+    @admin.action(description="Cancel", permissions=["add"])
+    def cancel(self, request, photos):
+        for photo in photos.exclude(job="").exclude(status__in=FINAL):
+            Photo.hear(client.cancel(photo.job))
 
     def outcome(self, photo):
         return photo.error or "".join("{}, {:.0%}".format(*best) for best in photo.classes[:1])
@@ -153,4 +198,4 @@ class PhotoAdmin(admin.ModelAdmin):
 pictures = path("picture/<uuid:pk>/<int:large>/", picture, name="picture")
 urlpatterns = [path("gradcam/", webhook), pictures, path("", admin.site.urls)]
 if __name__ == "__main__":
-    execute_from_command_line(sys.argv)
+    try_out() if sys.argv[1:] == ["try"] else execute_from_command_line(sys.argv)

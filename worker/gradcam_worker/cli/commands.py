@@ -87,6 +87,33 @@ def demo(folder: Path, *, against_running: bool) -> int:
 
 
 @gradcam.command()
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path), required=False)
+@click.option(
+    "--port",
+    type=click.IntRange(1, 65_000),
+    default=8000,
+    show_default=True,
+    help="Of the page and the HTTP API, on 127.0.0.1. The servers take those after the next nine.",
+)
+def dev(folder: Path | None, *, port: int) -> int:
+    """Run all that an app needs to develop against, until Ctrl-C.
+
+    A Valkey server, an S3 server, a worker and the HTTP API with its page, on this machine alone. What to
+    export, for an app and for the other commands, is printed, and written to FOLDER/environment, which a
+    shell can read. FOLDER keeps jobs, photos and results for the next time; without it, nothing is kept.
+
+    \b
+    Example:
+      gradcam dev
+      gradcam dev gradcam-dev --port 9000
+      GRADCAM_NETWORKS=networks.toml gradcam dev gradcam-dev
+    """
+    from gradcam_worker.operations import dev as development
+
+    return development.run(port, folder)
+
+
+@gradcam.command()
 @click.option(
     "--devices",
     metavar="auto|cpu|0,1,...",

@@ -10,7 +10,17 @@ from starlette.middleware.gzip import GZipMiddleware
 from gradcam_worker import __version__
 from gradcam_worker.client.async_client import AsyncGradcamClient
 from gradcam_worker.client.results import SettingsObjects
-from gradcam_worker.gateway import artifacts, events, fleet, health, jobs, openapi, problems, uploads
+from gradcam_worker.gateway import (
+    artifacts,
+    events,
+    fleet,
+    health,
+    jobs,
+    openapi,
+    page_routes,
+    problems,
+    uploads,
+)
 from gradcam_worker.gateway.access import Access
 from gradcam_worker.gateway.context import Gateway
 from gradcam_worker.gateway.middleware import Edge
@@ -71,7 +81,7 @@ def create_app(
     )
     app.state.gateway = gateway
     problems.add_handlers(app)
-    for module in (jobs, events, artifacts, uploads, fleet, health):
+    for module in (jobs, events, artifacts, uploads, fleet, health, page_routes):
         app.include_router(module.router)
     app.openapi = lambda: openapi.build(app)  # type: ignore[method-assign]  # as FastAPI's documentation says
     app.add_middleware(GZipMiddleware, minimum_size=MIN_GZIP_BYTES, compresslevel=5)

