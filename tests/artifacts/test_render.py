@@ -1,5 +1,7 @@
 import io
+import json
 import math
+from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
 import cv2
@@ -11,6 +13,7 @@ from PIL import Image
 from gradcam_worker.execution.attempt import JobContext
 from gradcam_worker.execution.pipeline import run_job
 from gradcam_worker.gradcam.decoding.decode import decode
+from gradcam_worker.gradcam.imaging import sheet
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.schemas.job import Job
 from gradcam_worker.schemas.manifest import Manifest, SalientRegion
@@ -26,15 +29,17 @@ def run_and_read(
     classes: tuple[str, ...] = ("blue",),
     photo: NDArray[np.uint8] = FLAG,
     kind: str = ".png",
+    created_at: datetime | None = None,
+    **fields: Any,
 ) -> tuple[Manifest, dict[str, bytes]]:
     """Run a job with TinyNetwork; return its manifest, and all objects that it wrote, by file name."""
     store = MemoryStore()
     target = {"classes": list(classes)}
     job = Job.parse(
-        {"image": URI, "network": "efficientnet_lite0", "target": target, "artifacts": list(specs)}
+        {"image": URI, "network": "efficientnet_lite0", "target": target, "artifacts": list(specs)} | fields
     )
     data = cv2.imencode(kind, photo[..., ::-1])[1].tobytes()
-    context = JobContext(Deadline(job.timeout_s), lambda _: None)
+    context = JobContext(Deadline(job.timeout_s), lambda _: None, created_at=created_at)
     run_job(job, fake_services({URI: data}, store=store), context)
     objects = {key.partition("/")[2]: data for key, data in store.objects.items()}
     return Manifest.model_validate_json(objects["manifest.json"]), objects
@@ -145,6 +150,40 @@ def test_a_tiny_image_is_enlarged_on_the_grid() -> None:
     (record,) = manifest.artifacts
     assert decode(objects["grid.png"]).pixels.shape == (record.height, record.width, 3)
     assert (record.width or 0) > 1000
+
+
+def test_a_report_says_when_it_was_asked_for_and_what_the_job_says_of_itself() -> None:
+    cases: list[tuple[datetime | None, list[str]]] = [
+        (
+            datetime(2026, 11, 30, 10, 5, tzinfo=timezone(timedelta(hours=2))),
+            ["Date", "2026-11-30 08:05 UTC"],
+        ),
+        (None, ["Network", "efficientnet_lite0"]),
+    ]
+    for created_at, first in cases:
+        _, objects = run_and_read({"kind": "report"}, created_at=created_at, metadata={"case": "4711"})
+        block = objects["report.html"].decode().partition('id="data">')[2].partition("</script>")[0]
+        data = json.loads(block)
+        assert data["lead"][0] == first
+        assert data["metadata"] == [["case", "4711"]]
+
+
+def test_the_legend_of_a_grid_depends_on_scale_date_and_metadata_the_pictures_above_it_do_not() -> None:
+    spec = {"kind": "grid", "format": "png", "colormap": "viridis"}
+    plain, *others = (
+        decode(run_and_read(spec, classes=("blue", "red"), **changes)[1]["grid.png"]).pixels
+        for changes in (
+            {},
+            {"created_at": datetime(2026, 11, 30, tzinfo=UTC)},
+            {"metadata": {"case": "4711"}},
+            {"method": {"normalize": "joint"}},
+        )
+    )
+    above = sheet.title_height(sheet.letter_height(480)) + 300
+    for other in others:
+        assert not np.array_equal(other[above:], plain[above:])
+    for other in others[:2]:
+        np.testing.assert_array_equal(other[:above], plain[:above])
 
 
 def test_an_image_longer_than_webp_allows_is_made_smaller() -> None:

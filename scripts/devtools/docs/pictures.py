@@ -43,7 +43,7 @@ AGAINST, AGAINST_SIGN = "gradcam, against", " / "
 CHROMIUM = (  # nothing but the page: no profile, no network, no first-run greetings
     *("chromium", "--headless=new", "--no-sandbox", "--no-first-run", "--disable-gpu", "--disable-sync"),
     *("--disable-background-networking", "--disable-component-update"),
-    *("--hide-scrollbars", "--window-size=1280,900"),
+    *("--hide-scrollbars", "--window-size=1280,900", "--virtual-time-budget=5000"),
 )
 CLASSES = "560,812,652,450,610"  # football helmet, space shuttle, military uniform, bobsled, jersey
 

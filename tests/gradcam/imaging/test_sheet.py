@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
@@ -6,6 +8,7 @@ from numpy.typing import NDArray
 from gradcam_worker.gradcam.imaging.sheet import (
     MAX_TILE_SIDE,
     MIN_WIDTH,
+    Legend,
     arrange_in_rows,
     as_tile,
     letter_height,
@@ -157,18 +160,20 @@ class TestTitle:
 class TestLegend:
     TABLE = np.stack([np.arange(256)] * 3, axis=-1).astype(np.uint8)[:, np.newaxis]
 
+    def legend(self, note: str = "", facts: Sequence[str] = (), alpha: float = 0.5) -> Legend:
+        return Legend(self.TABLE, alpha, ("0", "peak"), note, facts)
+
     def test_the_colours_are_shown_as_they_look_on_bright_and_on_dark_photos(self) -> None:
-        drawn = with_legend(plain(RED, 50, 340), self.TABLE, 0.5, ("0", "peak"), [], 20)
+        drawn = with_legend(plain(RED, 50, 340), self.legend(), 20)
         assert_array_equal(drawn[:50], plain(RED, 50, 340))
         bar = drawn[50:70, 20:-20, 0].astype(int)
         assert (bar[0, 0], bar[-1, 0], bar[0, -1], bar[-1, -1]) == (128, 0, 255, 128)
         assert (np.diff(bar, axis=1) >= 0).all()
         assert (drawn[50:, :20] == 255).all()
 
-    def test_parts_share_lines_while_there_is_room(self) -> None:
-        heights = [
-            with_legend(plain(RED, 50, width), self.TABLE, 1, ("0", "peak"), ["a" * 20] * 6, 20).shape[0]
-            for width in (2000, 600, 240)
-        ]
-        one_line, some, each_alone = heights
-        assert one_line < some < each_alone
+    def test_facts_and_words_share_lines_while_there_is_room(self) -> None:
+        for legend in (self.legend(facts=["a" * 20] * 6), self.legend(note="many words " * 8)):
+            one_line, some, each_alone = (
+                with_legend(plain(RED, 50, width), legend, 20).shape[0] for width in (2000, 600, 240)
+            )
+            assert one_line < some < each_alone

@@ -169,33 +169,29 @@ def _grid(spec: GridSpec, decoded: Decoded, explanation: Explanation, source: So
     tiles = sheet.sheet(
         sheet.arrange_in_rows([("photo", pixels), *_titled_overlays(spec, pixels, explanation)])
     )
-    strongest, *about = _about_scale(source.method, explanation)
+    strongest, note = _about_scale(source.method, explanation)
     rows, columns = explanation.heatmaps.shape[1:]
-    figure = sheet.with_legend(
-        tiles,
-        overlay.colors(spec.colormap),
-        spec.alpha,
-        ("0", strongest),
-        [
-            *about,
-            f"map of {columns} x {rows} cells, interpolated",
-            explanation.network.name,
-            f"layer {explanation.layer}",
-            _method_text(source.method),
-            *filter(None, (_date(source),)),
-        ],
-        sheet.letter_height(max(pixels.shape[1], sheet.MIN_WIDTH)),
-    )
+    facts = [
+        f"map of {columns} x {rows} cells, interpolated",
+        explanation.network.name,
+        f"layer {explanation.layer}",
+        _method_text(source.method),
+        *filter(None, (_date(source),)),
+        *(f"{name}: {value}" for name, value in source.metadata.items()),
+    ]
+    legend = sheet.Legend(overlay.colors(spec.colormap), spec.alpha, ("0", strongest), note, facts)
+    figure = sheet.with_legend(tiles, legend, sheet.letter_height(max(pixels.shape[1], sheet.MIN_WIDTH)))
     return _image_artifact(f"grid.{overlay.EXTENSIONS[spec.format]}", figure, spec.format, "grid", None)
 
 
-def _about_scale(method: MethodSpec, explanation: Explanation) -> list[str]:
+def _about_scale(method: MethodSpec, explanation: Explanation) -> tuple[str, str]:
     """What full colour stands for, and what follows from that."""
     if len(explanation.explained) == 1:
-        return ["strongest region"]
+        return "strongest region", ""
     if method.normalize == "per_class" or method.name == integrated.NAME:
-        return ["strongest region of each class", "own scale for each class: do not compare their colours"]
-    return ["strongest region of all classes", "one scale for all classes"]
+        note = "Each class has its own scale: colours of two classes cannot be compared."
+        return "strongest region of each class", note
+    return "strongest region of all classes", "One scale for all classes."
 
 
 def _date(source: Source) -> str:

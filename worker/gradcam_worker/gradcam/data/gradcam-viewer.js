@@ -409,8 +409,11 @@ select { padding: 3px 6px; border: 1px solid var(--line); border-radius: 6px; ba
 }
 @media print {
   :host { color-scheme: light; }
-  .classes, .settings, .tools .buttons, .tools .check, .value, .others { display: none; }
-  .viewer { display: block; }
+  .settings, .tools, .others { display: none; }
+  .viewer { display: flex; flex-direction: column; }
+  .classes { order: 1; }
+  .list, .list.more { max-height: none; overflow: visible; mask-image: none; }
+  .one { break-inside: avoid; }
   .pictures { break-inside: avoid; margin-top: 12px; }
   figure { max-width: 130mm; }
 }`;
@@ -446,6 +449,7 @@ class Pane {
       return path;
     });
     const svg = document.createElementNS(SVG, "svg");
+    svg.setAttribute("aria-hidden", "true");
     svg.setAttribute("viewBox", "0 0 1 1");
     svg.setAttribute("preserveAspectRatio", "none");
     svg.append(...this.lines);

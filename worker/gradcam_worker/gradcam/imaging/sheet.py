@@ -7,6 +7,8 @@ identifies the class.
 
 from bisect import bisect
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from unicodedata import normalize
 
 import cv2
@@ -72,19 +74,33 @@ def sheet(rows: Sequence[Sequence[Tile]]) -> Pixels:
     return canvas
 
 
-def with_legend(
-    drawn: Pixels, table: Pixels, alpha: float, ends: tuple[str, str], parts: Sequence[str], letter_size: int
-) -> Pixels:
-    """Write below a sheet what its colours mean.
+@dataclass(frozen=True)
+class Legend:
+    """What the colours of a sheet mean.
+
+    Attributes:
+        table: The RGB colours of the colour map, (256, 1, 3), uint8.
+        alpha: The share of the colours on the photos, from 0 to 1.
+        ends: What the first and the last colour stand for.
+        note: What to mind, in the size of the titles; may be empty.
+        facts: Further texts, smaller, as many on a line as there is room for.
+    """
+
+    table: Pixels
+    alpha: float
+    ends: tuple[str, str]
+    note: str
+    facts: Sequence[str]
+
+
+def with_legend(drawn: Pixels, legend: Legend, letter_size: int) -> Pixels:
+    """Draw a legend below a sheet.
 
     The colours are shown as they look on the photos: over white at the top to black at the bottom.
 
     Args:
         drawn: The sheet (height, width, 3), uint8.
-        table: The RGB colours of the colour map, (256, 1, 3), uint8.
-        alpha: The share of the colours on the photos, from 0 to 1.
-        ends: What the first and the last colour stand for.
-        parts: Further texts, as many on a line as there is room for.
+        legend: What its colours mean.
         letter_size: Height of the letters of the titles, in pixels.
 
     Returns:
@@ -92,27 +108,30 @@ def with_legend(
     """
     height, width, _ = drawn.shape
     gap, small = letter_size, letter_size * 4 // 5
-    line, room = title_height(small) * 3 // 4, width - 2 * gap
-    lines = _fill_lines([*parts], room, small)
-    canvas = _white(height + gap + line * (1 + len(lines)) + gap // 2, width)
+    room = width - 2 * gap
+    lines = [(text, letter_size) for text in _fill_lines(legend.note.split(), " ", room, letter_size)]
+    lines += [(text, small) for text in _fill_lines(legend.facts, SEPARATOR, room, small)]
+    heights = [title_height(size) * 3 // 4 for size in (small, *(size for _, size in lines))]
+    canvas = _white(height + gap + sum(heights) + gap // 2, width)
     _paste(canvas, drawn, 0, 0)
-    row = table[np.linspace(0, len(table) - 1, room).round().astype(int), 0].astype(np.float32)
+    row = legend.table[np.linspace(0, len(legend.table) - 1, room).round().astype(int), 0].astype(np.float32)
     ground = np.linspace(255, 0, gap, dtype=np.float32)[:, np.newaxis, np.newaxis]
-    _paste(canvas, np.rint(alpha * row + (1 - alpha) * ground).astype(np.uint8), height, gap)
-    top = height + gap
-    last = shorten(ends[1], room * 2 // 3, small)
-    _write(canvas, ends[0], top, gap, room // 3, small, line)
-    _write(canvas, last, top, width - gap - _width(last, small), room, small, line)
-    for text in lines:
-        top += line
-        _write(canvas, text, top, gap, room, small, line)
+    colors = legend.alpha * row + (1 - legend.alpha) * ground
+    _paste(canvas, np.rint(colors).astype(np.uint8), height, gap)
+    top, (first, last) = height + gap, legend.ends
+    last = shorten(last, room * 2 // 3, small)
+    _write(canvas, first, top, gap, room // 3, small, heights[0])
+    _write(canvas, last, top, width - gap - _width(last, small), room, small, heights[0])
+    for (text, size), above, line in zip(lines, accumulate(heights), heights[1:], strict=False):
+        _write(canvas, text, top + above, gap, room, size, line)
     return canvas
 
 
-def _fill_lines(parts: list[str], width: int, letter_size: int) -> list[str]:
-    lines = parts[:1]
+def _fill_lines(parts: Sequence[str], separator: str, width: int, letter_size: int) -> list[str]:
+    """Join parts to lines that are not wider than `width`, unless a single part is."""
+    lines = list(parts[:1])
     for part in parts[1:]:
-        joined = f"{lines[-1]}{SEPARATOR}{part}"
+        joined = f"{lines[-1]}{separator}{part}"
         if _width(joined, letter_size) <= width:
             lines[-1] = joined
         else:
