@@ -89,7 +89,7 @@ def test_a_door_to_a_missing_package_ends_in_an_error_that_names_the_extra(
         "    print(error)\n"
     )
     done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True)
-    extra = extras.EXTRAS[missing]
+    extra = "testing" if statements.endswith(".testing") else extras.EXTRAS[missing]
     assert f"{missing} is not installed. " in done.stdout
     assert re.search(rf" needs the extra {extra}: pip install '\.\[{extra}(,cpu)?\]' in a clone", done.stdout)
 
@@ -105,3 +105,19 @@ def test_a_missing_extra_is_caught_as_what_python_raises_too() -> None:
 def test_only_one_place_says_how_an_extra_is_installed() -> None:
     saying = [path.name for path in PACKAGE.rglob("*.py") if "pip install" in path.read_text()]
     assert saying == ["extras.py"]
+
+
+def test_the_eager_client_needs_nothing_but_the_base_install_and_the_extra_testing() -> None:
+    brought = {"numpy", "cv2", "PIL", "simplejpeg"}
+    program = (
+        f"import sys; sys.modules.update(dict.fromkeys({[*(extras.EXTRAS.keys() - brought)]}))\n"
+        "import cv2, doctest, numpy\n"
+        "from gradcam_worker import testing\n"
+        "names = dict(vars(testing))\n"
+        "(example,) = doctest.DocTestFinder(recurse=False).find(testing.eager_client, 'eager', globs=names)\n"
+        "print(doctest.DocTestRunner().run(example))\n"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True)
+    assert re.fullmatch(r"TestResults\(failed=0, attempted=[1-9]\d*\)\n", done.stdout), done.stdout
+    required = {re.split(r"[\[<>=;]", one)[0] for one in PROJECT["optional-dependencies"]["testing"]}
+    assert required == {"numpy", "opencv-python-headless", "pillow", "simplejpeg"}

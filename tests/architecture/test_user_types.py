@@ -120,7 +120,7 @@ def test_what_type_checkers_are_told_of_submit_is_a_job_and_its_short_forms() ->
     [
         (Target, {"top_n", "classes", "against"}),
         (Webhook, {"url", "events", "secret_ref"}),
-        (ImageRef, {"uri", "sha256"}),
+        (ImageRef, {"uri", "sha256", "redirects"}),
     ],
 )
 def test_what_type_checkers_are_told_of_its_parts_is_what_these_have(model: Any, fields: set[str]) -> None:

@@ -12,6 +12,7 @@ from urllib.parse import parse_qs, urlsplit
 import cv2
 import numpy as np
 import pytest
+from pydantic import SecretStr
 
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.errors import (
@@ -355,9 +356,9 @@ def test_a_result_is_used_without_its_manifest(photo: bytes, tmp_path: Path) -> 
     assert result.heatmaps.shape == (2, 4, 4)
     assert (str(result.heatmaps.dtype), float(result.heatmaps[0].max())) == ("float32", 1.0)
     assert [one.name for one in result.files] == [
-        "overlay-1-1-green.jpg",
+        "overlay-1-1001-green.jpg",
         "heatmaps.npz",
-        "overlay-2-0-red.jpg",
+        "overlay-2-1000-red.jpg",
         "grid.jpg",
         "report.html",
         "animation.gif",
@@ -385,3 +386,37 @@ def test_a_result_without_arrays_says_what_was_to_be_asked_for(photo: bytes) -> 
     grey: Any = [{"kind": "heatmap", "format": "png"}]
     with pytest.raises(NoResult, match="no heatmaps as numbers"):
         client.submit(image=PHOTO, network="vgg16", top_n=1, artifacts=grey).result().heatmaps  # noqa: B018
+
+
+@pytest.mark.parametrize("change", ["s3_access_key_id", "s3_secret_access_key"])
+def test_wrong_keys_are_a_wrong_setting_and_no_failure_that_passes(
+    s3: Settings, photo: bytes, change: str
+) -> None:
+    _, job_id, ledger = done(s3, photo)
+    wrong = {"s3_access_key_id": "wrong" * 4, "s3_secret_access_key": SecretStr("wrong" * 8)}
+    client, *_ = client_of(s3.model_copy(update={change: wrong[change]}), ledger)
+    fields: Any = FIELDS
+    for call in (lambda: client.result(job_id), lambda: client.upload_and_submit(photo, **fields)):
+        with pytest.raises(InvalidSettings, match=r"GRADCAM_S3_ACCESS_KEY_ID and .* must belong together"):
+            call()
+
+
+def test_without_any_keys_the_setting_is_named(
+    s3: Settings, photo: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/nowhere")
+    none = {"s3_access_key_id": "", "s3_secret_access_key": SecretStr("")}
+    client, *_ = client_of(s3.model_copy(update=none))
+    with pytest.raises(InvalidSettings, match="GRADCAM_S3_ACCESS_KEY_ID"):
+        client.upload_and_submit(photo, network="vgg16", top_n=1)
+
+
+def test_a_bucket_that_is_not_there_is_no_failure_that_passes(s3: Settings, photo: bytes) -> None:
+    client, *_ = client_of(s3)
+    with pytest.raises(StorageUnavailable) as caught:
+        client.upload_and_submit(photo, to="s3://no-such-bucket/uploads", network="vgg16", top_n=1)
+    assert not caught.value.retryable

@@ -46,6 +46,25 @@ def test_an_uploaded_image_is_explained_and_its_result_can_be_shown() -> None:
     assert all(url.startswith("data:") for url in result.urls.values())
 
 
+def test_the_classes_of_imagenet_are_known_by_their_names_and_numbers() -> None:
+    client = eager_client({"s3://in/green.png": GREEN})
+    job = client.submit(
+        image="s3://in/green.png", network="resnet50", classes=["Egyptian cat", 281, "n02123159", "red"]
+    )
+    explained = job.result().manifest.explanations
+    assert [(one.class_.id, one.class_.name) for one in explained] == [
+        (285, "Egyptian_cat"),
+        (281, "tabby"),
+        (282, "tiger_cat"),
+        (1000, "red"),
+    ]
+    assert all(one.raw_max > 0 for one in explained[:3])
+    assert job.status().predictions[0].probability > 0.8
+    ambiguous = client.submit(image="s3://in/green.png", network="resnet50", classes=["crane"]).status()
+    assert ambiguous.error
+    assert ambiguous.error.code == "ambiguous_class"
+
+
 def test_a_retryable_failure_is_retried_as_often_as_a_worker_would() -> None:
     client = eager_client({"s3://in/green.png": ImageFetchFailed("The store is away.")})
     document = client.status(client.submit(**FIELDS, max_attempts=4))

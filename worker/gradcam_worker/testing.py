@@ -2,10 +2,10 @@
 
 >>> ledger, publisher = MemoryLedger(), RecordingPublisher()
 >>> client = GradcamClient(ledger=ledger, publish=publisher)
->>> job_id = client.submit(image="s3://in/pier.jpg", network="vgg16", target={"top_n": 1})
->>> [job.id for job in publisher.jobs] == [job_id]
+>>> job = client.submit(image="s3://in/pier.jpg", network="vgg16", top_n=1)
+>>> [one.id for one in publisher.jobs] == [job]
 
-`eager_client` is for unit tests of a web app: it needs no servers and no TensorFlow.
+`eager_client` is for unit tests of a web app: it needs no servers and no TensorFlow, but the extra `testing`.
 """
 
 import base64
@@ -17,7 +17,7 @@ from typing import Any
 
 from gradcam_worker import extras
 
-with extras.required("gradcam_worker.testing"):
+with extras.required("gradcam_worker.testing", "testing"):
     import numpy as np
     from numpy.typing import NDArray
 
@@ -33,7 +33,7 @@ with extras.required("gradcam_worker.testing"):
     from gradcam_worker.execution.leases import LeaseManager
     from gradcam_worker.execution.services import Services
     from gradcam_worker.gradcam.catalog import NetworkRow
-    from gradcam_worker.gradcam.classes import ClassIndex, Label
+    from gradcam_worker.gradcam.classes import ClassIndex, Label, imagenet
     from gradcam_worker.gradcam.decoding.decode import Limits
     from gradcam_worker.gradcam.methods import cam, integrated
     from gradcam_worker.gradcam.network import GRADCAM, Computed, Method, Network, NetworkFacts
@@ -51,6 +51,7 @@ with extras.required("gradcam_worker.testing"):
     from gradcam_worker.storage.filesystem import Object, put_each
 
 __all__ = [
+    "EagerNetwork",
     "MemoryImageFetcher",
     "MemoryLedger",
     "MemoryObjects",
@@ -232,6 +233,31 @@ class TinyNetwork:
         return np.asarray(means / 255, np.float32)
 
 
+class EagerNetwork(TinyNetwork):
+    """The network of `eager_client`: the classes of ImageNet by their own numbers, then red, green and blue.
+
+    As in `TinyNetwork` the most probable classes are red, green and blue, and their heatmaps are known. Those
+    of ImageNet can be asked for: each is warm where the image is bright.
+    """
+
+    labels = ClassIndex(
+        (
+            *imagenet().labels,
+            *(Label(len(imagenet()) + id_, wnid, name) for id_, wnid, name in TinyNetwork.labels.labels),
+        )
+    )
+    KERNEL = np.concatenate(  # (channels, classes)
+        [np.random.default_rng(0).random((3, len(imagenet())), np.float32), TinyNetwork.KERNEL], axis=1
+    )
+    HANDICAP = 10.0  # of each class of ImageNet, in its score
+
+    def scores(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """See `gradcam_worker.gradcam.network.Network.scores`."""
+        scores = super().scores(pixels)
+        scores[:, : len(imagenet())] -= self.HANDICAP
+        return scores
+
+
 def fake_services(
     images: Mapping[str, bytes | BaseException], *, store: MemoryStore | None = None, **others: Any
 ) -> Services:
@@ -305,8 +331,8 @@ def eager_client(
 
     Args:
         images: The images, by URI. An exception in place of bytes is raised when the image is fetched.
-        network: Computes every job, whichever network of the catalog the job names. None: TinyNetwork, with
-            the classes red, green and blue.
+        network: Computes every job, whichever network of the catalog the job names. None: an `EagerNetwork`,
+            which knows the classes of ImageNet, and red, green and blue, which it sees.
         settings: The settings; None: the defaults.
         others: Fields of `gradcam_worker.execution.services.Services` to replace.
 
@@ -317,22 +343,23 @@ def eager_client(
         >>> import cv2
         >>> red = cv2.imencode(".png", np.full((32, 32, 3), (0, 0, 255), np.uint8))[1].tobytes()
         >>> client = eager_client({"s3://in/red.png": red})
-        >>> job_id = client.submit(image="s3://in/red.png", network="vgg16", target={"top_n": 1})
-        >>> client.wait(job_id).predictions[0].name
+        >>> job = client.submit(image="s3://in/red.png", network="vgg16", top_n=1)
+        >>> job.wait().predictions[0].name
         'red'
-        >>> result = client.result(job_id)
-        >>> overlay = result.manifest.explanations[0].artifacts[0]
-        >>> (overlay.kind, result.urls[overlay.uri].partition(",")[0])
-        ('overlay', 'data:image/jpeg;base64')
-        >>> lost = client.submit(image="s3://in/lost.png", network="vgg16", target={"top_n": 1})
-        >>> client.status(lost).error.code
+        >>> overlay = job.result().overlays[0]
+        >>> (overlay.class_name, overlay.url.partition(",")[0])
+        ('red', 'data:image/jpeg;base64')
+        >>> cats = client.submit(image="s3://in/red.png", network="vgg16", classes=["tabby", 285])
+        >>> [one.class_name for one in cats.result().overlays]
+        ['tabby', 'Egyptian_cat']
+        >>> client.submit(image="s3://in/lost.png", network="vgg16", top_n=1).status().error.code
         'image_not_found'
     """
     settings = settings or Settings()
     uploads = settings.uploads or "s3://uploads"
     settings = settings.model_copy(update={"retry_backoff_s": 1e-6, "uploads": uploads})
     image_data, store, ledger = dict(images or {}), MemoryStore(), MemoryLedger()
-    inference = ModelCache(lambda _: network or TinyNetwork())
+    inference = ModelCache(lambda _: network or EagerNetwork())
     services = fake_services(image_data, store=store, **{"inference": inference, **others})
     worker = WorkerRef(id="eager", device="cpu")
 

@@ -46,7 +46,7 @@ from gradcam_worker.schemas.manifest import (
 )
 from gradcam_worker.schemas.options import MethodSpec
 from gradcam_worker.schemas.status import ClassScore, ManifestRef
-from gradcam_worker.storage.stores import Object, Store
+from gradcam_worker.storage.store import Object, Store
 from gradcam_worker.text.log_events import EventLogger
 
 log = EventLogger("gradcam")

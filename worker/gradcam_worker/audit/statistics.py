@@ -19,7 +19,7 @@ from gradcam_worker.errors import InvalidInput, StorageUnavailable
 from gradcam_worker.gradcam.classes import fold
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.schemas.options import MethodSpec
-from gradcam_worker.storage.stores import Store
+from gradcam_worker.storage.store import Store
 from gradcam_worker.text.similar_names import nearest
 
 READ_AHEAD_FILES = 4

@@ -23,7 +23,7 @@ from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.schemas.ids import utc_now
 from gradcam_worker.schemas.shard import DATASET, Shard, data_key, failed_key, key_of
 from gradcam_worker.schemas.status import NetworkRef, StatusDocument
-from gradcam_worker.storage.stores import Store
+from gradcam_worker.storage.store import Store
 from gradcam_worker.text.visible import counted
 
 PLAN, NETWORK, SUMMARY = "backfill.json", "network.json", "dataset.json"

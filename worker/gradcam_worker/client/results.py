@@ -5,6 +5,8 @@ S3 is imported when it is first used: a client that only submits does not need i
 
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from io import BytesIO
@@ -182,7 +184,7 @@ class Result:
             StorageUnavailable: It cannot be read.
             MissingExtra: numpy is not installed.
         """
-        with extras.required("Result.heatmaps", "testing"):
+        with extras.required("Result.heatmaps, for which numpy alone is enough,"):
             import numpy as np
         found = (file for file in self._of_kind("heatmap") if file.record.media_type in ARRAYS)
         if (file := next(found, None)) is None:
@@ -339,17 +341,22 @@ class SettingsObjects:
     def read(self, uri: str) -> bytes:
         """See `Objects.read`."""
         store, key = self._store(uri)
-        return store.get(key)
+        with _told_truly(store):
+            return store.get(key)
 
     def put(self, uri: str, data: bytes, media_type: str) -> None:
         """See `Objects.put`."""
         store, key = self._store(uri)
-        store.put(key, data, media_type)
+        with _told_truly(store):
+            store.put(key, data, media_type)
 
     def url(self, uri: str, expires_s: int) -> str:
         """See `Objects.url`. For a file it is the file's own URI."""
         store, key = self._store(uri)
-        return uri if isinstance(store, FolderStore) else store.presigned_url(key, expires_s)
+        if isinstance(store, FolderStore):
+            return uri
+        with _told_truly(store):
+            return store.presigned_url(key, expires_s)
 
     def upload_url(self, uri: str, media_type: str, size: int, expires_s: int) -> str:
         """A URL to which one object of this type and size can be put, within `expires_s` seconds.
@@ -379,3 +386,26 @@ class SettingsObjects:
             self._s3 = {pid: S3(self._settings)}
         bucket, _, key = rest.partition("/")
         return S3Store(self._s3[pid], bucket, ""), key
+
+
+@contextmanager
+def _told_truly(store: object) -> Iterator[None]:
+    """Tell whether trying again may help, where S3 could not be used.
+
+    Raises InvalidSettings where the client's own keys are refused or missing, StorageUnavailable otherwise.
+    """
+    try:
+        yield
+    except StorageUnavailable as error:
+        if isinstance(store, FolderStore):
+            raise
+        from gradcam_worker.storage import s3_errors
+
+        cause = error.__cause__
+        if s3_errors.are_wrong_keys(cause):
+            keys = "GRADCAM_S3_ACCESS_KEY_ID and GRADCAM_S3_SECRET_ACCESS_KEY, or AWS's own settings"
+            message = f"{keys}: {error} They, the region and the endpoint must belong together."
+            raise InvalidSettings(message) from error
+        if s3_errors.is_location_error(cause):
+            error.retryable = False
+        raise

@@ -22,7 +22,7 @@ from gradcam_worker.schemas.status import (
     RowState,
 )
 from gradcam_worker.schemas.work import Work, terms_of
-from gradcam_worker.storage.stores import Store
+from gradcam_worker.storage.store import Store
 from gradcam_worker.text.log_events import EventLogger
 
 log = EventLogger("gradcam")

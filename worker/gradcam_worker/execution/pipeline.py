@@ -21,7 +21,7 @@ from gradcam_worker.schemas.status import (
     NetworkRef,
     PassState,
 )
-from gradcam_worker.storage.stores import Store
+from gradcam_worker.storage.store import Store
 
 
 def run_job(job: Job, services: Services, context: JobContext, *, folder: str | None = None) -> JobResult:

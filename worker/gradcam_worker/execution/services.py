@@ -10,7 +10,7 @@ from gradcam_worker.inference.client import InferenceClient
 from gradcam_worker.resilience.budget import Budgets
 from gradcam_worker.schemas.job import Webhook
 from gradcam_worker.schemas.status import StatusEvent
-from gradcam_worker.storage.stores import Store
+from gradcam_worker.storage.store import Store
 
 
 class ModelRegistry(Protocol):

@@ -37,8 +37,7 @@ from gradcam_worker.schemas.manifest import InputRecord
 from gradcam_worker.schemas.model import describe_excess_length
 from gradcam_worker.schemas.shard import Shard
 from gradcam_worker.schemas.status import Problem
-from gradcam_worker.storage.s3_errors import is_foreign_answer
-from gradcam_worker.storage.stores import Store
+from gradcam_worker.storage.store import Store
 
 T = TypeVar("T")
 
@@ -163,6 +162,8 @@ class ShardRows:
         try:
             return step()
         except SHARD_ERRORS as error:
+            from gradcam_worker.storage.s3_errors import is_foreign_answer  # not where jobs are eager
+
             # A proxy may refuse a single URI: that is an error of its row.
             if stage != "fetch" or not is_foreign_answer(error.__cause__):
                 raise

@@ -45,7 +45,7 @@ from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.schemas.legacy_rows import metrics_of_failed, stage_of_progress
 from gradcam_worker.schemas.shard import READERS, Shard, data_key, failed_key
 from gradcam_worker.schemas.status import ManifestRef, NetworkRef, Problem, RowSearch, RowState
-from gradcam_worker.storage.stores import Object, Store
+from gradcam_worker.storage.store import Object, Store
 from gradcam_worker.text.log_events import EventLogger
 
 log = EventLogger("gradcam")

@@ -27,12 +27,12 @@ from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.schemas.job import ImageRef, describe_missing_scheme
 from gradcam_worker.schemas.model import describe_excess_length
 from gradcam_worker.settings import Settings
-from gradcam_worker.storage.s3 import S3
 from gradcam_worker.text.urls import WEB_SCHEMES, has_credentials, without_secrets, without_user
 
 if TYPE_CHECKING:
     from gradcam_worker.net.dialer import Resolve
     from gradcam_worker.net.http import HttpClient
+    from gradcam_worker.storage.s3 import S3
 
 OK = 200
 NOT_FOUND_STATUSES = {404, 410}
@@ -55,7 +55,7 @@ class UriFetcher:
     def __init__(
         self,
         settings: Settings,
-        s3: S3,
+        s3: "S3",
         resolve: "Resolve | None" = None,
         observer: Observer = NULL_OBSERVER,
     ) -> None:

@@ -52,6 +52,7 @@ IDENTITY_CODES = {
     "SignatureDoesNotMatch",
     "TokenRefreshRequired",
 }
+PASSING_CODES = {"ExpiredToken", "RequestTimeTooSkewed", "TokenRefreshRequired"}  # of those
 # Codes for an invalid key or bucket name.
 INVALID_NAME_CODES = ("InvalidBucketName", "InvalidObjectName", "InvalidURI", "KeyTooLong")
 S3_HEADERS = {"x-amz-request-id", "x-amz-id-2"}  # an S3 server sends at least one of them
@@ -117,6 +118,16 @@ def is_identity_error(error: BaseException | None) -> bool:
     if isinstance(error, ClientError):
         return _status_and_code(error)[1] in IDENTITY_CODES
     return isinstance(error, IdentityFailed)
+
+
+def are_wrong_keys(error: BaseException | None) -> bool:
+    """Return whether whoever configured the keys must correct them: the server, or the source of keys, works.
+
+    Keys that have expired, and a clock that is wrong, are not among them.
+    """
+    if isinstance(error, ClientError):
+        return _status_and_code(error)[1] in IDENTITY_CODES - PASSING_CODES
+    return isinstance(error, IdentityFailed) and not may_get_keys_later(error)
 
 
 def is_permanent(error: BaseException | None) -> bool:

@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
 from urllib.parse import unquote
 
 from gradcam_worker.errors import OutputNotAllowed, StorageUnavailable
@@ -18,6 +17,7 @@ from gradcam_worker.settings import Settings
 from gradcam_worker.storage.filesystem import FolderStore, Object
 from gradcam_worker.storage.s3 import NO_DEADLINE, S3, STORAGE
 from gradcam_worker.storage.s3_errors import S3_ERRORS, describe, is_location_error, is_missing_object
+from gradcam_worker.storage.store import Store
 from gradcam_worker.text.urls import without_secrets
 
 __all__ = ["FolderStore", "Object", "S3Store", "Store", "Stores", "probe"]
@@ -28,70 +28,6 @@ SINGLE_TRY = replace(STORAGE, total_s=15.0, max_tries=1)
 # In UTF-8. S3 allows keys of 1024 bytes, most file systems names of 255; the rest is left for a job's id and
 # the name of an artifact.
 MAX_OUTPUT_BYTES, MAX_NAME_BYTES = 640, 200
-
-
-class Store(Protocol):
-    """Storage for artifacts, below one prefix.
-
-    Failing storage is StorageUnavailable: the next attempt at the job may succeed. A location that cannot be
-    written is OutputNotAllowed if the job chose it, and StorageUnavailable if the operator did, so that jobs
-    wait until the operator has corrected it.
-    """
-
-    def uri(self, key: str) -> str:
-        """Return the URI of an object, whether or not it exists."""
-        ...
-
-    def put(self, key: str, data: bytes, media_type: str) -> str:
-        """Write an object, completely or not at all, without retries; return its URI.
-
-        Raises StorageUnavailable, OutputNotAllowed.
-        """
-        ...
-
-    def put_many(
-        self, objects: Sequence[Object], deadline: Deadline, last: Object | None = None
-    ) -> list[str]:
-        """Write objects in any order, with retries as `gradcam_worker.resilience.retry` says.
-
-        After a failure, or once the deadline is over or cancelled, no further write is started. The error is
-        raised when the writes that were started have ended, or when the deadline is over. A write that is
-        still running then may finish later, with the same bytes up to rounding (see
-        `gradcam_worker.artifacts.artifacts`).
-
-        Args:
-            objects: Key, data and media type of each.
-            deadline: The job's.
-            last: An object that is written when all others are.
-
-        Returns:
-            Their URIs, in the order of `objects`, and that of `last`.
-
-        Raises:
-            StorageUnavailable: The storage failed.
-            OutputNotAllowed: The job's location cannot be written.
-            JobTimeout: The deadline is over; or the error that it was cancelled with.
-        """
-        ...
-
-    def find(self, key: str, deadline: Deadline) -> bytes | None:
-        """Read an object, with retries; None if it does not exist, or if the worker may not know.
-
-        Raises StorageUnavailable, JobTimeout, and the error that the deadline was cancelled with.
-        """
-        ...
-
-    def get(self, key: str) -> bytes:
-        """Read an object, without retries. Raises StorageUnavailable."""
-        ...
-
-    def names(self, folder: str) -> Iterator[str]:
-        """Yield the keys of all objects below a folder, in order. Raises StorageUnavailable."""
-        ...
-
-    def remove(self, key: str) -> None:
-        """Delete an object if it exists. Raises StorageUnavailable."""
-        ...
 
 
 class _Round:
