@@ -1,5 +1,7 @@
 """Images that come with a request, and those that a browser puts into the bucket."""
 
+import base64
+
 import cv2
 import numpy as np
 import pytest
@@ -16,6 +18,24 @@ def test_a_form_with_an_image_is_a_job(eager: TestClient) -> None:
     assert [one["name"] for one in document["predictions"][:1]] == ["red"]
     assert {one["kind"] for one in document["artifacts"]} == {"overlay", "heatmap"}
     assert next(one["class_name"] for one in document["artifacts"] if one["kind"] == "overlay") == "red"
+
+
+def test_the_viewer_gets_heatmaps_and_a_result_its_urls(eager: TestClient) -> None:
+    answer = eager.post("/v1/jobs", data=FORM, files={"image": RED}, headers={"Prefer": "wait=20"})
+    at = f"/v1/jobs/{answer.json()['id']}"
+    shown = eager.get(f"{at}/viewer").json()
+    assert shown["manifest"]["job_id"] == answer.json()["id"]
+    assert base64.b64decode(shown["heatmaps"])
+    result = eager.get(f"{at}/result?expires_s=60").json()
+    assert {*result["urls"]} == {one["uri"] for one in answer.json()["artifacts"]}
+    assert eager.get(f"{at}/result?expires_s=0").json()["errors"][0]["parameter"] == "expires_s"
+
+
+def test_a_job_that_has_not_ended_has_no_result(waiting: TestClient) -> None:
+    job_id = waiting.post("/v1/jobs", data=FORM, files={"image": RED}).json()["id"]
+    for name in ("result", "viewer"):
+        refused = waiting.get(f"/v1/jobs/{job_id}/{name}")
+        assert (refused.status_code, refused.json()["code"]) == (409, "no_result")
 
 
 def test_the_fields_of_a_form_are_those_of_a_job(waiting: TestClient) -> None:

@@ -5,9 +5,10 @@ from datetime import datetime, timedelta
 from typing import Annotated
 
 from fastapi import APIRouter, Query
-from pydantic import TypeAdapter
-from starlette.responses import Response
+from pydantic import Field, TypeAdapter
+from starlette.responses import JSONResponse, Response
 
+from gradcam_worker.artifacts.viewer import heatmaps_record, viewer_document
 from gradcam_worker.client import results
 from gradcam_worker.errors import GradcamError
 from gradcam_worker.gateway.access import Caller
@@ -50,6 +51,17 @@ class JobResult(ResponseModel):
     """a presigned URL for each artifact, by the artifact's URI"""
     expires_at: datetime
     """until when the URLs are valid"""
+
+
+class ViewerDocument(ResponseModel):
+    """What the element `<gradcam-viewer>` shows. Fields may be absent."""
+
+    manifest: Manifest
+    urls: dict[str, str] = Field(default_factory=dict)
+    heatmaps: str | None = None
+    """the bytes of the array of heatmaps, in base64"""
+    photo: str | None = None
+    """where the photo is"""
 
 
 _artifacts = TypeAdapter(tuple[JobArtifact, ...])
@@ -110,3 +122,30 @@ async def result(
     return Response(
         answer.model_dump_json(), headers={"Cache-Control": "no-store"}, media_type="application/json"
     )
+
+
+@router.get("/{job_id}/viewer", operation_id="job_viewer")
+async def viewer(gateway: GatewayOf, caller: Reader, job_id: JobIdOf) -> Response:
+    """Read what the element `<gradcam-viewer>` shows: manifest, heatmaps, URLs, and where the photo is.
+
+    The heatmaps are in the answer, so that the bucket need not allow the page's origin to read (CORS). The
+    photo is the job's image where the caller may read it. 409: the job has no result, or not yet.
+    """
+    found = await gateway.client_of(caller).result(job_id, expires_s=EXPIRES_S)
+    record = heatmaps_record(found.manifest)
+    heatmaps = await gateway.objects.read(record.uri) if record else None
+    photo = await _photo_url(gateway, caller, found.manifest.input.uri)
+    document = viewer_document(found.manifest, heatmaps, found.urls, photo)
+    return JSONResponse(document, headers={"Cache-Control": "no-store"})
+
+
+async def _photo_url(gateway: Gateway, caller: Caller, uri: str) -> str | None:
+    """A URL of the image that a job has explained, which so is an image, where the caller may read it."""
+    if not uri.startswith("s3://"):
+        return None  # the viewer uses a web address itself; a file cannot be read by a browser
+    try:
+        caller.check_image(uri)
+        return await gateway.objects.url(uri, EXPIRES_S)
+    except GradcamError as error:
+        log.debug("photo_not_shown", error=error)
+        return None

@@ -16,7 +16,7 @@ from pydantic.json_schema import models_json_schema
 
 from gradcam_worker import __version__
 from gradcam_worker.gateway import problems
-from gradcam_worker.gateway.artifacts import JobResource, JobResult
+from gradcam_worker.gateway.artifacts import JobResource, JobResult, ViewerDocument
 from gradcam_worker.gateway.examples import (
     JOB,
     NETWORKS,
@@ -132,6 +132,11 @@ OPERATIONS: Mapping[str, Operation] = {
         (400, 404),
     ),
     "job_result": Operation("Read a result", {200: Answer("The result.", JobResult)}, (400, 404, 409)),
+    "job_viewer": Operation(
+        "Read what the viewer shows",
+        {200: Answer("The document of `<gradcam-viewer>`.", ViewerDocument)},
+        (404, 409),
+    ),
     "create_upload": Operation(
         "Get a URL to upload an image to",
         {201: Answer("Where to put the image.", UploadTarget, example=UPLOAD_TARGET)},
