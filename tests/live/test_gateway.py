@@ -110,6 +110,32 @@ def test_a_browser_puts_an_image_straight_into_the_bucket_of_that_type_and_size_
     assert document["status"] == "succeeded", document
 
 
+def test_a_backfill_runs_beside_the_gateway_with_the_refusals_of_the_command(api: str, fleet: Any) -> None:
+    fleet.put("list.csv", b"uri\ns3://photos/astronaut.jpg\ns3://photos/coffee.jpg\ns3://photos/lost.jpg\n")
+    wanted = {"input": "s3://photos/list.csv", "output": "s3://results/cams/list", "shard_rows": 2}
+    wanted |= {"network": "efficientnet_lite0", "target": {"top_n": 1}}
+    started = httpx.post(f"{api}/v1/backfills", json=wanted, timeout=90)
+    assert started.status_code == 202, started.text
+    place = f"{api}{started.headers['location']}"
+    wait_for(lambda: httpx.get(place, timeout=30).json()["state"] == "complete", "the dataset")
+    dataset = httpx.get(place).json()["dataset"]
+    assert (dataset["rows"], dataset["failed"]) == (3, 1)
+    again = httpx.post(f"{api}/v1/backfills", json=wanted, timeout=90)
+    assert (again.status_code, again.json()["code"]) == (409, "backfill_conflict")
+    lost = httpx.post(
+        f"{api}/v1/backfills",
+        json={**wanted, "input": "s3://photos/no.csv", "output": "s3://results/cams/no"},
+        timeout=90,
+    )
+    assert lost.json()["code"] == "invalid_input", lost.text
+    elsewhere = httpx.post(f"{api}/v1/backfills", json={**wanted, "output": "s3://private/x"}, timeout=90)
+    assert elsewhere.json()["code"] == "output_not_allowed", elsewhere.text
+    ended = httpx.post(f"{place}/cancel", timeout=30).json()
+    assert (ended["was_running"], ended["ended"]) == (False, True)
+    assert httpx.get(f"{api}/v1/backfills").json() == {"backfills": []}
+    assert httpx.get(f"{api}/v1/backfills/bm9uZQ").status_code == 404
+
+
 class Buffering(BaseHTTPRequestHandler):
     """A proxy that holds back a response until it has `BUFFER_BYTES` of it, as nginx does unless it is told.
 

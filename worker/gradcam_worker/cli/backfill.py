@@ -1,8 +1,8 @@
 """The commands about backfills: backfill INPUT, backfill status OUTPUT, backfill cancel OUTPUT."""
 
 import contextlib
+import json
 import signal
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
@@ -12,23 +12,21 @@ import click
 from pydantic import ValidationError
 
 from gradcam_worker.cli.options import explanation_options, json_option, parse_named, with_default_target
-from gradcam_worker.errors import InvalidJob, UnknownNetwork
+from gradcam_worker.errors import InvalidJob, UnknownNetwork, UriNotAllowed
 from gradcam_worker.operations import console
 from gradcam_worker.schemas.model import describe
 from gradcam_worker.schemas.shard import MAX_ROWS
+from gradcam_worker.schemas.status import Problem
 from gradcam_worker.schemas.work import ROUTE
 from gradcam_worker.settings import Settings
 from gradcam_worker.text.visible import counted
 
 if TYPE_CHECKING:  # slow to import
-    from gradcam_worker.backfill.output import DatasetDir
     from gradcam_worker.backfill.plan import Plan
-    from gradcam_worker.backfill.registry import BackfillRecord
-    from gradcam_worker.ledger.ledger import Ledger
+    from gradcam_worker.ledger.redis.store import RedisLedger
+    from gradcam_worker.schemas.shard import Row
 
 STATE_COLORS = {"running": "cyan", "complete": "green", "stopped": "yellow", "damaged": "red"}
-CANCEL_POLL_INTERVAL_S = 0.2
-CANCEL_TIMEOUT_S = 15.0
 
 
 def _share(_: click.Context, __: click.Parameter, text: str) -> float:
@@ -129,6 +127,7 @@ def backfill() -> None:
     help="Column of INPUT with what the network takes beside the image, as in age=patient_age; may be "
     "repeated.",
 )
+@click.option("--for-api", callback=lambda *parts: json.loads(parts[2] or "{}"), hidden=True)
 def run(
     input_: str,
     output: str,
@@ -138,6 +137,7 @@ def run(
     input_columns: dict[str, str],
     *,
     spec: dict[str, Any],
+    for_api: dict[str, Any],
     resume: bool,
     as_json: bool,
     **options: Any,
@@ -163,6 +163,7 @@ def run(
     from gradcam_worker.backfill.registry import RedisBackfillRegistry
     from gradcam_worker.backfill.runner import BackfillRunner
     from gradcam_worker.backfill.sharding import cut_shards
+    from gradcam_worker.client.backfills import open_dataset
     from gradcam_worker.ledger.redis.store import RedisLedger
     from gradcam_worker.operations.progress_bar import (
         BackfillProgressBar,
@@ -172,8 +173,8 @@ def run(
 
     run_options = RunOptions(**options)
     settings = Settings.from_environment()
-    spec = with_default_target(spec, settings.networks)
-    dataset, ledger = _open_dataset(output, settings), RedisLedger(settings)
+    spec = for_api.get("spec") or with_default_target(spec, settings.networks)
+    dataset, ledger = open_dataset(output, settings), RedisLedger(settings)
     with open_input(
         input_, settings, form=form, column=column, output=dataset.uri, inputs=input_columns
     ) as opened:
@@ -197,7 +198,8 @@ def run(
         )
         try:
             with _interrupted_by_sigterm(), runner.lease() as lease, progress:
-                shards = cut_shards(opened.rows(), plan, max_bytes=settings.max_message_bytes // 2)
+                rows = _allowed(opened.rows(), for_api.get("tenant"), ledger)
+                shards = cut_shards(rows, plan, max_bytes=settings.max_message_bytes // 2)
                 summary = runner.run(lease, shards)
         except KeyboardInterrupt:
             in_flight = counted(len(runner.in_flight), "shard is", "shards are")
@@ -222,6 +224,23 @@ def run(
         console.err.print(f"[red]More than {run_options.max_failed:.0%} of the rows have failed.[/]")
         return 1
     return 0
+
+
+def _allowed(rows: "Iterable[Row]", tenant: str | None, ledger: "RedisLedger") -> "Iterable[Row]":
+    """Yield the rows; those whose image a tenant may not use, with the problem. None: nobody's backfill."""
+    if tenant is None:
+        return rows
+    from gradcam_worker.gateway.tenants import Tenants
+
+    policy = Tenants(ledger.server).find(tenant)
+    return (row if policy and policy.allows_image(row.uri) else _refused(row) for row in rows)
+
+
+def _refused(row: "Row") -> "Row":
+    """A row with the problem that its image may not be used."""
+    error = UriNotAllowed("The tenant may not use this image.")
+    problem = row.problem or Problem.of(error, stage=None, attempt=0)
+    return row.model_copy(update={"problem": problem})
 
 
 def _plan(fields: dict[str, Any], settings: Settings) -> "Plan":
@@ -274,40 +293,11 @@ def status(output: str, *, as_json: bool) -> int:
     Example:
       gradcam backfill status s3://results/photos
     """
-    from gradcam_worker.backfill.registry import RedisBackfillRegistry
-    from gradcam_worker.ledger.redis.store import RedisLedger
+    from gradcam_worker.client import backfills
 
-    settings = Settings.from_environment()
-    dataset = _open_dataset(output, settings)
-    plan, summary = dataset.require_plan(), dataset.read_summary()
-    ledger = RedisLedger(settings)
-    record = RedisBackfillRegistry(ledger.server).find(dataset.uri)
-    running, done = record is not None and record.is_running, sum(map(len, dataset.done_keys().values()))
-    final_state = "stopped" if not summary else "complete" if summary["shards"] == done else "damaged"
-    facts = {
-        "backfill": plan.id,
-        "output": dataset.uri,
-        "input": plan.input,
-        "network": plan.network,
-        "state": "running" if running else final_state,
-        "shards_done": done,
-        "dataset": summary,
-        "last": _last_run(record, ledger) if record else None,
-    }
+    facts = backfills.read_status(output, Settings.from_environment())
     console.print_json(facts) if as_json else _show_status(facts)
     return 0
-
-
-def _last_run(record: "BackfillRecord", ledger: "Ledger") -> dict[str, Any]:
-    """Return the progress of the latest run; once it has stopped, with the shards still in flight."""
-    if record.is_running:
-        return record.facts
-    return {**record.facts, "in_flight": len(_unfinished(ledger, record.shards))}
-
-
-def _unfinished(ledger: "Ledger", shards: Iterable[str]) -> set[str]:
-    """Return the ids of those shards that are not final."""
-    return {shard.id for shard in ledger.read_many(sorted(shards)).values() if not shard.final}
 
 
 def _show_status(status: Mapping[str, Any]) -> None:
@@ -352,43 +342,19 @@ def cancel(output: str, *, as_json: bool) -> int:
     Example:
       gradcam backfill cancel s3://results/photos
     """
-    from gradcam_worker.backfill.inflight import cancel as cancel_shards
-    from gradcam_worker.backfill.registry import RedisBackfillRegistry
-    from gradcam_worker.ledger.redis.store import RedisLedger
+    from gradcam_worker.client import backfills
 
-    settings = Settings.from_environment()
-    dataset, ledger = _open_dataset(output, settings), RedisLedger(settings)
-    dataset.require_plan()
-    registry = RedisBackfillRegistry(ledger.server)
-    record, end = registry.request_cancel(dataset.uri), time.monotonic() + CANCEL_TIMEOUT_S
-    was_running = record is not None and record.is_running
-    while record and record.is_running and time.monotonic() < end:
-        time.sleep(CANCEL_POLL_INTERVAL_S)
-        record = registry.find(dataset.uri)
-    ended = record is None or not record.is_running
-    canceled = cancel_shards(ledger, record.shards) if record and ended else []
-    unfinished = {shard.id for shard in canceled if not shard.final}  # a worker still runs them
-    while unfinished and time.monotonic() < end:
-        time.sleep(CANCEL_POLL_INTERVAL_S)
-        unfinished = _unfinished(ledger, unfinished)
+    stopped = backfills.cancel(output, Settings.from_environment())
     if as_json:
-        console.print_json(
-            {"output": dataset.uri, "ran": was_running, "ended": ended, "shards_canceled": len(canceled)}
-        )
-    elif not ended:
+        facts = {"output": stopped.output, "ran": stopped.was_running, "ended": stopped.ended}
+        console.print_json({**facts, "shards_canceled": stopped.canceled})
+    elif not stopped.ended:
         console.err.print("The process that runs the backfill was asked to stop, but has not stopped yet.")
     else:
-        state = "The backfill was running and is stopped." if was_running else "The backfill is not running."
-        cancelled = f"{counted(len(canceled), 'shard')} in flight cancelled" if canceled else ""
-        not_stopped = f", {len(unfinished):,} of them not stopped yet" if unfinished else ""
+        state = "The backfill was running and is stopped."
+        if not stopped.was_running:
+            state = "The backfill is not running."
+        cancelled = f"{counted(stopped.canceled, 'shard')} in flight cancelled" if stopped.canceled else ""
+        not_stopped = f", {stopped.unfinished:,} of them not stopped yet" if stopped.unfinished else ""
         console.out.print(f"{state} {cancelled or 'No shards are in flight'}{not_stopped}.")
-    return 0 if ended else 1
-
-
-def _open_dataset(output: str, settings: Settings) -> "DatasetDir":
-    """Open the folder of a dataset. Raises OutputNotAllowed."""
-    from gradcam_worker.backfill.output import DatasetDir
-    from gradcam_worker.storage.s3 import S3
-    from gradcam_worker.storage.stores import Stores
-
-    return DatasetDir(Stores(settings, S3(settings)).open(output))
+    return 0 if stopped.ended else 1

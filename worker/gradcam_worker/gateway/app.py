@@ -12,6 +12,7 @@ from gradcam_worker.client.async_client import AsyncGradcamClient
 from gradcam_worker.client.results import SettingsObjects
 from gradcam_worker.gateway import (
     artifacts,
+    backfills,
     events,
     fleet,
     health,
@@ -74,6 +75,7 @@ def create_app(
         yield
         await gateway.client.close()
         gateway.objects.close()
+        gateway.backfills.close()
         gateway.access.close()
 
     app = FastAPI(
@@ -81,7 +83,7 @@ def create_app(
     )
     app.state.gateway = gateway
     problems.add_handlers(app)
-    for module in (jobs, events, artifacts, uploads, fleet, health, page_routes):
+    for module in (jobs, events, artifacts, uploads, fleet, backfills, health, page_routes):
         app.include_router(module.router)
     app.openapi = lambda: openapi.build(app)  # type: ignore[method-assign]  # as FastAPI's documentation says
     app.add_middleware(GZipMiddleware, minimum_size=MIN_GZIP_BYTES, compresslevel=5)

@@ -10,6 +10,7 @@ from gradcam_worker.client.async_client import AsyncGradcamClient
 from gradcam_worker.errors import UnknownJob
 from gradcam_worker.gateway.access import Access, Caller
 from gradcam_worker.gateway.artifact_lists import ArtifactLists
+from gradcam_worker.gateway.backfill_processes import BackfillProcesses
 from gradcam_worker.gateway.objects import GatewayObjects
 from gradcam_worker.gateway.open_requests import OpenRequests
 from gradcam_worker.gateway.tenants import Scope
@@ -29,6 +30,7 @@ class Gateway:
     open_requests: OpenRequests
     metrics: Metrics = field(default_factory=lambda: Metrics(role="gateway"))
     artifact_lists: ArtifactLists = field(default_factory=ArtifactLists)
+    backfills: BackfillProcesses = field(default_factory=BackfillProcesses)
 
     def client_of(self, caller: Caller) -> AsyncGradcamClient:
         """The client that sees the caller's jobs alone."""

@@ -98,3 +98,9 @@ WORKERS: dict[str, Any] = {
         }
     ]
 }
+BACKFILL: dict[str, Any] = {
+    "input": "s3://photos/lists/2026.csv",
+    "output": "s3://results/2026",
+    "network": "efficientnet_lite0",
+    "target": {"top_n": 3},
+}

@@ -17,7 +17,9 @@ from pydantic.json_schema import models_json_schema
 from gradcam_worker import __version__
 from gradcam_worker.gateway import problems
 from gradcam_worker.gateway.artifacts import JobResource, JobResult, ViewerDocument
+from gradcam_worker.gateway.backfills import BackfillEnd, BackfillList, BackfillRequest, BackfillStatus
 from gradcam_worker.gateway.examples import (
+    BACKFILL,
     JOB,
     NETWORKS,
     PROBLEM,
@@ -154,11 +156,29 @@ OPERATIONS: Mapping[str, Operation] = {
     "list_workers": Operation(
         "List workers", {200: Answer("The live workers.", WorkerList, example=WORKERS)}
     ),
+    "submit_backfill": Operation(
+        "Submit a backfill",
+        {202: Answer("The backfill runs.", BackfillStatus, JSON, {"Location": "Where its state is read."})},
+        (400, 409, 413, 415, 422, 501),
+        {
+            JSON: {
+                "schema": {"$ref": REFERENCE.format(model="BackfillRequest")},
+                "examples": {"list": {"summary": "A list of images", "value": BACKFILL}},
+            }
+        },
+    ),
+    "list_backfills": Operation(
+        "List running backfills", {200: Answer("The running backfills.", BackfillList)}
+    ),
+    "read_backfill": Operation(
+        "Read the state of a backfill", {200: Answer("The backfill.", BackfillStatus)}, (404,)
+    ),
+    "cancel_backfill": Operation("Stop a backfill", {200: Answer("What has ended.", BackfillEnd)}, (404,)),
     "live": Operation("Is the process alive?", {200: Answer("It is.", State)}),
     "ready": Operation("Can it work?", {200: Answer("It can.", State), 503: Answer("It cannot.", State)}),
     "metrics": Operation("Metrics for Prometheus", {200: Answer("The metrics.", None, TEXT)}),
 }
-MODELS: tuple[type[BaseModel], ...] = (Job, UploadRequest, RequestProblem)
+MODELS: tuple[type[BaseModel], ...] = (Job, UploadRequest, BackfillRequest, RequestProblem)
 
 
 def build(app: FastAPI) -> dict[str, Any]:

@@ -1,0 +1,114 @@
+"""The state of a backfill, and its end from another process: for the command line and the HTTP API."""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from gradcam_worker.backfill.inflight import cancel as cancel_shards
+from gradcam_worker.backfill.output import DatasetDir
+from gradcam_worker.backfill.registry import BackfillRecord, RedisBackfillRegistry
+from gradcam_worker.ledger.ledger import Ledger
+from gradcam_worker.ledger.redis.store import RedisLedger
+from gradcam_worker.settings import Settings
+from gradcam_worker.storage.s3 import S3
+from gradcam_worker.storage.stores import Stores
+
+POLL_INTERVAL_S = 0.2
+CANCEL_TIMEOUT_S = 15.0
+
+
+@dataclass(frozen=True)
+class Cancellation:
+    """How far a backfill was stopped."""
+
+    output: str
+    was_running: bool
+    ended: bool
+    """whether no process runs it any more"""
+    canceled: int
+    """shards in flight that were cancelled"""
+    unfinished: int
+    """of these, those that a worker still runs"""
+
+
+def open_dataset(output: str, settings: Settings) -> DatasetDir:
+    """Open the folder of a dataset. Raises OutputNotAllowed."""
+    return DatasetDir(Stores(settings, S3(settings)).open(output))
+
+
+def read_status(output: str, settings: Settings) -> dict[str, Any]:
+    """Read the state of a backfill.
+
+    Args:
+        output: The dataset that it writes.
+        settings: Of a client.
+
+    Returns:
+        The facts that `gradcam backfill status --json` prints.
+
+    Raises:
+        OutputNotAllowed: The dataset may not be there.
+        BackfillConflict: There is no backfill.
+        StorageUnavailable: The storage cannot be reached.
+        LedgerUnavailable: The ledger cannot be reached.
+    """
+    dataset = open_dataset(output, settings)
+    plan, summary = dataset.require_plan(), dataset.read_summary()
+    ledger = RedisLedger(settings)
+    record = RedisBackfillRegistry(ledger.server).find(dataset.uri)
+    running, done = record is not None and record.is_running, sum(map(len, dataset.done_keys().values()))
+    final_state = "stopped" if not summary else "complete" if summary["shards"] == done else "damaged"
+    return {
+        "backfill": plan.id,
+        "output": dataset.uri,
+        "input": plan.input,
+        "network": plan.network,
+        "state": "running" if running else final_state,
+        "shards_done": done,
+        "dataset": summary,
+        "last": _last_run(record, ledger) if record else None,
+    }
+
+
+def cancel(output: str, settings: Settings, timeout_s: float = CANCEL_TIMEOUT_S) -> Cancellation:
+    """Stop a backfill, on whichever machine it runs, and cancel its shards in flight.
+
+    Args:
+        output: The dataset that it writes.
+        settings: Of a client.
+        timeout_s: How long to wait for the process that runs it, and for its shards.
+
+    Returns:
+        What has ended.
+
+    Raises:
+        OutputNotAllowed, BackfillConflict, StorageUnavailable, LedgerUnavailable: as `read_status`.
+    """
+    dataset, ledger = open_dataset(output, settings), RedisLedger(settings)
+    dataset.require_plan()
+    registry = RedisBackfillRegistry(ledger.server)
+    record, end = registry.request_cancel(dataset.uri), time.monotonic() + timeout_s
+    was_running = record is not None and record.is_running
+    while record and record.is_running and time.monotonic() < end:
+        time.sleep(POLL_INTERVAL_S)
+        record = registry.find(dataset.uri)
+    ended = record is None or not record.is_running
+    canceled = cancel_shards(ledger, record.shards) if record and ended else []
+    unfinished = {shard.id for shard in canceled if not shard.final}  # a worker still runs them
+    while unfinished and time.monotonic() < end:
+        time.sleep(POLL_INTERVAL_S)
+        unfinished = _unfinished(ledger, unfinished)
+    return Cancellation(dataset.uri, was_running, ended, len(canceled), len(unfinished))
+
+
+def _last_run(record: BackfillRecord, ledger: Ledger) -> dict[str, Any]:
+    """Return the progress of the latest run; once it has stopped, with the shards still in flight."""
+    if record.is_running:
+        return record.facts
+    return {**record.facts, "in_flight": len(_unfinished(ledger, record.shards))}
+
+
+def _unfinished(ledger: Ledger, shards: Iterable[str]) -> set[str]:
+    """Return the ids of those shards that are not final."""
+    return {shard.id for shard in ledger.read_many(sorted(shards)).values() if not shard.final}

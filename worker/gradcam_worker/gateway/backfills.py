@@ -1,0 +1,289 @@
+"""The routes of backfills. Each runs in a process of its own: `gradcam backfill`, with its refusals."""
+
+import asyncio
+import base64
+import binascii
+import json
+import re
+import signal
+import sys
+import tempfile
+from contextlib import suppress
+from functools import partial
+from http import HTTPStatus
+from pathlib import Path
+from subprocess import Popen, TimeoutExpired
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Request
+from pydantic import Field, StringConstraints, ValidationError
+from starlette.responses import JSONResponse, Response
+
+from gradcam_worker import extras
+from gradcam_worker.backfill.plan import SPEC_FIELDS, Plan
+from gradcam_worker.backfill.registry import RedisBackfillRegistry
+from gradcam_worker.client import backfills
+from gradcam_worker.errors import (
+    BackfillConflict,
+    BackfillStopped,
+    GradcamError,
+    InvalidRequest,
+    MissingExtra,
+    OutputNotAllowed,
+    UnknownBackfill,
+    error_class,
+)
+from gradcam_worker.gateway import bodies
+from gradcam_worker.gateway.access import Caller
+from gradcam_worker.gateway.context import CallerWith, Gateway, GatewayOf
+from gradcam_worker.gateway.problems import findings_of
+from gradcam_worker.ledger.redis.store import RedisLedger
+from gradcam_worker.schemas.model import RequestModel, ResponseModel, describe
+from gradcam_worker.schemas.options import Inputs, MethodSpec, Metric, Name, OverlaySpec, Target
+from gradcam_worker.schemas.shard import MAX_ROWS
+from gradcam_worker.text.log_events import EventLogger
+
+log = EventLogger("gradcam")
+
+MAX_BODY_BYTES = 512 * 1024
+START_TIMEOUT_S = 60.0  # until it holds its lease, or has refused
+POLL_INTERVAL_S = 0.1
+SAID = re.compile(r"Error \((\w+)\):\s*(.*)", re.DOTALL)
+
+router = APIRouter(prefix="/v1/backfills", tags=["backfills"])
+Starter = Annotated[Caller, CallerWith("backfills")]
+S3Uri = Annotated[str, StringConstraints(pattern=r"^s3://[^/?#\s]+(/[^?#]*)?$", max_length=1024)]
+
+
+class BackfillRequest(RequestModel):
+    """What to explain of each image of a list, or of a folder, in a bucket."""
+
+    input: S3Uri
+    """a list (JSON Lines, CSV, Parquet, or one URI per line), or a folder, which ends with a slash"""
+    output: S3Uri
+    """where the dataset is written"""
+    network: Name
+    target: Target
+    inputs: Inputs = Field(default_factory=dict)
+    method: MethodSpec = MethodSpec()
+    metrics: Annotated[tuple[Metric, ...], Field(max_length=4)] = ()
+    artifacts: Annotated[tuple[OverlaySpec, ...], Field(max_length=3)] = ()
+    shard_rows: Annotated[int, Field(ge=1, le=MAX_ROWS)] = 256
+    """images in one shard"""
+    window: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    """shards in flight; none: it depends on the number of workers"""
+    rate: Annotated[float, Field(gt=0)] | None = None
+    """images submitted per second, at most"""
+    max_failed: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """share of the rows: if more fail, it is stopped"""
+    resume: bool = False
+    """continue an existing one"""
+    only_failed: bool = False
+    """continue, and run the failed rows again"""
+    changed: bool = False
+    """continue, and run again what changed in the input or weights"""
+    format: Annotated[str, StringConstraints(pattern=r"^[a-z]{1,20}$")] = "auto"
+    """format of the list, if its name does not show it"""
+    column: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None
+    """column of the list that holds the URIs"""
+    input_columns: Annotated[dict[Name, str], Field(max_length=16)] = Field(default_factory=dict)
+    """columns with what the network takes beside the image, by its name"""
+
+
+class BackfillStatus(ResponseModel):
+    """The state of a backfill."""
+
+    id: str
+    """its name in this API; it stands for the output"""
+    backfill: str
+    output: str
+    input: str
+    network: str
+    state: str
+    """running, complete, stopped or damaged"""
+    shards_done: int
+    dataset: dict[str, Any] | None = None
+    """the summary of a complete dataset"""
+    last: dict[str, Any] | None = None
+    """the progress of the latest run"""
+
+
+class BackfillList(ResponseModel):
+    """The running backfills."""
+
+    backfills: tuple[dict[str, Any], ...]
+
+
+class BackfillEnd(ResponseModel):
+    """What has ended of a backfill."""
+
+    id: str
+    output: str
+    was_running: bool
+    ended: bool
+    shards_canceled: int
+    shards_unfinished: int
+
+
+@router.post("", operation_id="submit_backfill", status_code=HTTPStatus.ACCEPTED)
+async def submit(request: Request, gateway: GatewayOf, caller: Starter) -> Response:
+    """Explain every image of a list or folder into one dataset.
+
+    It runs in a process beside the gateway. If that ends, the backfill is stopped, and is continued by the
+    same request with `resume`. What the command refuses is refused here, too.
+    """
+    wanted = await bodies.read_json(request, BackfillRequest, MAX_BODY_BYTES)
+    if not extras.is_installed("pyarrow"):
+        raise MissingExtra(extras.describe("pyarrow", "A backfill", "backfill", "serve"))
+    caller.check_image(wanted.input)
+    caller.check_output(wanted.output)
+    _check_plan(wanted)
+    await asyncio.to_thread(partial(_start, gateway, caller, wanted))
+    return await _status(gateway, wanted.output, HTTPStatus.ACCEPTED)
+
+
+@router.get("", operation_id="list_backfills")
+async def list_running(gateway: GatewayOf, caller: Starter) -> Response:
+    """List the running backfills, with their progress."""
+    registry = RedisBackfillRegistry(RedisLedger(gateway.settings).server)
+    shown = [
+        {"id": backfill_id(str(facts["output"])), **_public(facts)}
+        for facts in await asyncio.to_thread(registry.running)
+        if _may_see(caller, str(facts.get("output")))
+    ]
+    return JSONResponse({"backfills": shown}, headers={"Cache-Control": "no-store"})
+
+
+@router.get("/{backfill_id}", operation_id="read_backfill")
+async def read(gateway: GatewayOf, caller: Starter, backfill_id: str) -> Response:
+    """Read the state of a backfill."""
+    return await _status(gateway, _output_of(caller, backfill_id))
+
+
+@router.post("/{backfill_id}/cancel", operation_id="cancel_backfill")
+async def cancel(gateway: GatewayOf, caller: Starter, backfill_id: str) -> Response:
+    """Stop a backfill, and cancel its shards in flight. What is done is kept, and it can be resumed."""
+    output = _output_of(caller, backfill_id)
+    try:
+        end = await asyncio.to_thread(backfills.cancel, output, gateway.settings)
+    except (BackfillConflict, OutputNotAllowed) as error:
+        raise _unknown() from error
+    answer = BackfillEnd(
+        id=backfill_id,
+        output=end.output,
+        was_running=end.was_running,
+        ended=end.ended,
+        shards_canceled=end.canceled,
+        shards_unfinished=end.unfinished,
+    )
+    return Response(answer.model_dump_json(), 200, {"Cache-Control": "no-store"}, "application/json")
+
+
+def backfill_id(output: str) -> str:
+    """The name of a backfill in the API: its output, in characters that a path may have."""
+    return base64.urlsafe_b64encode(output.rstrip("/").encode()).decode().rstrip("=")
+
+
+def _output_of(caller: Caller, name: str) -> str:
+    """The output of a backfill. Raises UnknownBackfill, also where it is not the caller's."""
+    try:
+        output = base64.urlsafe_b64decode(name + "=" * (-len(name) % 4)).decode()
+    except (ValueError, binascii.Error) as error:
+        raise _unknown() from error
+    if not output.startswith("s3://") or backfill_id(output) != name or not _may_see(caller, output):
+        raise _unknown()
+    return output
+
+
+def _unknown() -> UnknownBackfill:
+    return UnknownBackfill("There is no backfill of this id.")
+
+
+def _may_see(caller: Caller, output: str) -> bool:
+    with suppress(OutputNotAllowed):
+        caller.check_output(output)
+        return True
+    return False
+
+
+async def _status(gateway: Gateway, output: str, status: HTTPStatus = HTTPStatus.OK) -> Response:
+    try:
+        facts = await asyncio.to_thread(backfills.read_status, output, gateway.settings)
+    except (BackfillConflict, OutputNotAllowed) as error:
+        raise _unknown() from error
+    last = _public(facts["last"]) if facts["last"] else None
+    answer = BackfillStatus.model_validate({**facts, "id": backfill_id(output), "last": last})
+    headers = {"Cache-Control": "no-store", "Location": f"/v1/backfills/{answer.id}"}
+    return Response(answer.model_dump_json(), status.value, headers, "application/json")
+
+
+def _public(facts: dict[str, Any]) -> dict[str, Any]:
+    """The facts of a run without the machine that it runs on."""
+    return {name: value for name, value in facts.items() if name not in {"host", "pid"}}
+
+
+def _check_plan(wanted: BackfillRequest) -> None:
+    """Raise InvalidRequest where no row could be explained so."""
+    fields = wanted.model_dump(mode="json", include={"input", "output", "shard_rows", *SPEC_FIELDS})
+    try:
+        Plan.model_validate(fields)
+    except ValidationError as error:
+        message = f"This backfill is invalid: {describe(error)}."
+        raise InvalidRequest(message, findings_of(error)) from error
+
+
+def _start(gateway: Gateway, caller: Caller, wanted: BackfillRequest) -> None:
+    """Start the process, and wait until it holds its lease. Raises what it was refused with."""
+    registry = RedisBackfillRegistry(RedisLedger(gateway.settings).server)
+    before = registry.find(wanted.output)
+    with tempfile.TemporaryDirectory(prefix="gradcam-backfill-") as folder:
+        said = Path(folder) / "log"
+        process = gateway.backfills.start(command_of(wanted, caller), gateway.settings, said)
+        for _ in range(int(START_TIMEOUT_S / POLL_INTERVAL_S)):
+            with suppress(TimeoutError):
+                ended = _wait(process)
+                break
+            record = registry.find(wanted.output)
+            if record and record.is_running and not (before and before.facts == record.facts):
+                return
+        else:
+            process.send_signal(signal.SIGTERM)
+            message = f"The backfill of {wanted.output} has not begun within {START_TIMEOUT_S:g} s."
+            raise BackfillStopped(message)
+        if ended:
+            raise _refusal(said.read_text(errors="replace"))
+
+
+def _wait(process: Popen[bytes]) -> int:
+    """The exit code of a process. Raises TimeoutError where it runs on."""
+    try:
+        return process.wait(POLL_INTERVAL_S)
+    except TimeoutExpired as error:
+        raise TimeoutError from error
+
+
+def _refusal(said: str) -> GradcamError:
+    """The error that the command has ended with."""
+    found = SAID.search(said)
+    if not found:
+        return BackfillStopped(f"The backfill ended: {said[-500:]}")
+    return error_class(found[1])(found[2].strip()[-1000:])
+
+
+def command_of(wanted: BackfillRequest, caller: Caller) -> list[str]:
+    """The command that runs a backfill."""
+    spec = wanted.model_dump(mode="json", include={*SPEC_FIELDS} - {"weights_sha256"})
+    for_api = json.dumps({"spec": spec, "tenant": caller.tenant_name})
+    options = [f"--output={wanted.output}", f"--network={wanted.network}", f"--for-api={for_api}", "--json"]
+    options += [f"--shard-rows={wanted.shard_rows}", f"--max-failed={wanted.max_failed}"]
+    options += [
+        f"--{name}={value}" for name in ("window", "rate", "column") if (value := getattr(wanted, name))
+    ]
+    options += [
+        f"--{name.replace('_', '-')}"
+        for name in ("resume", "only_failed", "changed")
+        if getattr(wanted, name)
+    ]
+    options += [f"--input-column={name}={column}" for name, column in wanted.input_columns.items()]
+    options += [f"--format={wanted.format}"]
+    return [sys.executable, "-P", "-m", "gradcam_worker", "backfill", "run", *options, "--", wanted.input]
