@@ -72,3 +72,25 @@ def test_an_unknown_job_is_not_found(waiting: TestClient) -> None:
 
 def test_the_process_is_alive_and_ready(waiting: TestClient) -> None:
     assert waiting.get("/live").json() == waiting.get("/ready").json() == {"status": "ok"}
+
+
+def test_jobs_are_listed_in_pages(waiting: TestClient) -> None:
+    ids = [
+        waiting.post("/v1/jobs", json={**FIELDS, "metadata": {"customer": str(number % 2)}}).json()["id"]
+        for number in range(5)
+    ]
+    first = waiting.get("/v1/jobs?limit=3").json()
+    second = waiting.get(f"/v1/jobs?limit=3&cursor={first['cursor']}").json()
+    assert [one["id"] for one in first["jobs"] + second["jobs"]] == ids[::-1]
+    found = waiting.get("/v1/jobs", params={"label": "customer=1", "status": "queued", "network": "vgg16"})
+    assert [one["id"] for one in found.json()["jobs"]] == [ids[3], ids[1]]
+
+
+@pytest.mark.parametrize(
+    "query",
+    ["limit=0", "limit=201", "status=lost", "label=x", "cursor=!", "created_after=noon", "created_after=1"],
+)
+def test_a_list_that_cannot_be_made_is_refused(waiting: TestClient, query: str) -> None:
+    refused = waiting.get(f"/v1/jobs?{query}")
+    assert refused.status_code == 400
+    assert refused.json()["errors"]

@@ -8,7 +8,7 @@ from contextlib import suppress
 from http import HTTPStatus
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Request
+from fastapi import APIRouter, Header, Query, Request
 from starlette.datastructures import FormData, UploadFile
 from starlette.responses import Response
 
@@ -23,7 +23,8 @@ from gradcam_worker.gateway.context import Gateway, GatewayOf, JobIdOf, Reader, 
 from gradcam_worker.gateway.problems import pointer
 from gradcam_worker.gateway.uploads import check_size, uploads_root
 from gradcam_worker.schemas.job import Job, describe_missing_scheme
-from gradcam_worker.schemas.status import StatusDocument
+from gradcam_worker.schemas.listing import MAX_PAGE, JobQuery
+from gradcam_worker.schemas.status import Status, StatusDocument
 
 MAX_WAIT_S = 120.0  # of `Prefer: wait`; proxies often end a request after 60 s
 MAX_KEY_LENGTH = 256
@@ -81,6 +82,43 @@ async def submit(
     if wait_s:
         response.headers["Preference-Applied"] = f"wait={wait_s:g}"
     return response
+
+
+@router.get("", operation_id="list_jobs")
+async def list_jobs(
+    gateway: GatewayOf,
+    caller: Reader,
+    status: Annotated[Status | None, Query(description="Only jobs in this state.")] = None,
+    network: Annotated[str | None, Query(description="Only jobs for this network.")] = None,
+    label: Annotated[
+        str | None, Query(description="Only jobs with this entry in their metadata, as `customer=42`.")
+    ] = None,
+    created_after: Annotated[
+        str | None,
+        Query(
+            pattern=r"^\d{4}-\d\d-\d\d[Tt ]",  # pydantic also takes seconds since the epoch
+            description="Only jobs created later, in RFC 3339 with a zone.",
+            json_schema_extra={"format": "date-time"},
+        ),
+    ] = None,
+    cursor: Annotated[str | None, Query(description="The cursor of the page before.")] = None,
+    limit: Annotated[int, Query(ge=1, le=MAX_PAGE, description="The most jobs of one page.")] = 50,
+) -> Response:
+    """List jobs, newest first, in pages.
+
+    A page may have fewer jobs than asked for, even none, and a cursor: there is more as long as there is one.
+    """
+    query = JobQuery.parse(
+        status=status,
+        network=network,
+        label=label,
+        created_after=created_after,
+        cursor=cursor,
+        limit=limit,
+    )
+    page = await gateway.client_of(caller).list_page(query)
+    shown = page.model_copy(update={"jobs": tuple(map(caller.visible, page.jobs))})
+    return Response(shown.model_dump_json(), 200, {"Cache-Control": "no-store"}, JSON)
 
 
 @router.get("/{job_id}", operation_id="read_job")

@@ -31,6 +31,7 @@ from gradcam_worker.gateway.examples import (
 from gradcam_worker.gateway.fleet import NetworkList, WorkerList
 from gradcam_worker.gateway.uploads import UploadRequest, UploadTarget
 from gradcam_worker.schemas.job import Job
+from gradcam_worker.schemas.listing import JobPage
 from gradcam_worker.schemas.model import ResponseModel
 from gradcam_worker.schemas.options import ArtifactKind, MethodName
 
@@ -115,6 +116,7 @@ OPERATIONS: Mapping[str, Operation] = {
             FORM: {"schema": {"$ref": REFERENCE.format(model="JobForm")}},
         },
     ),
+    "list_jobs": Operation("List jobs", {200: Answer("A page of jobs.", JobPage)}, (400,)),
     "read_job": Operation(
         "Read a job",
         {

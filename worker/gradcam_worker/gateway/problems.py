@@ -90,6 +90,11 @@ def _findings(error: GradcamError) -> list[Mapping[str, str]]:
     """What is wrong with each field of the request."""
     if isinstance(error, errors.InvalidRequest):
         return [*error.findings]
+    if isinstance(error, errors.InvalidQuery) and isinstance(error.__cause__, ValidationError):
+        return [
+            {"parameter": str(location[0]), "detail": sentence}
+            for location, sentence in describe_each(error.__cause__)
+        ]
     if isinstance(error.__cause__, ValidationError):
         return [*findings_of(error.__cause__)]
     return []
