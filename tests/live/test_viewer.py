@@ -34,7 +34,7 @@ pytestmark = pytest.mark.live
 VIEWER = "document.querySelector('gradcam-viewer')"
 POLICY = "default-src 'none'; script-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none'"
 PAGE = """<!doctype html><meta charset="utf-8"><script src="/viewer.js" defer></script>
-<gradcam-viewer src="{src}"></gradcam-viewer>"""
+<gradcam-viewer src="{src}" photo="{photo}"></gradcam-viewer>"""
 ROUNDING = 4  # levels of 255
 URI = "s3://photos/flag.png"
 
@@ -52,9 +52,9 @@ class Site:
         media_type = "application/octet-stream" if is_bytes else "application/json"
         self.files[path] = (media_type, data if is_bytes else json.dumps(data).encode())
 
-    def open(self, src: str) -> None:
+    def open(self, src: str, photo: str = "") -> None:
         """Open a page with the element, and wait until it shows something."""
-        self.files["/page"] = ("text/html", PAGE.replace("{src}", src).encode())
+        self.files["/page"] = ("text/html", PAGE.format(src=src, photo=photo).encode())
         self.driver.get_log("browser")
         self.driver.get(f"{self.address}/page")
         done = f"!{VIEWER}.$('viewer').hidden || !{VIEWER}.$('problem').hidden"
@@ -148,6 +148,16 @@ def test_a_manifest_is_read_with_what_lies_beside_it(site: Site, photo: NDArray[
     assert "the heatmaps are shown alone" in site.text("marks")
     assert site.run(f"{VIEWER}.$('scale').value") == "common"
     assert_allclose(site.colors().astype(int), in_colors(photo, heatmaps_of(objects)[0]), atol=ROUNDING)
+
+
+def test_the_photo_of_a_manifest_may_be_named_beside_it(site: Site, photo: NDArray[np.uint8]) -> None:
+    _, objects = explained(photo)
+    for name, data in objects.items():
+        site.put(f"/results/{name}", data)
+    site.put("/photo.png", encode(photo, "png"))
+    site.open("/results/manifest.json", "/photo.png")
+    assert site.run(f"{VIEWER}.panes[0].photo.naturalWidth") == photo.shape[1]
+    assert "alone" not in site.text("marks")
 
 
 def test_heatmaps_without_scale_and_as_npy_are_drawn_as_the_server_does(

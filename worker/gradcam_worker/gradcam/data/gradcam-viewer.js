@@ -199,8 +199,8 @@ function strongest(cells, rows, columns, [left, top, right, bottom]) {
 // lie on the part of the photo that the network was shown; elsewhere the level is -1.
 function enlarge(cells, rows, columns, width, height, placement = [0, 0, 1, 1], isFlat = false) {
   const [left, top, right, bottom] = placement;
-  const across = between(width, columns, left, right, isFlat);
-  const wide = new Float32Array(rows * width).fill(-1);
+  const across = between(width, columns, left, right, isFlat), down = between(height, rows, top, bottom, isFlat);
+  const wide = new Float32Array(rows * width);
   for (let row = 0; row < rows; row++) {
     const from = row * columns;
     across.forEach((seen, x) => {
@@ -209,25 +209,29 @@ function enlarge(cells, rows, columns, width, height, placement = [0, 0, 1, 1], 
       wide[row * width + x] = cells[from + first] * (1 - share) + cells[from + second] * share;
     });
   }
-  const large = new Float32Array(width * height).fill(-1);
+  const firstX = Math.max(across.findIndex(Boolean), 0), endX = across.findLastIndex(Boolean) + 1;
+  const large = new Float32Array(width * height);
   let peak = 0;
-  between(height, rows, top, bottom, isFlat).forEach((seen, y) => {
+  down.forEach((seen, y) => {
     if (!seen) return;
-    const [above, below, share] = seen;
-    for (let x = 0; x < width; x++) {
-      const value = wide[above * width + x] * (1 - share) + wide[below * width + x] * share;
-      large[y * width + x] = value;
+    const above = seen[0] * width, below = seen[1] * width, share = seen[2], from = y * width;
+    for (let x = firstX; x < endX; x++) {
+      const value = wide[above + x] * (1 - share) + wide[below + x] * share;
+      large[from + x] = value;
       if (value > peak) peak = value;
     }
   });
-  const most = strongest(cells, rows, columns, placement);
-  const scale = peak > 0 ? 255 * Math.max(most / peak, 1) : 0;
+  const scale = peak > 0 ? 255 * Math.max(strongest(cells, rows, columns, placement) / peak, 1) : 0;
+  const levels = new Int16Array(width * height).fill(-1);
   const rounded = new Uint8ClampedArray(1);  // a clamped array rounds what is put into it
-  return Int16Array.from(large, (value) => {
-    if (value < 0) return -1;
-    rounded[0] = value * scale;
-    return rounded[0];
+  down.forEach((seen, y) => {
+    if (!seen) return;
+    for (let pixel = y * width + firstX, end = y * width + endX; pixel < end; pixel++) {
+      rounded[0] = large[pixel] * scale;
+      levels[pixel] = rounded[0];
+    }
   });
+  return levels;
 }
 
 // Levels in the colours of a table (256 x RGB); those below `least`, and those below 0, stay clear.
@@ -638,6 +642,7 @@ class GradcamViewer extends HTMLElement {
       }
       if (json === null || json === undefined) return;
       const view = await read(json, address && new URL(address, document.baseURI));
+      view.photo = this.getAttribute("photo") || view.photo;
       if (turn === this.#asked) await this.#show(view);
       if (turn === this.#asked) this.#tell("gradcam-load", {});
     } catch (error) {
