@@ -1,8 +1,10 @@
 import asyncio
+import re
+import subprocess
+import sys
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from contextvars import ContextVar
@@ -10,10 +12,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import redis
 
 from gradcam_worker.client import poller
-from gradcam_worker.client.async_client import CALLS_AT_ONCE, AsyncGradcamClient
-from gradcam_worker.client.client import REDIS_RETRIES, GradcamClient
+from gradcam_worker.client.async_client import AsyncGradcamClient
+from gradcam_worker.client.calls import REDIS_RETRIES
+from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.errors import InvalidJob, LedgerUnavailable, UnknownJob, WaitTimeout
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.schemas.ids import new_id
@@ -37,6 +41,10 @@ def client(settings: Settings) -> Iterator[AsyncGradcamClient]:
     """A face of one client: each event loop may use it."""
     with GradcamClient(settings=settings, publish=RecordingPublisher()) as client:
         yield AsyncGradcamClient(client=client)
+
+
+def fail(ledger: RedisLedger, job_id: str) -> None:
+    ledger.finish(ledger.claim(ledger.read(job_id), WORKER).document, status="failed")
 
 
 @pytest.fixture
@@ -93,77 +101,208 @@ def test_a_thousand_wait_over_one_connection_and_hold_no_thread(
     client: AsyncGradcamClient, ledger: RedisLedger
 ) -> None:
     async def app() -> None:
-        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(4, "of-the-loop"))
         jobs = [Job.parse(FIELDS) for _ in range(1000)]
         ids = await client.submit_many(jobs)
         waiters = [asyncio.create_task(client.wait(job_id, WAIT_S)) for job_id in ids]
         await waits_until(lambda: subscribed(ledger, ids[-1]), "the last subscription")
         channels = [one["sub"] for one in ledger.server.redis.client_list(_type="pubsub")]
         assert [one for one in channels if one != "0"] == ["1000"]
-        names = [thread.name for thread in threading.enumerate()]
-        assert len([name for name in names if name.startswith("gradcam-client")]) <= CALLS_AT_ONCE
-        ours = ("of-the-loop", "gradcam-client")
-        assert len([name for name in names if not name.startswith(ours)]) <= others + 1
+        new = {one.name for one in threading.enumerate() if one not in others}
+        assert {name for name in new if not name.startswith("gradcam-client")} == {"gradcam-poller"}
         for job_id in ids:
             ledger.cancel(job_id)
         documents = await asyncio.gather(*waiters)
         assert [document.id for document in documents] == ids
 
-    others = threading.active_count()
+    others = threading.enumerate()
     asyncio.run(app())
 
 
-class Away(MemoryLedger):
-    """A ledger that answers to nobody until it is told to."""
+class Refusing(ThreadPoolExecutor):
+    """The default executor of an app that wants it for itself."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.back = threading.Event()
-
-    def submit_many(self, jobs: Sequence[Any], **options: Any) -> Any:
-        self.back.wait(WAIT_S)
-        return super().submit_many(jobs, **options)
+    def submit(self, call: Any, /, *args: Any, **options: Any) -> Any:
+        pytest.fail(f"{call} was put into the executor of the app")
 
 
-def test_a_ledger_that_is_away_holds_up_nobody_else_of_the_event_loop() -> None:
-    ledger = Away()
+def test_nothing_waits_in_the_executor_of_the_event_loop(settings: Settings, ledger: RedisLedger) -> None:
+    by_name = settings.changed(broker_url=settings.broker_url.replace("127.0.0.1", "localhost"))
+
+    async def app() -> None:
+        asyncio.get_running_loop().set_default_executor(Refusing())
+        async with AsyncGradcamClient(settings=by_name) as client:
+            job_id = await client.submit(**FIELDS)
+            fail(ledger, job_id)
+            assert (await client.wait(job_id, WAIT_S)).status == "failed"
+            assert (await client.retry(job_id)).status == "queued"
+            assert (await client.cancel(job_id)).status == "canceled"
+            assert (await client.statuses([job_id])).keys() == {job_id}
+
+    asyncio.run(app())
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that gives up soon."""
+    monkeypatch.setattr("gradcam_worker.client.client.TIMEOUT_S", 0.2)
+    monkeypatch.setattr("gradcam_worker.client.calls.REDIS_RETRIES", replace(REDIS_RETRIES, total_s=0.5))
+
+
+@pytest.mark.usefixtures("hasty")
+@pytest.mark.parametrize("away", ["silent", "closed"])
+def test_a_redis_that_is_away_holds_up_nothing_else_of_the_event_loop(
+    settings: Settings, silent_port: int, free_port: int, away: str
+) -> None:
+    url = f"redis://localhost:{silent_port if away == 'silent' else free_port}/0"
 
     async def app() -> None:
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1, "of-the-app"))
-        inner = GradcamClient(settings=Settings(), ledger=ledger, publish=RecordingPublisher())
-        async with AsyncGradcamClient(client=inner) as client:
-            submits = [asyncio.create_task(client.submit(**FIELDS)) for _ in range(50)]
+        async with AsyncGradcamClient(url, settings=settings) as client:
+            submits = [asyncio.create_task(client.submit(**FIELDS)) for _ in range(200)]
             await asyncio.sleep(0)
+            threads = {thread.name for thread in threading.enumerate() if thread not in before}
             assert await asyncio.to_thread(lambda: "unrelated") == "unrelated"
             assert not [one for one in submits if one.done()]
-            ledger.back.set()
-            assert len(set(await asyncio.gather(*submits))) == 50
+            assert threads <= {"gradcam-resolver"}
+            ended = await asyncio.gather(*submits, return_exceptions=True)
+        assert {type(one) for one in ended} == {LedgerUnavailable}
+        for error in ended:
+            assert isinstance(error, LedgerUnavailable)
+            assert str(error).endswith("was not accepted.")
+            assert (error.retryable, error.in_doubt) == (True, ())
 
+    before = threading.enumerate()
     asyncio.run(app())
 
 
-def test_who_waited_for_a_thread_does_not_wait_for_the_ledger_as_long_again(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("gradcam_worker.client.async_client.CALLS_AT_ONCE", 2)
-    monkeypatch.setattr("gradcam_worker.client.client.REDIS_RETRIES", replace(REDIS_RETRIES, total_s=0.5))
-    tries: Counter[str] = Counter()
+def test_what_cannot_be_reached_is_told_as_by_the_blocking_client(settings: Settings, free_port: int) -> None:
+    host = settings.broker_url.removeprefix("redis://").removesuffix("/0")
+    urls = {f"redis://me:wrong@{host}/0": False, f"redis://{host}/99": False}
+    urls["redis://nobody.invalid:6379/0"] = True
 
-    class Gone(MemoryLedger):
-        def submit_many(self, jobs: Sequence[Any], **_: Any) -> Any:
-            tries[jobs[0].id] += 1
-            message = "The ledger cannot be reached."
-            raise LedgerUnavailable(message)
+    async def submitted(url: str) -> LedgerUnavailable:
+        async with AsyncGradcamClient(url, settings=settings) as client:
+            with pytest.raises(LedgerUnavailable) as caught:
+                await client.submit(**FIELDS)
+            return caught.value
+
+    for url, retryable in urls.items():
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr("gradcam_worker.client.calls.REDIS_RETRIES", replace(REDIS_RETRIES, total_s=0))
+            error = asyncio.run(submitted(url))
+            with pytest.raises(LedgerUnavailable) as caught, GradcamClient(url, settings=settings) as client:
+                client.submit(**FIELDS)
+        assert str(error).endswith("was not accepted.")
+        assert (error.retryable, caught.value.retryable) == (retryable, retryable), url
+        ids = re.compile("job [0-9a-f-]+", re.IGNORECASE)
+        assert ids.sub("", str(error)) == ids.sub("", str(caught.value))
+
+
+def test_more_tasks_than_connections_wait_for_their_turn(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gradcam_worker.redis_server.async_client.MAX_CONNECTIONS", 2)
+    server = redis.Redis.from_url(settings.broker_url)
+    others = len(server.client_list())
 
     async def app() -> None:
-        inner = GradcamClient(settings=Settings(), ledger=Gone(), publish=RecordingPublisher())
-        jobs = [Job.parse(FIELDS) for _ in range(12)]
-        async with AsyncGradcamClient(client=inner) as client:
-            ended = await asyncio.gather(*map(client.submit, jobs), return_exceptions=True)
-        assert {type(one) for one in ended} == {LedgerUnavailable}
-        assert 1 <= tries[jobs[-1].id] < tries[jobs[0].id]
+        async with AsyncGradcamClient(settings=settings) as client:
+            job_id = await client.submit(**FIELDS)
+            found = await asyncio.gather(*[client.status(job_id) for _ in range(600)])
+            assert {one.id for one in found} == {job_id}
+            assert len(server.client_list()) <= others + 4, "two of the ledger, two of the queues"
+        assert len(server.client_list()) == others
 
     asyncio.run(app())
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_task_that_waits_in_vain_for_a_connection_is_told_what_for(
+    settings: Settings, silent_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gradcam_worker.redis_server.async_client.MAX_CONNECTIONS", 1)
+    monkeypatch.setattr("gradcam_worker.client.calls.REDIS_RETRIES", replace(REDIS_RETRIES, total_s=0))
+
+    async def app() -> None:
+        async with AsyncGradcamClient(f"redis://127.0.0.1:{silent_port}/0", settings=settings) as client:
+            calls = [client.submit(**FIELDS) for _ in range(2)]
+            said = sorted(str(one) for one in await asyncio.gather(*calls, return_exceptions=True))
+        assert [one for one in said if "all 1 connections of this process were in use for 0.2 s" in one]
+        assert all(one.endswith("was not accepted.") for one in said)
+
+    asyncio.run(app())
+
+
+def test_a_call_that_is_cancelled_leaves_nothing_behind_for_the_next(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gradcam_worker.redis_server.async_client.MAX_CONNECTIONS", 1)
+    server = redis.Redis.from_url(settings.broker_url)
+
+    async def app() -> None:
+        async with AsyncGradcamClient(settings=settings) as client:
+            ids = [await client.submit(**FIELDS) for _ in range(2)]
+            for _ in range(5):
+                server.client_pause(60_000, all=False)  # ms, of what may write
+                call = asyncio.create_task(client.submit(**FIELDS))
+                await asyncio.sleep(0.01)
+                call.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await call
+                server.client_unpause()
+                assert (await client.status(ids[1])).id == ids[1]
+
+    asyncio.run(app())
+
+
+FORKING = """
+import asyncio, os, signal, sys
+from gradcam_worker import AsyncGradcamClient
+from gradcam_worker.settings import Settings
+
+signal.alarm(60)
+client = AsyncGradcamClient(sys.argv[1], settings=Settings(key_prefix=sys.argv[2]))
+
+async def work():
+    job_id = await client.submit(image="s3://in/a.jpg", network="vgg16", target={"top_n": 1})
+    await client.cancel(job_id)
+    return (await client.wait(job_id, 30)).status
+
+async def parent():
+    before = await work()
+    child = os.fork()
+    if not child:
+        os._exit(7)
+    os.waitpid(child, 0)
+    return before, await work()
+
+print(asyncio.run(work()), flush=True)
+child = os.fork()  # after use, as a web server with workers does
+print(*asyncio.run(parent()), flush=True)
+if child:
+    os.waitpid(child, 0)
+"""
+
+
+def test_a_client_may_be_made_and_used_before_a_fork(settings: Settings) -> None:
+    command = [sys.executable, "-W", "error", "-c", FORKING, settings.broker_url, settings.key_prefix]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.stdout.split(), done.stderr) == (["canceled"] * 5, "")
+
+
+def test_connections_end_with_their_event_loop(client: AsyncGradcamClient, settings: Settings) -> None:
+    server = redis.Redis.from_url(settings.broker_url)
+    others = len(server.client_list())
+    for _ in range(3):
+        asyncio.run(client.statuses([]))
+        asyncio.run(client.statuses([new_id()]))
+    assert len(server.client_list()) == others, "closed by asyncio.run, though the client was not"
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(client.statuses([new_id()]))
+    loop.run_until_complete(client.close())
+    loop.close()
+    assert asyncio.run(client.statuses([new_id()])) == {}
+    assert len(server.client_list()) == others
 
 
 def test_the_context_of_whoever_awaits_a_call_is_that_of_its_thread() -> None:

@@ -16,7 +16,8 @@ import cv2
 import numpy as np
 import pytest
 
-from gradcam_worker.client.client import REDIS_RETRIES, GradcamClient
+from gradcam_worker.client.calls import REDIS_RETRIES
+from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.errors import IdempotencyConflict, InvalidJob, LedgerUnavailable
 from gradcam_worker.execution.handler import Disposition, JobHandler
 from gradcam_worker.execution.leases import LeaseManager
@@ -247,7 +248,7 @@ def test_a_submission_whose_reply_is_lost_is_sent_again_and_is_one_job(
 def test_whoever_never_hears_submits_again_and_gets_the_job_that_was_made(
     forgetful: Forgetful, settings: Settings, ledger: RedisLedger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gradcam_worker.client.client.REDIS_RETRIES", replace(REDIS_RETRIES, total_s=0.3))
+    monkeypatch.setattr("gradcam_worker.client.calls.REDIS_RETRIES", replace(REDIS_RETRIES, total_s=0.3))
     client, job = through(forgetful, settings), Job.parse(FIELDS)
     with pytest.raises(LedgerUnavailable, match="was accepted is not known"):
         client.submit(idempotency_key="k", **FIELDS)

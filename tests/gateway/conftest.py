@@ -53,7 +53,7 @@ def eager() -> Iterator[TestClient]:
     """An API whose jobs run as they are submitted."""
     images = {"s3://in/red.png": RED}
     client = eager_client(images)
-    objects = cast(MemoryObjects, client._objects)
+    objects = cast(MemoryObjects, client.calls._objects)
     with serving(client, PresignableObjects(objects.store, objects.images)) as http:
         yield http
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from gradcam_worker.client.client import REDIS_RETRIES, GradcamClient
+from gradcam_worker.client.calls import REDIS_RETRIES
+from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.errors import InvalidJob, LedgerUnavailable, UnknownJob
 from gradcam_worker.ledger.dead_letters import DeadLetter, DeadLetters, make_replay, make_replay_id
 from gradcam_worker.ledger.ledger import Ledger
@@ -194,7 +195,7 @@ def test_an_unreachable_ledger_ends_a_replay(setup: Setup, monkeypatch: pytest.M
         raise LedgerUnavailable(message)
 
     monkeypatch.setattr(setup.ledger, "submit_many", away)
-    monkeypatch.setattr("gradcam_worker.client.client.REDIS_RETRIES", replace(REDIS_RETRIES, total_s=0.1))
+    monkeypatch.setattr("gradcam_worker.client.calls.REDIS_RETRIES", replace(REDIS_RETRIES, total_s=0.1))
     with pytest.raises(LedgerUnavailable):
         list(setup.dead.replay(letters, FAST))
     assert len(setup.dead.find()) == 1

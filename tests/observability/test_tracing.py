@@ -55,7 +55,7 @@ class Office:
         provider.add_span_processor(SimpleSpanProcessor(self.exporter))
         self.tracer = provider.get_tracer("test")
         self.client = GradcamClient(settings=Settings(), ledger=self.ledger, publish=self.published)
-        self.client._traces = self.traces = Traces(self.tracer)
+        self.client.calls._traces = self.traces = Traces(self.tracer)
 
     def handle(self, payload: Any, kind: Any = Job) -> StatusDocument:
         me = WorkerRef(id="w", device="cpu")
@@ -152,7 +152,7 @@ def test_a_job_goes_on_in_the_trace_that_it_names(office: Office) -> None:
 
 
 def test_a_caller_who_has_a_span_is_followed_though_this_process_makes_none(office: Office) -> None:
-    office.client._traces = tracing.NO_TRACES
+    office.client.calls._traces = tracing.NO_TRACES
     with office.tracer.start_as_current_span("request") as request:
         office.run()
         office.client.submit_many([FIELDS])
@@ -287,7 +287,7 @@ def test_a_delivery_in_vain_is_seen(office: Office) -> None:
 
 
 def test_without_traces_a_receiver_gets_no_header_and_the_log_still_names_the_trace(office: Office) -> None:
-    office.traces = office.client._traces = tracing.NO_TRACES
+    office.traces = office.client.calls._traces = tracing.NO_TRACES
     heard = Heard()
     with deliveries(office, heard, traceparent=TRACEPARENT) as document:
         pass

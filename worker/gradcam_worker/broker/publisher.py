@@ -9,11 +9,12 @@ import uuid
 from collections.abc import Iterable
 from datetime import datetime
 from itertools import islice
-from typing import Any
 
 from gradcam_worker.broker import envelope
 from gradcam_worker.errors import BrokerUnavailable
+from gradcam_worker.redis_server.async_client import AsyncRedisClients
 from gradcam_worker.redis_server.client import RedisClients
+from gradcam_worker.resilience.blocking import blocking
 from gradcam_worker.schemas.work import ROUTE, Work, terms_of
 from gradcam_worker.settings import Settings
 
@@ -46,20 +47,29 @@ class Publisher:
     would share them, and they outlive a fork.
     """
 
-    def __init__(self, settings: Settings, *, timeout_s: float = 10) -> None:
+    def __init__(
+        self, settings: Settings, *, timeout_s: float = 10, connect: type[RedisClients] = RedisClients
+    ) -> None:
         """Nothing is connected yet.
 
         Args:
             settings: The broker's address and the prefix of its keys.
             timeout_s: How long one answer may take. No call is retried.
+            connect: Makes the clients of the broker.
         """
+        self._settings, self._timeout_s = settings, timeout_s
         self._prefix = settings.key_prefix
-        self._clients = RedisClients(
+        self._clients = connect(
             settings, settings.broker_url, BrokerUnavailable, timeout_s=timeout_s, retries=0
         )
         self.close, self.read_mode = self._clients.close, self._clients.read_mode
 
-    def publish(self, jobs: Iterable[tuple[Work, datetime | None]]) -> None:
+    def for_asyncio(self) -> "Publisher":
+        """The same, for event loops: `publish` and `republish` must be awaited there."""
+        return Publisher(self._settings, timeout_s=self._timeout_s, connect=AsyncRedisClients)
+
+    @blocking
+    async def publish(self, jobs: Iterable[tuple[Work, datetime | None]]) -> None:
         """Publish jobs in order.
 
         Args:
@@ -70,47 +80,36 @@ class Publisher:
             BrokerUnavailable: Some of the messages may have been published.
         """
         routed = ((terms_of(job).route, job, at) for job, at in jobs)
-        self._push((route, _message(job.id, route, job.to_json(), at)) for route, job, at in routed)
+        await self._push((route, _message(job.id, route, job.to_json(), at)) for route, job, at in routed)
 
-    def republish(self, job_ids: Iterable[str], priority: str) -> None:
+    @blocking
+    async def republish(self, job_ids: Iterable[str], priority: str) -> None:
         """Publish jobs that are in the ledger: their ids are sufficient. Raises BrokerUnavailable."""
-        self._push(
+        await self._push(
             (priority, _message(job_id, priority, json.dumps({"id": job_id}), entered_at=None))
             for job_id in job_ids
         )
 
-    def _push(self, messages: Iterable[tuple[str, str]]) -> None:
+    async def _push(self, messages: Iterable[tuple[str, str]]) -> None:
         remaining = iter(messages)
         while batch := list(islice(remaining, MAX_BATCH)):
             queued: dict[str, list[str]] = {}
             for priority, text in batch:
                 queued.setdefault(priority, []).append(text)
-            self._send(queued)
+            await self._clients.ask_each(
+                [("LPUSH", self._key(priority), *texts) for priority, texts in queued.items()]
+            )
 
-    def _send(self, queued: dict[str, list[str]]) -> None:
-        with (
-            self._clients.translate_errors(),
-            self._clients.get_client().pipeline(transaction=False) as pipeline,
-        ):
-            for priority, texts in queued.items():
-                pipeline.lpush(self._key(priority), *texts)
-            pipeline.execute()
-
-    def queue_length(self, priority: str) -> int:
+    @blocking
+    async def queue_length(self, priority: str) -> int:
         """Return the number of messages that wait with a priority. Raises BrokerUnavailable."""
-        with self._clients.translate_errors():
-            length: Any = self._clients.get_client().llen(self._key(priority))
+        (length,) = await self._clients.ask_each([("LLEN", self._key(priority))])
         return int(length)
 
-    def any_waiting(self) -> bool:
+    @blocking
+    async def any_waiting(self) -> bool:
         """Whether any queue has a message. Raises BrokerUnavailable."""
-        with (
-            self._clients.translate_errors(),
-            self._clients.get_client().pipeline(transaction=False) as pipeline,
-        ):
-            for priority in ROUTES:
-                pipeline.llen(self._key(priority))
-            return any(pipeline.execute())
+        return any(await self._clients.ask_each([("LLEN", self._key(priority)) for priority in ROUTES]))
 
     def _key(self, priority: str) -> str:
         queue, number = ROUTES[priority]

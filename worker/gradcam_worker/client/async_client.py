@@ -5,10 +5,11 @@
 ...     async for document in job.stream():
 ...         print(document.status, document.stage)
 
-Other calls run in threads of the client's own, at most `CALLS_AT_ONCE`: an unreachable Redis does not block
-the event loop's default executor. The time that a call waits for a thread shortens its retries, see
-`client.client.REDIS_RETRIES`. Cancelling the task that awaits a call does not undo the call: a job whose
-submission was cancelled may have been accepted.
+Redis is asked by redis.asyncio, on a few connections of each event loop, which are closed with the loop. One
+thread of the process reads what waits and streams are about, whatever their number. Only S3 and files are
+asked in threads, at most `THREADS` of the client's own: no call waits for the event loop's default executor.
+Cancelling the task that awaits a call does not undo the call: a job whose submission was cancelled may have
+been accepted.
 """
 
 import asyncio
@@ -16,25 +17,27 @@ import builtins
 import contextvars
 import functools
 import os
-import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, closing, suppress
+from copy import copy
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar, Unpack, overload
 
-from gradcam_worker.client.client import GradcamClient, call_after_wait
+from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.client.job_fields import Classes, Image, ListConditions, TopN, WithTarget
 from gradcam_worker.client.job_handle import AsyncJobHandle
 from gradcam_worker.client.waiter import Subscription
 from gradcam_worker.client.webhooks import Webhooks
 from gradcam_worker.errors import WaitTimeout
+from gradcam_worker.ledger.ledger import Tenant
+from gradcam_worker.schemas.fleet import NetworkOffer, WorkerReport
 from gradcam_worker.schemas.job import Job
 from gradcam_worker.schemas.listing import MAX_PAGE, JobQuery
 from gradcam_worker.schemas.status import StatusDocument
 from gradcam_worker.settings import Settings
 
-CALLS_AT_ONCE = 32
+THREADS = 8  # for S3 and files
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -42,11 +45,12 @@ R = TypeVar("R")
 def _awaitable(
     method: Callable[Concatenate[GradcamClient, P], R],
 ) -> Callable[Concatenate["AsyncGradcamClient", P], Coroutine[Any, Any, R]]:
-    """A method of the client, called in a thread."""
+    """The method of this name of `ClientCalls`, with the parameters of the client's."""
 
     @functools.wraps(method)
     async def call(self: "AsyncGradcamClient", /, *args: P.args, **kwargs: P.kwargs) -> R:
-        return await self._call(functools.partial(method, self.client, *args, **kwargs))
+        result: R = await getattr(self.calls, method.__name__)(*args, **kwargs)
+        return result
 
     return call
 
@@ -74,6 +78,7 @@ class AsyncGradcamClient:
             InvalidSettings: a URL or a setting is not what it should be.
         """
         self.client = client or GradcamClient(broker_url, status_url, settings=settings)
+        self.calls = self.client.calls.for_asyncio(self._call_blocking)
         self._threads: dict[int, ThreadPoolExecutor] = {}  # by process: they do not survive a fork
 
     status = _awaitable(GradcamClient.status)
@@ -81,10 +86,16 @@ class AsyncGradcamClient:
     cancel = _awaitable(GradcamClient.cancel)
     retry = _awaitable(GradcamClient.retry)
     result = _awaitable(GradcamClient.result)
-    networks = _awaitable(GradcamClient.networks)
-    workers = _awaitable(GradcamClient.workers)
     list_page = _awaitable(GradcamClient.list_page)
     webhooks = Webhooks()
+
+    async def networks(self) -> tuple[NetworkOffer, ...]:
+        """See `GradcamClient.networks`."""
+        return (await self.calls.fleet()).networks
+
+    async def workers(self) -> tuple[WorkerReport, ...]:
+        """See `GradcamClient.workers`."""
+        return (await self.calls.fleet()).workers
 
     @overload
     async def submit(
@@ -110,15 +121,14 @@ class AsyncGradcamClient:
         self, job: Job | Mapping[str, Any] | None = None, /, *, retry_failed: bool = False, **fields: Any
     ) -> AsyncJobHandle:
         """See `GradcamClient.submit`."""
-        submit = functools.partial(self.client.submit, retry_failed=retry_failed, **fields)
-        return AsyncJobHandle(await self._call(submit if job is None else lambda: submit(job)), self)
+        return AsyncJobHandle(await self.calls.submit(job, retry_failed=retry_failed, **fields), self)
 
     async def submit_many(
         self, jobs: Iterable[Job | Mapping[str, Any]], *, retry_failed: bool = False
     ) -> builtins.list[AsyncJobHandle]:
         """See `GradcamClient.submit_many`."""
-        submit = functools.partial(self.client.submit_many, jobs, retry_failed=retry_failed)
-        return [AsyncJobHandle(job_id, self) for job_id in await self._call(submit)]
+        ids = await self.calls.submit_many(jobs, retry_failed=retry_failed)
+        return [AsyncJobHandle(job_id, self) for job_id in ids]
 
     @overload
     async def upload_and_submit(
@@ -166,9 +176,8 @@ class AsyncGradcamClient:
         **fields: Any,
     ) -> AsyncJobHandle:
         """See `GradcamClient.upload_and_submit`."""
-        submit: Callable[..., str] = self.client.upload_and_submit
-        call = functools.partial(submit, image, to=to, retry_failed=retry_failed, **fields)
-        return AsyncJobHandle(await self._call(call), self)
+        upload = self.calls.upload_and_submit(image, to=to, retry_failed=retry_failed, **fields)
+        return AsyncJobHandle(await upload, self)
 
     def job(self, job_id: str) -> AsyncJobHandle:
         """See `GradcamClient.job`. It needs no server, and so is not awaited."""
@@ -186,8 +195,9 @@ class AsyncGradcamClient:
             query = query.model_copy(update={"cursor": page.cursor})
 
     async def close(self) -> None:
-        """See `GradcamClient.close`; the threads end after the calls that run."""
-        await self._call(self.client.close)
+        """See `GradcamClient.close`. Connections of other event loops are closed with these."""
+        await self.calls.close()
+        await self._call_blocking(self.client.close)
         if pool := self._threads.pop(os.getpid(), None):
             pool.shutdown(wait=False)
 
@@ -204,12 +214,12 @@ class AsyncGradcamClient:
         self, job_id: str, timeout_s: float | None = None
     ) -> AsyncGenerator[StatusDocument, None]:
         """See `GradcamClient.stream`. To leave the loop early, use `contextlib.aclosing`."""
-        loop, woken, waiter = asyncio.get_running_loop(), asyncio.Event(), self.client.waiter
+        loop, woken = asyncio.get_running_loop(), asyncio.Event()
         wake = functools.partial(loop.call_soon_threadsafe, woken.set)
         subscription = Subscription(job_id, wake, timeout_s)
-        subscription.notify(await self._call(functools.partial(waiter.read, subscription.job_id)))
+        subscription.notify(await self.calls.read_update(subscription.job_id))
         try:
-            with closing(waiter.follow(subscription)) as steps:
+            with closing(self.client.waiter.follow(subscription)) as steps:
                 for step in steps:
                     if isinstance(step, StatusDocument):
                         yield step
@@ -219,16 +229,21 @@ class AsyncGradcamClient:
                                 await woken.wait()
                         woken.clear()
         except WaitTimeout as late:
-            raise await self._call(functools.partial(waiter.with_cause, late)) from None
+            raise await self.calls.with_cause(late) from None
 
-    async def _call(self, method: Callable[[], R]) -> R:
-        """Call a method in a thread, in the caller's context."""
+    def as_tenant(self, tenant: Tenant | None) -> Self:
+        """See `GradcamClient.as_tenant`. It needs no server, and so is not awaited."""
+        client = copy(self)
+        client.client, client.calls = self.client.as_tenant(tenant), self.calls.as_tenant(tenant)
+        return client
+
+    async def _call_blocking(self, call: Callable[[], R], /) -> R:
+        """Make a call that blocks in a thread, in the caller's context."""
         pid = os.getpid()
         if pid not in self._threads:
-            self._threads = {pid: ThreadPoolExecutor(CALLS_AT_ONCE, "gradcam-client")}
-        in_context = contextvars.copy_context().run
-        call = functools.partial(in_context, call_after_wait, time.monotonic(), method)
-        return await asyncio.get_running_loop().run_in_executor(self._threads[pid], call)
+            self._threads = {pid: ThreadPoolExecutor(THREADS, "gradcam-client")}
+        in_context = functools.partial(contextvars.copy_context().run, call)
+        return await asyncio.get_running_loop().run_in_executor(self._threads[pid], in_context)
 
     async def __aenter__(self) -> Self:
         """Nothing is connected yet."""

@@ -7,72 +7,37 @@
 """
 
 import builtins
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextvars import ContextVar
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import copy
 from pathlib import Path
-from typing import Any, Generic, Self, TypeVar, Unpack, overload
+from typing import Any, Self, Unpack, overload
 
-from gradcam_worker.broker import envelope, publisher
+from gradcam_worker.broker.publisher import Publisher
 from gradcam_worker.client import results
-from gradcam_worker.client.fleet import read_fleet
-from gradcam_worker.client.job_fields import Classes, Image, ListConditions, TopN, WithTarget, as_job
+from gradcam_worker.client.calls import ClientCalls
+from gradcam_worker.client.job_fields import Classes, Image, ListConditions, TopN, WithTarget
 from gradcam_worker.client.job_handle import JobHandle
 from gradcam_worker.client.results import Objects, Result
 from gradcam_worker.client.waiter import JobWaiter
 from gradcam_worker.client.webhooks import Webhooks
-from gradcam_worker.errors import (
-    BrokerUnavailable,
-    IdempotencyConflict,
-    InvalidJob,
-    LedgerUnavailable,
-    RedisUnavailable,
-    with_sentence,
-)
-from gradcam_worker.ledger.ledger import Ledger
+from gradcam_worker.ledger.ledger import Ledger, Tenant
 from gradcam_worker.ledger.redis.store import RedisLedger
-from gradcam_worker.observability import tracing
-from gradcam_worker.resilience.retry import HALF_OR_MORE, Retries, RetryPolicy
+from gradcam_worker.resilience.blocking import run_blocking
 from gradcam_worker.schemas.fleet import NetworkOffer, WorkerReport
-from gradcam_worker.schemas.job import Job, describe_missing_scheme
+from gradcam_worker.schemas.job import Job
 from gradcam_worker.schemas.listing import MAX_PAGE, JobPage, JobQuery
 from gradcam_worker.schemas.status import StatusDocument
 from gradcam_worker.settings import Settings
-from gradcam_worker.text.log_events import EventLogger
-
-log = EventLogger("gradcam")
 
 TIMEOUT_S = 2  # for one answer of Redis: a web request is waiting
-CHUNK, CHUNK_BYTES = 500, 4 * 1024**2  # jobs, and their bytes as JSON, of one round trip of `submit_many`
-PUBLISHED_LATER = "The jobs are accepted; a worker publishes them within a minute."
-T = TypeVar("T")
-_waited_s: ContextVar[float] = ContextVar(
-    "gradcam_waited_s", default=0
-)  # that a call had to wait for a thread
-
-
-def _hopeless(error: Exception) -> bool:
-    return isinstance(error, RedisUnavailable) and not error.retryable
-
-
-# A web request is waiting: an unreachable Redis is asked again for a few seconds, with short pauses.
-REDIS_RETRIES = RetryPolicy(
-    first_s=0.25,
-    max_s=0.5,
-    jitter=HALF_OR_MORE,
-    total_s=5.0,
-    errors=(LedgerUnavailable, BrokerUnavailable),
-    hopeless=_hopeless,
-)
 
 
 class GradcamClient:
     """Submits jobs and reads their state and results.
 
-    It may be shared between threads and created before a process forks. While Redis is unreachable, a call is
-    retried for a few seconds (`REDIS_RETRIES`), then raises LedgerUnavailable, which says whether the job was
-    accepted. A refused password, user or database is not retried.
+    It may be shared between threads and created before a process forks. While Redis is unreachable, a call
+    is retried for a few seconds (`client.calls.REDIS_RETRIES`), then raises LedgerUnavailable, which says
+    whether the job was accepted. A refused password, user or database is not retried.
 
     Examples:
         >>> client = GradcamClient("redis://127.0.0.1:6379/0")
@@ -108,11 +73,10 @@ class GradcamClient:
         """
         change = settings.changed if settings else Settings.from_environment
         self._settings = settings = change(broker_url=broker_url, ledger_url=status_url)
-        self._traces = tracing.connect(settings.traces, "gradcam-client")
-        self._ledger = ledger or RedisLedger(settings, timeout_s=TIMEOUT_S, retries=0)
-        self.waiter = JobWaiter(self._ledger)
-        self._publisher, self._publish = publisher.Publisher(settings, timeout_s=TIMEOUT_S), publish
-        self._objects = objects or results.SettingsObjects(settings)
+        self._ledger = ledger = ledger or RedisLedger(settings, timeout_s=TIMEOUT_S, retries=0)
+        queues = publish or Publisher(settings, timeout_s=TIMEOUT_S)
+        self.calls = ClientCalls(settings, ledger, queues, objects or results.SettingsObjects(settings))
+        self.waiter = JobWaiter(ledger)
 
     @overload
     def submit(
@@ -161,24 +125,7 @@ class GradcamClient:
             >>> job.wait().status
             'succeeded'
         """
-        if job is not None and fields:
-            message = f"Give a job or its fields, not both: {', '.join(fields)} came with a job."
-            raise InvalidJob(message)
-        job = as_job(fields if job is None else job)
-        with self._traces.start_span("submit", job.traceparent, kind="PRODUCER", job_id=job.id):
-            return JobHandle(self._submit(_with_trace(job), retry_failed=retry_failed), self)
-
-    def _submit(self, job: Job, *, retry_failed: bool) -> str:
-        self._check(job)
-        retries = _retries()
-        (entered,) = self._enter([job], retries, retry_failed=retry_failed)
-        if isinstance(entered, IdempotencyConflict):
-            raise entered
-        if entered.status == "failed":
-            hint = "retry, or retry_failed=True, tries it again"
-            log.info("job_failed_before", job_id=entered.id, reason=hint)
-        self._publish_entered([(job, entered)], retries)
-        return entered.id
+        return JobHandle(run_blocking(self.calls.submit(job, retry_failed=retry_failed, **fields)), self)
 
     def submit_many(
         self, jobs: Iterable[Job | Mapping[str, Any]], *, retry_failed: bool = False
@@ -202,100 +149,8 @@ class GradcamClient:
             >>> uris = (f"s3://in/{number}.jpg" for number in range(1000))
             >>> client.submit_many({"image": uri, "network": "vgg16", "top_n": 1} for uri in uris)
         """
-        ids: builtins.list[JobHandle] = []
-        published, left = True, iter(jobs)
-        while True:
-            chunk, problem = self._next_chunk(left)
-            if not chunk and not problem:
-                return ids
-            try:
-                entered = self._enter(chunk, _retries(), retry_failed=retry_failed) if chunk else []
-            except LedgerUnavailable as error:
-                error.accepted = tuple(ids)
-                raise
-            accepted = []
-            for job, held in zip(chunk, entered, strict=False):
-                if isinstance(held, IdempotencyConflict):
-                    problem = held
-                else:
-                    accepted.append((job, held))
-            ids += [JobHandle(held.id, self) for _, held in accepted]
-            # A broker that has been out of reach for so long is not waited for with every chunk again.
-            published = self._publish_entered(accepted, _retries(once=not published))
-            if problem:
-                raise _with_number(problem, ids) from problem
-
-    def _next_chunk(
-        self, left: Iterator[Job | Mapping[str, Any]]
-    ) -> tuple[builtins.list[Job], Exception | None]:
-        """The next jobs, checked, and the error of the one after them, if any; no jobs at the end."""
-        chunk: builtins.list[Job] = []
-        size = 0
-        try:
-            for job_or_fields in left:
-                job = _with_trace(as_job(job_or_fields))
-                size += self._check(job)
-                chunk.append(job)
-                if len(chunk) >= CHUNK or size >= CHUNK_BYTES:
-                    break
-        except Exception as error:  # noqa: BLE001  # the caller's generator may raise anything; raised later
-            return chunk, error
-        return chunk, None
-
-    def _check(self, job: Job) -> int:
-        """The size of a job in bytes. Raises InvalidJob where no worker would accept it."""
-        text = job.to_json().encode()
-        envelope.check_job(text, self._settings.max_message_bytes)
-        if why := describe_missing_scheme(job.image.uri):
-            message = f"This is not a job: image.uri: {why}; upload_and_submit takes a file of this machine."
-            raise InvalidJob(message)
-        return len(text)
-
-    def _enter(
-        self, jobs: Sequence[Job], retries: Retries, *, retry_failed: bool
-    ) -> builtins.list[StatusDocument | IdempotencyConflict]:
-        """Enter jobs in the ledger: see `Ledger.submit_many`. It is idempotent."""
-        submit = _TrackingDoubt(lambda: self._ledger.submit_many(jobs, retry_failed=retry_failed))
-        try:
-            return retries.call(submit)
-        except LedgerUnavailable as error:
-            which = f"job {jobs[0].id} was" if len(jobs) == 1 else f"{len(jobs)} jobs were"
-            if not submit.in_doubt:
-                known = f"{which[0].upper()}{which[1:]} not accepted."
-                raise with_sentence(error, known) from error
-            again = "submit again with the same id, or idempotency key, and nothing runs twice"
-            doubt = with_sentence(error, f"Whether {which} accepted is not known: {again}.")
-            doubt.in_doubt = tuple(job.id for job in jobs)
-            raise doubt from error
-
-    def _publish_entered(self, entered: Sequence[tuple[Job, StatusDocument]], retries: Retries) -> bool:
-        """Publish jobs that are queued in the ledger; return whether the broker could be reached.
-
-        A job that was entered before is published again: its message may have been lost.
-        """
-        waiting = [
-            (job.model_copy(update={"id": held.id}), held) for job, held in entered if held.status == "queued"
-        ]
-
-        def publish() -> None:
-            if self._publish:
-                for job, _ in waiting:
-                    self._publish(job)
-            else:
-                self._publisher.publish((job, held.created_at) for job, held in waiting)
-
-        try:
-            retries.call(publish)
-        except BrokerUnavailable as error:
-            log.warning(
-                "publish_failed",
-                job_id=waiting[0][0].id,
-                jobs=len(waiting),
-                error=error,
-                reason=PUBLISHED_LATER,
-            )
-            return False
-        return True
+        ids = run_blocking(self.calls.submit_many(jobs, retry_failed=retry_failed))
+        return [JobHandle(job_id, self) for job_id in ids]
 
     def job(self, job_id: str) -> JobHandle:
         """A handle of a job that was submitted elsewhere. No server is asked: it may be unknown.
@@ -324,7 +179,7 @@ class GradcamClient:
             UnknownJob: the ledger has no such job, or its time there has passed.
             LedgerUnavailable: the ledger cannot be reached.
         """
-        return self._retry(lambda: self._ledger.read(job_id))
+        return run_blocking(self.calls.status(job_id))
 
     def statuses(self, job_ids: Iterable[str]) -> dict[str, StatusDocument]:
         """What is known about many jobs, in one round trip.
@@ -338,8 +193,7 @@ class GradcamClient:
         Raises:
             LedgerUnavailable: the ledger cannot be reached.
         """
-        ids = [str(job_id) for job_id in job_ids]
-        return self._retry(lambda: self._ledger.read_many(ids))
+        return run_blocking(self.calls.statuses(job_ids))
 
     def cancel(self, job_id: str) -> StatusDocument:
         """Stop a job: one that waits is `canceled` at once, a running one as soon as its worker sees it.
@@ -354,7 +208,7 @@ class GradcamClient:
             UnknownJob: the ledger has no such job.
             LedgerUnavailable: the ledger cannot be reached; the message says whether the job may be canceled.
         """
-        return self._change(lambda: self._ledger.cancel(job_id), f"job {job_id} was", "cancelled")
+        return run_blocking(self.calls.cancel(job_id))
 
     def retry(self, job_id: str) -> StatusDocument:
         """Try a failed job again, as the same one: its id, its idempotency key and its webhooks stay.
@@ -373,27 +227,7 @@ class GradcamClient:
             UnknownJob: the ledger has no such job.
             LedgerUnavailable: the ledger cannot be reached; the message says whether the job may be queued.
         """
-        document = self._change(lambda: self._ledger.retry(job_id), f"job {job_id} is", "tried again")
-        try:
-            job = self._retry(lambda: self._ledger.read_job(document.id))
-        except LedgerUnavailable as error:
-            log.warning("publish_failed", job_id=document.id, jobs=1, error=error, reason=PUBLISHED_LATER)
-            return document
-        if isinstance(job, Job):
-            self._publish_entered([(job, document)], _retries())
-        return document
-
-    def _change(self, change: Callable[[], T], which: str, done: str) -> T:
-        tracked = _TrackingDoubt(change)
-        try:
-            return self._retry(tracked)
-        except LedgerUnavailable as error:
-            doubt = f"Whether {which} {done} is not known: ask again."
-            known = f"{which[0].upper()}{which[1:]} not {done}."
-            raise with_sentence(error, doubt if tracked.in_doubt else known) from error
-
-    def _retry(self, call: Callable[[], T]) -> T:
-        return _retries().call(call)
+        return run_blocking(self.calls.retry(job_id))
 
     def result(self, job_id: str, *, manifest_uri: str | None = None, expires_s: int = 3600) -> Result:
         """The result of a job that succeeded: its manifest, and a presigned URL for each artifact.
@@ -423,8 +257,7 @@ class GradcamClient:
             >>> [(overlay.class_name, overlay.url) for overlay in result.overlays]
             >>> result.save("explained")
         """
-        uri = manifest_uri or results.manifest_uri(self.status(job_id))
-        return results.read(str(job_id), uri, self._objects, expires_s)
+        return run_blocking(self.calls.result(job_id, manifest_uri=manifest_uri, expires_s=expires_s))
 
     @overload
     def upload_and_submit(
@@ -495,11 +328,8 @@ class GradcamClient:
         Examples:
             >>> job = client.upload_and_submit("pier.jpg", network="vgg16", top_n=5)
         """
-        upload = results.prepare_upload(image, to or self._settings.uploads, self._settings.max_image_bytes)
-        job = as_job({**fields, "image": {"uri": upload.uri, "sha256": upload.sha256}})
-        self._check(job)
-        self._objects.put(upload.uri, upload.data, upload.media_type)
-        return self.submit(job, retry_failed=retry_failed)
+        upload = self.calls.upload_and_submit(image, to=to, retry_failed=retry_failed, **fields)
+        return JobHandle(run_blocking(upload), self)
 
     def list(self, **conditions: Unpack[ListConditions]) -> Iterator[StatusDocument]:
         """Jobs, newest first; they are read in pages, while they are taken.
@@ -547,7 +377,7 @@ class GradcamClient:
             >>> page = client.list_page(JobQuery(status="failed", limit=20))
             >>> client.list_page(JobQuery(status="failed", limit=20, cursor=page.cursor))
         """
-        return self._retry(lambda: self._ledger.list_jobs(query))
+        return run_blocking(self.calls.list_page(query))
 
     def networks(self) -> tuple[NetworkOffer, ...]:
         """The networks that live workers offer, by name.
@@ -564,7 +394,7 @@ class GradcamClient:
             >>> [network.name for network in client.networks()]
             ['efficientnet_lite0', 'vgg16']
         """
-        return read_fleet(self._retry(self._ledger.find_workers)).networks
+        return run_blocking(self.calls.fleet()).networks
 
     def workers(self) -> tuple[WorkerReport, ...]:
         """The workers that live: they have reported within the last seconds.
@@ -580,7 +410,7 @@ class GradcamClient:
             >>> any(not worker.trouble for worker in client.workers())
             True
         """
-        return read_fleet(self._retry(self._ledger.find_workers)).workers
+        return run_blocking(self.calls.fleet()).workers
 
     def is_upload(self, uri: str, *others: str) -> bool:
         """Whether a URI lies below GRADCAM_UPLOADS, or below one of `others`.
@@ -640,13 +470,28 @@ class GradcamClient:
             >>> for document in client.stream(job_id):
             ...     print(document.status, document.stage)
         """
-        return self.waiter.stream(job_id, timeout_s)
+        return self.waiter.stream(job_id, timeout_s, self.calls.owner)
+
+    def as_tenant(self, tenant: Tenant | None) -> Self:
+        """The client of one tenant: it submits jobs of this tenant, and finds no other ones.
+
+        For servers that have many users. It shares the connections of this client, and is made for each
+        request; closing one closes all.
+
+        Args:
+            tenant: the tenant; None: nobody, who finds the jobs of all.
+
+        Returns:
+            The client.
+        """
+        client = copy(self)
+        client.calls = self.calls.as_tenant(tenant)
+        return client
 
     def close(self) -> None:
         """Close every connection: waits end with LedgerUnavailable. Used again, the client connects again."""
         self.waiter.close()
-        self._ledger.close()
-        self._publisher.close()
+        run_blocking(self.calls.close())
 
     def __enter__(self) -> Self:
         """Nothing is connected yet."""
@@ -655,46 +500,3 @@ class GradcamClient:
     def __exit__(self, *_: object) -> None:
         """See `close`."""
         self.close()
-
-
-def _with_trace(job: Job) -> Job:
-    """The job with the current span as its trace parent, unless it has one."""
-    traceparent = job.traceparent or tracing.current_traceparent()
-    return job if traceparent == job.traceparent else job.model_copy(update={"traceparent": traceparent})
-
-
-class _TrackingDoubt(Generic[T]):
-    """A change of the ledger that may be tried more than once; `in_doubt`: a failed try may have done it."""
-
-    def __init__(self, change: Callable[[], T]) -> None:
-        self._change, self.in_doubt = change, False
-
-    def __call__(self) -> T:
-        try:
-            return self._change()
-        except LedgerUnavailable as error:
-            self.in_doubt = self.in_doubt or not error.changed_nothing
-            raise
-
-
-def call_after_wait(requested_at: float, method: Callable[[], T]) -> T:
-    """Call a method of a client; the time since `requested_at` (`time.monotonic`) shortens its retries."""
-    _waited_s.set(time.monotonic() - requested_at)
-    return method()
-
-
-def _retries(*, once: bool = False) -> Retries:
-    left_s = max(REDIS_RETRIES.total_s - _waited_s.get(), 0)
-    _waited_s.set(0)  # it counts once
-    policy = replace(REDIS_RETRIES, total_s=left_s)
-    return (replace(policy, max_tries=1) if once else policy).start()
-
-
-def _with_number(problem: Exception, accepted: Sequence[str]) -> Exception:
-    """The error with the number of its job, and the ids of the jobs before it, which are accepted."""
-    if not isinstance(problem, InvalidJob | IdempotencyConflict):
-        log.warning("submit_many_interrupted", accepted=len(accepted), error=problem)
-        return problem
-    numbered = type(problem)(f"Job number {len(accepted) + 1} of those given: {problem}")
-    numbered.accepted = tuple(accepted)
-    return numbered

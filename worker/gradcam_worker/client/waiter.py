@@ -19,6 +19,7 @@ from contextlib import closing
 from gradcam_worker.client.poller import StatusPoller, StatusUpdate
 from gradcam_worker.errors import LedgerUnavailable, WaitTimeout, with_sentence
 from gradcam_worker.ledger.ledger import Ledger
+from gradcam_worker.resilience.blocking import awaited, run_blocking
 from gradcam_worker.schemas.status import StatusDocument
 from gradcam_worker.text.visible import counted
 
@@ -112,11 +113,13 @@ class JobWaiter:
         self._ledger = ledger
         self._pollers: dict[int, StatusPoller] = {}  # by process id: threads do not survive a fork
 
-    def stream(self, job_id: str, timeout_s: float | None = None) -> Iterator[StatusDocument]:
+    def stream(
+        self, job_id: str, timeout_s: float | None = None, owner: str | None = None
+    ) -> Iterator[StatusDocument]:
         """See `gradcam_worker.client.client.GradcamClient.stream`."""
         woken = threading.Event()
         subscription = Subscription(job_id, woken.set, timeout_s)
-        subscription.notify(self.read(subscription.job_id))
+        subscription.notify(run_blocking(read_update(self._ledger, subscription.job_id, owner)))
         try:
             with closing(self.follow(subscription)) as steps:
                 for step in steps:
@@ -126,20 +129,7 @@ class JobWaiter:
                         woken.wait(step)
                         woken.clear()
         except WaitTimeout as late:
-            raise self.with_cause(late) from None
-
-    def with_cause(self, late: WaitTimeout) -> WaitTimeout:
-        """The error with a sentence about workers and queues, which are read in the calling thread."""
-        try:
-            return with_sentence(
-                late, _describe_workers(self._ledger.find_workers(), *self._ledger.count_jobs())
-            )
-        except LedgerUnavailable:  # unreachable, or this user may not read them
-            return late
-
-    def read(self, job_id: str) -> StatusUpdate:
-        """Read a job once, in the calling thread."""
-        return self._poller.read(job_id)
+            raise run_blocking(with_cause(self._ledger, late)) from None
 
     def follow(self, subscription: Subscription) -> Generator[StatusDocument | float, None, None]:
         """Follow a job to its end.
@@ -189,6 +179,23 @@ class JobWaiter:
                     poller.abandon()
             self._pollers.setdefault(pid, StatusPoller(self._ledger))  # atomic: several threads may get here
         return self._pollers[pid]
+
+
+async def read_update(ledger: Ledger, job_id: str, owner: str | None = None) -> StatusUpdate:
+    """Read a job once: its document, or why it could not be read. `owner`: the tenant that may read it."""
+    try:
+        return await awaited(ledger.read, job_id, owner)
+    except Exception as error:  # noqa: BLE001  # it is raised where the job is waited for
+        return error
+
+
+async def with_cause(ledger: Ledger, late: WaitTimeout) -> WaitTimeout:
+    """The error with a sentence about workers and queues."""
+    try:
+        workers = await awaited(ledger.find_workers)
+        return with_sentence(late, _describe_workers(workers, *await awaited(ledger.count_jobs)))
+    except LedgerUnavailable:  # unreachable, or this user may not read them
+        return late
 
 
 def _describe_workers(workers: Mapping[str, str], queued: int, running: int) -> str:

@@ -30,6 +30,7 @@ from gradcam_worker.errors import (
 )
 from gradcam_worker.ledger import state_machine
 from gradcam_worker.observability.events import NULL_OBSERVER, Observer
+from gradcam_worker.resilience.blocking import awaited, blocking
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.schemas.ids import utc_now
 from gradcam_worker.schemas.job import ID_PATTERN, Job, Webhook
@@ -242,6 +243,10 @@ class Ledger(ABC):
         """Open a subscription to changes of jobs; None if this ledger has none and jobs must be polled."""
         return None
 
+    def for_asyncio(self) -> "Ledger":
+        """The same ledger for event loops: what a client calls must be awaited there (`awaited`)."""
+        return self  # without connections nothing blocks
+
     def close(self) -> None:  # noqa: B027  # not every ledger has connections
         """Close all connections. The next call opens new ones."""
 
@@ -367,7 +372,8 @@ class Ledger(ABC):
             raise entered
         return entered
 
-    def submit_many(
+    @blocking
+    async def submit_many(
         self, jobs: Sequence[Work], *, retry_failed: bool = False, tenant: Tenant | None = None
     ) -> list[StatusDocument | IdempotencyConflict]:
         """Enter jobs, in order and in one round trip.
@@ -382,23 +388,25 @@ class Ledger(ABC):
         """
         entries = [_make_entry(job, tenant or NOBODY) for job in jobs]
         results: list[StatusDocument | IdempotencyConflict] = []
-        for job, entry, held in zip(jobs, entries, self._create_many(entries), strict=False):
+        created = await awaited(self._create_many, entries)
+        for job, entry, held in zip(jobs, entries, created, strict=False):
             if not is_same_job(entry, held):
                 results.append(_make_conflict(job, held.document.id))
             elif retry_failed and held.document.status == "failed":
-                results.append(self._retry_if_failed(held.document.id))
+                results.append(await self._retry_if_failed(held.document.id))
             else:
                 results.append(held.document)
         return results
 
-    def _retry_if_failed(self, job_id: str) -> StatusDocument:
+    async def _retry_if_failed(self, job_id: str) -> StatusDocument:
         """Retry a job; one that cannot be retried, or was meanwhile, is left as it is."""
         try:
-            return self.retry(job_id)
+            return await awaited(self.retry, job_id)
         except JobNotFailed:
-            return self.read(job_id)
+            return await awaited(self.read, job_id)
 
-    def retry(self, job_id: str, tenant: str | None = None) -> StatusDocument:
+    @blocking
+    async def retry(self, job_id: str, tenant: str | None = None) -> StatusDocument:
         """Queue a failed job again, with its id, idempotency key and webhooks, and with all its attempts.
 
         Args:
@@ -413,14 +421,14 @@ class Ledger(ABC):
             JobNotFailed: The job is final and has not failed, is a shard, or cannot be read by this version.
         """
         while True:
-            before = self.read(job_id, tenant)
+            before = await awaited(self.read, job_id, tenant)
             if not before.final:
                 return before
-            job = self.read_job(job_id) if before.status == "failed" else None
+            job = await awaited(self.read_job, job_id) if before.status == "failed" else None
             if not isinstance(job, Job):
                 raise JobNotFailed(_explain_not_failed(before, job))
             after = state_machine.retry(before, job.max_attempts)
-            if self._compare_and_set(before, after):
+            if await awaited(self._compare_and_set, before, after):
                 return after
 
     def get_or_create(
@@ -450,7 +458,8 @@ class Ledger(ABC):
         document = self.submit(job)  # perhaps the first with this idempotency key, which has its own id
         return job.model_copy(update={"id": document.id}), document
 
-    def read_job(self, job_id: str, tenant: str | None = None) -> Work | None:
+    @blocking
+    async def read_job(self, job_id: str, tenant: str | None = None) -> Work | None:
         """Read a job's content, which the ledger keeps while the job is not final and if it has failed.
 
         Args:
@@ -461,7 +470,7 @@ class Ledger(ABC):
             The job or shard; None if the ledger does not have it, if it is another tenant's, or if this
             version cannot read it.
         """
-        held = self._find(job_id)
+        held = await awaited(self._find, job_id)
         try:
             return parse(json.loads(held.job)) if held and held.belongs_to(tenant) else None
         except InvalidJob:
@@ -497,7 +506,8 @@ class Ledger(ABC):
             return held.document
         return self.finish(held.document, status="failed", error=problem)
 
-    def read(self, job_id: str, tenant: str | None = None) -> StatusDocument:
+    @blocking
+    async def read(self, job_id: str, tenant: str | None = None) -> StatusDocument:
         """Read the document of a job.
 
         Args:
@@ -511,7 +521,8 @@ class Ledger(ABC):
             UnknownJob: The ledger has no such job, or it is another tenant's: the error is the same.
         """
         job_id = str(job_id)  # web frameworks pass uuid.UUID
-        documents = self.read_many([job_id], tenant) if re.fullmatch(ID_PATTERN, job_id) else {}
+        possible = re.fullmatch(ID_PATTERN, job_id)
+        documents = await awaited(self.read_many, [job_id], tenant) if possible else {}
         if job_id not in documents:
             message = f"The ledger has no job {job_id}: its id is wrong, or it ended too long ago."
             raise UnknownJob(message)
@@ -636,7 +647,8 @@ class Ledger(ABC):
             before = current  # of the same attempt: only its cancellation has been requested
             after = state_machine.advance(current, **changes)
 
-    def cancel(self, job_id: str, tenant: str | None = None) -> StatusDocument:
+    @blocking
+    async def cancel(self, job_id: str, tenant: str | None = None) -> StatusDocument:
         """Cancel a job: a waiting one is final at once, a running one as soon as its worker stops it.
 
         Args:
@@ -650,11 +662,11 @@ class Ledger(ABC):
             UnknownJob: The ledger has no such job, or it is another tenant's.
         """
         while True:
-            before = self.read(job_id, tenant)
+            before = await awaited(self.read, job_id, tenant)
             if before.final or before.cancel_requested_at:
                 return before
             after = state_machine.cancel(before)
-            if self._compare_and_set(before, after):
+            if await awaited(self._compare_and_set, before, after):
                 return after
 
     def requeue_unfinished(self, job_id: str, attempt: int) -> bool:

@@ -3,8 +3,9 @@
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from inspect import isawaitable
 from typing import Any
 
 import redis
@@ -13,12 +14,15 @@ from redis.retry import Retry
 
 from gradcam_worker.errors import BrokerUnavailable, LedgerUnavailable
 from gradcam_worker.redis_server.script import LuaScript, Result
+from gradcam_worker.resilience.blocking import blocking, run_blocking
 from gradcam_worker.settings import ONE_SERVER, Settings
 from gradcam_worker.text.urls import without_secrets
 
 MAX_CONNECTIONS = 256  # of one process: each thread needs one while it waits for an answer
 RELEASE_POLL_S = 0.05  # while waiting for a connection: the notification that one was released can be missed
+Command = Sequence[str | int]  # its name and its arguments
 POOL_EXHAUSTED = "Too many connections"  # redis-py's message when its pool is exhausted
+BACKOFF = ExponentialBackoff(cap=0.5, base=0.05)  # of a command that redis-py retries
 UNSENT = "no command was sent"  # a note on errors of redis-py that were raised before a command was sent
 
 # The server will refuse this client again: retrying is of no use.
@@ -45,6 +49,14 @@ CLUSTER_TEXTS = ("CROSSSLOT", "non local key", "do not hash to the same slot")
 NO_CLUSTER = "is part of a Redis Cluster, which is not supported"
 
 
+def exhausted(connections: int, waited_s: float) -> redis.exceptions.ConnectionError:
+    """The error of a caller that has waited in vain for one of a pool's connections."""
+    message = f"all {connections} connections of this process were in use for {waited_s:g} s"
+    error = redis.exceptions.ConnectionError(message)
+    error.add_note(UNSENT)
+    return error
+
+
 class WaitingPool(redis.ConnectionPool):
     """The connections of one process. A thread that finds all of them in use waits for one to be released."""
 
@@ -64,11 +76,7 @@ class WaitingPool(redis.ConnectionPool):
                 if str(error) != POOL_EXHAUSTED:
                     raise
             if time.monotonic() >= end:
-                in_use = f"all {self.max_connections} connections of this process were in use"
-                message = f"{in_use} for {self._wait_s:g} s"
-                exhausted = redis.exceptions.ConnectionError(message)
-                exhausted.add_note(UNSENT)
-                raise exhausted
+                raise exhausted(self.max_connections, self._wait_s)
             with self._released:
                 self._released.wait(RELEASE_POLL_S)
 
@@ -110,20 +118,21 @@ class RedisClients:
         self._url, self._unavailable = url, unavailable
         name = "ledger" if unavailable is LedgerUnavailable else "broker"
         self._server = f"The {name} at {without_secrets(url)}"
+        self._wait_s = timeout_s  # for a connection
         self._options: dict[str, Any] = {
             **settings.redis_tls(url),
             "decode_responses": True,
             "max_connections": MAX_CONNECTIONS,
-            "wait_s": timeout_s,
             "socket_timeout": timeout_s,
             "socket_connect_timeout": min(timeout_s, 3),
             "socket_keepalive": True,
             "health_check_interval": 15,
-            "retry": Retry(ExponentialBackoff(cap=0.5, base=0.05), retries=retries),
             # After a failover the former primary refuses writes: redis-py reconnects before each retry.
             "retry_on_error": [redis.exceptions.ReadOnlyError],
         }
+        self._retries = retries
         self._clients: dict[int, redis.Redis] = {}  # by process id; threads share one
+        self._scripts: dict[type, Any] = {}
 
     def get_client(self) -> redis.Redis:
         """Get the client of the current process."""
@@ -131,12 +140,62 @@ class RedisClients:
         if process_id not in self._clients:
             for inherited in [*self._clients.values()]:
                 inherited.auto_close_connection_pool = False  # closing would wait for the parent's lock
-            client = redis.Redis(connection_pool=WaitingPool.from_url(self._url, **self._options))
+            retry = Retry(BACKOFF, self._retries)
+            pool = WaitingPool.from_url(self._url, **self._options, retry=retry, wait_s=self._wait_s)
+            client = redis.Redis(connection_pool=pool)
             client.auto_close_connection_pool = True
             self._clients.setdefault(process_id, client)
         return self._clients[process_id]
 
-    def close(self) -> None:
+    async def ask_each(self, commands: Sequence[Command]) -> list[Any]:
+        """Send commands in one round trip. It blocks, unless these are `AsyncRedisClients`.
+
+        Args:
+            commands: Each is its name and its arguments.
+
+        Returns:
+            The reply to each.
+
+        Raises:
+            BrokerUnavailable, LedgerUnavailable: See `translate_errors`.
+        """
+        client = await self._find_client()
+        with self.translate_errors():
+            pipeline = client.pipeline(transaction=False)
+            for command in commands:
+                pipeline.execute_command(*command)
+            replies: list[Any] = await _received(pipeline.execute())
+        return replies
+
+    async def ask(self, script: LuaScript[Result], prefix: str) -> Result:
+        """Run a script. It blocks, unless these are `AsyncRedisClients`.
+
+        Args:
+            script: The script and its arguments.
+            prefix: The prefix of all keys, which is put in front of the arguments.
+
+        Returns:
+            What the script returns.
+
+        Raises:
+            BrokerUnavailable, LedgerUnavailable: See `translate_errors`.
+        """
+        script_class, client = type(script), await self._find_client()
+        if script_class not in self._scripts:
+            self._scripts[script_class] = client.register_script(script_class.source())
+        arguments = [prefix, *script.arguments()]
+        with self.translate_errors():
+            result: Result = await _received(
+                self._scripts[script_class](keys=script.keys(), args=arguments, client=client)
+            )
+        return result
+
+    async def _find_client(self) -> Any:
+        """The client of `ask` and `ask_each`."""
+        return self.get_client()
+
+    @blocking
+    async def close(self) -> None:
         """Close all connections except those on which a thread waits for an answer."""
         self.get_client().connection_pool.disconnect(inuse_connections=False)
 
@@ -209,6 +268,11 @@ class RedisClients:
         )
 
 
+async def _received(reply: Any) -> Any:
+    """The reply of redis-py: from redis.asyncio it is still to be awaited."""
+    return await reply if isawaitable(reply) else reply
+
+
 class RedisServer:
     """A Redis or Valkey server, not a Redis Cluster, and the scripts that run there."""
 
@@ -221,23 +285,24 @@ class RedisServer:
             retries: How often a command that failed is retried.
         """
         self.prefix = settings.key_prefix
-        self._clients = RedisClients(
+        self._clients = self._connect(
             settings, settings.ledger, LedgerUnavailable, timeout_s=timeout_s, retries=retries
         )
         self.translate_errors, self.close = self._clients.translate_errors, self._clients.close
-        self.read_mode = self._clients.read_mode
-        self._scripts: dict[type, Any] = {}
+        self.read_mode, self.ask_each = self._clients.read_mode, self._clients.ask_each
+
+    _connect = RedisClients
 
     @property
     def redis(self) -> redis.Redis:
         """The client of the current process."""
         return self._clients.get_client()
 
-    def run(self, call: LuaScript[Result]) -> Result:
-        """Run a script.
+    async def ask(self, script: LuaScript[Result]) -> Result:
+        """Run a script. It blocks, unless the server is an `AsyncRedisServer`.
 
         Args:
-            call: The script and its arguments. The prefix of all keys is put in front of these.
+            script: The script and its arguments. The prefix of all keys is put in front of these.
 
         Returns:
             What the script returns.
@@ -245,13 +310,8 @@ class RedisServer:
         Raises:
             LedgerUnavailable: The server cannot be reached, refuses access or is full.
         """
-        script_class, client = type(call), self._clients.get_client()
-        if script_class not in self._scripts:
-            self._scripts[script_class] = client.register_script(script_class.source())
-        try:
-            result: Result = self._scripts[script_class](
-                keys=call.keys(), args=[self.prefix, *call.arguments()], client=client
-            )
-        except redis.RedisError as error:
-            raise self._clients.translate(error) from error
-        return result
+        return await self._clients.ask(script, self.prefix)
+
+    def run(self, script: LuaScript[Result]) -> Result:
+        """Run a script: see `ask`."""
+        return run_blocking(self.ask(script))

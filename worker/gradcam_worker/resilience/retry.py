@@ -9,12 +9,13 @@ import contextlib
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass
 from typing import NoReturn, TypeVar
 
 from gradcam_worker.errors import JobTimeout
+from gradcam_worker.resilience.blocking import block, run_blocking
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.text.log_events import EventLogger
 
@@ -115,11 +116,32 @@ class Retries:
         Raises:
             Exception: The last of the policy's `errors`; or the error that cancelled the deadline.
         """
+
+        async def attempt() -> T:
+            return once()
+
+        return run_blocking(self.call_awaited(attempt, block))
+
+    async def call_awaited(
+        self, once: Callable[[], Awaitable[T]], pause: Callable[[float], Awaitable[None]]
+    ) -> T:
+        """See `call`.
+
+        Args:
+            once: The call of one try.
+            pause: Sleeps so many seconds: `asyncio.sleep`, or `resilience.blocking.block`.
+
+        Returns:
+            The result of the successful try.
+
+        Raises:
+            Exception: As `call`.
+        """
         failures = 0
         while True:
             self.raise_if_cancelled()
             try:
-                return once()
+                return await once()
             except self._policy.errors as error:
                 failures += 1
                 pause_s = self._policy.pause_s(failures)
@@ -129,7 +151,7 @@ class Retries:
                     raise
                 self.record_failure(error)
                 log.info("call_retry_scheduled", delay_s=pause_s, error=error)
-                time.sleep(pause_s)
+                await pause(pause_s)
 
     def wait_for(self, calls: Sequence["Future[T]"], doing: str) -> list[T]:
         """Wait for parallel calls of this work.

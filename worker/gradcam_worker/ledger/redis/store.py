@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from datetime import date
+from functools import partial
 from typing import Any
 
 from gradcam_worker.ledger import outbox, state_machine
@@ -19,7 +20,9 @@ from gradcam_worker.ledger.ledger import (
 )
 from gradcam_worker.ledger.redis import scripts
 from gradcam_worker.ledger.redis.pubsub import RedisJobUpdates
+from gradcam_worker.redis_server.async_client import AsyncRedisServer
 from gradcam_worker.redis_server.client import RedisServer
+from gradcam_worker.resilience.blocking import awaited, blocking
 from gradcam_worker.schemas import listing
 from gradcam_worker.schemas.listing import JobPage, JobQuery
 from gradcam_worker.schemas.status import StatusDocument
@@ -36,24 +39,40 @@ EPOCH = date(1970, 1, 1)
 class RedisLedger(Ledger):
     """The ledger in one Redis or Valkey server."""
 
-    def __init__(self, settings: Settings, *, timeout_s: float = 5, retries: int = 2) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        timeout_s: float = 5,
+        retries: int = 2,
+        connect: type[RedisServer] = RedisServer,
+    ) -> None:
         """Connect to nothing yet.
 
         Args:
             settings: `ledger`, `key_prefix`, `lease_s`, the retentions and the TLS settings are read from it.
             timeout_s: The maximum time for one answer.
             retries: How often a command that failed is retried.
+            connect: Makes the server.
         """
-        self.server = RedisServer(settings, timeout_s=timeout_s, retries=retries)
+        self.server = connect(settings, timeout_s=timeout_s, retries=retries)
+        self._for_asyncio = partial(
+            RedisLedger, settings, timeout_s=timeout_s, retries=retries, connect=AsyncRedisServer
+        )
         self._lease_ms = int(settings.lease_s * 1000)
         retention_s = settings.retention_s
         keyed_s = max(retention_s, settings.idempotency_retention_s)
         self._retention_ms = (int(retention_s * 1000), int(keyed_s * 1000))
 
-    def _create_many(self, entries: Sequence[Entry]) -> list[Entry]:
+    def for_asyncio(self) -> "RedisLedger":
+        """See `Ledger.for_asyncio`."""
+        return self._for_asyncio()
+
+    @blocking
+    async def _create_many(self, entries: Sequence[Entry]) -> list[Entry]:
         jobs = [self._make_new_job(entry) for entry in entries]
         retention_ms, keyed_ms = self._retention_ms
-        existing = self.server.run(
+        existing = await self.server.ask(
             scripts.CreateJobs(retention_ms=retention_ms, keyed_retention_ms=keyed_ms, jobs=jobs)
         )
         return [_existing_or_new(entry, *fields) for entry, fields in zip(entries, existing, strict=False)]
@@ -85,17 +104,18 @@ class RedisLedger(Ledger):
             lists="" if entry.route == ROUTE else "\n".join(_names_of_lists(entry)),
         )
 
-    def _find(self, job_id: str) -> Entry | None:
+    @blocking
+    async def _find(self, job_id: str) -> Entry | None:
         names = ("fingerprint", "job", "document", "route", "tenant")
-        with self.server.translate_errors():
-            fields: Any = self.server.redis.hmget(self._key(job_id), *names)
+        (fields,) = await self.server.ask_each([("HMGET", self._key(job_id), *names)])
         fingerprint, job, text, route, tenant = fields
         if fingerprint is None:  # the job does not exist
             return None
         document = StatusDocument.model_validate_json(text)
         return Entry(fingerprint, job, None, document, route, tenant=Tenant(tenant or ""))
 
-    def _compare_and_set(
+    @blocking
+    async def _compare_and_set(
         self,
         before: StatusDocument,
         after: StatusDocument,
@@ -105,39 +125,38 @@ class RedisLedger(Ledger):
         fingerprint: str | None = None,
     ) -> bool:
         retention_ms, keyed_ms = self._retention_ms
-        return bool(
-            self.server.run(
-                scripts.ReplaceDocument(
-                    job_id=before.id,
-                    attempt_before=before.attempt,
-                    revision_before=before.revision,
-                    document=after.to_json(),
-                    attempt=after.attempt,
-                    revision=after.revision,
-                    status=after.status,
-                    delay_ms=int(delay_s * 1000),
-                    fingerprint=fingerprint or "",
-                    document_before=before.to_json() if fingerprint else "",
-                    expires_ms=_expires_ms(after),
-                    cancel_requested=after.cancel_requested_at is not None,
-                    event=state_machine.name_event(before, after),
-                    retention_ms=retention_ms,
-                    keyed_retention_ms=keyed_ms,
-                    lease_ms=self._lease_ms,
-                    only_if_due=only_if_due,
-                    status_before=before.status,
-                    created_us=listing.position_of(after)[0],
-                    device_ms=int(device_s_of(after) * 1000) if after.final else 0,
-                )
+        replaced = await self.server.ask(
+            scripts.ReplaceDocument(
+                job_id=before.id,
+                attempt_before=before.attempt,
+                revision_before=before.revision,
+                document=after.to_json(),
+                attempt=after.attempt,
+                revision=after.revision,
+                status=after.status,
+                delay_ms=int(delay_s * 1000),
+                fingerprint=fingerprint or "",
+                document_before=before.to_json() if fingerprint else "",
+                expires_ms=_expires_ms(after),
+                cancel_requested=after.cancel_requested_at is not None,
+                event=state_machine.name_event(before, after),
+                retention_ms=retention_ms,
+                keyed_retention_ms=keyed_ms,
+                lease_ms=self._lease_ms,
+                only_if_due=only_if_due,
+                status_before=before.status,
+                created_us=listing.position_of(after)[0],
+                device_ms=int(device_s_of(after) * 1000) if after.final else 0,
             )
         )
+        return bool(replaced)
 
-    def read_many(self, ids: Sequence[str], tenant: str | None = None) -> dict[str, StatusDocument]:
+    @blocking
+    async def read_many(self, ids: Sequence[str], tenant: str | None = None) -> dict[str, StatusDocument]:
         """See `Ledger.read_many`: one round trip."""
-        with self.server.translate_errors(), self.server.redis.pipeline(transaction=False) as pipeline:
-            for job_id in ids:
-                pipeline.hmget(self._key(job_id), "document", "tenant")
-            found = pipeline.execute()
+        found = await self.server.ask_each(
+            [("HMGET", self._key(job_id), "document", "tenant") for job_id in ids]
+        )
         return {
             job_id: StatusDocument.model_validate_json(text)
             for job_id, (text, owner) in zip(ids, found, strict=True)
@@ -148,17 +167,19 @@ class RedisLedger(Ledger):
         """See `Ledger.open_updates`."""
         return RedisJobUpdates(self.server.redis, self.server.prefix)
 
-    def close(self) -> None:
+    @blocking
+    async def close(self) -> None:
         """See `Ledger.close`."""
-        self.server.close()
+        await awaited(self.server.close)
 
-    def count_jobs(self) -> tuple[int, int]:
+    @blocking
+    async def count_jobs(self) -> tuple[int, int]:
         """See `Ledger.count_jobs`."""
         waiting = [*(f"queued:{route}" for route in ROUTES), "retrying"]
-        with self.server.translate_errors(), self.server.redis.pipeline(transaction=False) as pipeline:
-            for name in (*waiting, "running"):
-                pipeline.zcard(self.server.prefix + name)
-            *queued, running = pipeline.execute()
+        names = (*waiting, "running")
+        *queued, running = await self.server.ask_each(
+            [("ZCARD", self.server.prefix + name) for name in names]
+        )
         return sum(queued), running
 
     def renew_leases(self, worker: str, health: str, held: Mapping[str, int]) -> LeaseRenewal:
@@ -169,9 +190,10 @@ class RedisLedger(Ledger):
         )
         return LeaseRenewal(frozenset(lost), frozenset(canceled))
 
-    def find_workers(self) -> dict[str, str]:
+    @blocking
+    async def find_workers(self) -> dict[str, str]:
         """See `Ledger.find_workers`."""
-        reply = self.server.run(scripts.FindWorkers(worker_ttl_ms=WORKER_TTL_LEASES * self._lease_ms))
+        reply = await self.server.ask(scripts.FindWorkers(worker_ttl_ms=WORKER_TTL_LEASES * self._lease_ms))
         return dict(zip(reply[::2], reply[1::2], strict=True))
 
     def remove_worker(self, worker: str) -> None:
@@ -202,13 +224,14 @@ class RedisLedger(Ledger):
             )
         )
 
-    def list_jobs(self, query: JobQuery, tenant: str | None = None) -> JobPage:
+    @blocking
+    async def list_jobs(self, query: JobQuery, tenant: str | None = None) -> JobPage:
         """See `Ledger.list_jobs`."""
         newest_us, before_id = listing.parse_cursor(query.cursor) if query.cursor else ("+inf", "")
         names = [f"status:{query.status}"] if query.status else []
         names += [_network_list(query.network)] if query.network else []
         names += [_label_list(query.label)] if query.label else []
-        last_us, last_id, more, *texts = self.server.run(
+        last_us, last_id, more, *texts = await self.server.ask(
             scripts.ListJobs(
                 scope=tenant or "",
                 is_nobodys=tenant == "",
@@ -226,14 +249,14 @@ class RedisLedger(Ledger):
             cursor=listing.cursor_after((int(last_us), last_id)) if more and last_id else None,
         )
 
-    def read_usage(self, tenant: str, days: int) -> list[UsageDay]:
+    @blocking
+    async def read_usage(self, tenant: str, days: int) -> list[UsageDay]:
         """See `Ledger.read_usage`: one round trip."""
         listed = latest_days(days)
-        with self.server.translate_errors(), self.server.redis.pipeline(transaction=False) as pipeline:
-            for day in listed:
-                number = (day - EPOCH).days
-                pipeline.hmget(f"{self.server.prefix}usage:{tenant}:{number}", "jobs", "device_ms")
-            found = pipeline.execute()
+        prefix = f"{self.server.prefix}usage:{tenant}:"
+        found = await self.server.ask_each(
+            [("HMGET", f"{prefix}{(day - EPOCH).days}", "jobs", "device_ms") for day in listed]
+        )
         return [
             UsageDay(day, int(jobs or 0), int(device_ms or 0) / 1000)
             for day, (jobs, device_ms) in zip(listed, found, strict=True)

@@ -1,0 +1,157 @@
+"""Connections to a Redis or Valkey server from event loops: one client for each loop, errors as in `client`.
+
+Nothing waits in the default executor of a loop, which is the app's: asyncio looks names up there.
+"""
+
+import asyncio
+import os
+import socket
+from collections.abc import AsyncGenerator, Mapping
+from concurrent.futures import Future
+from contextlib import suppress
+from ipaddress import ip_address
+from threading import Thread
+from typing import Any
+
+import redis
+import redis.asyncio as redis_asyncio
+from redis.asyncio.connection import Connection, SSLConnection
+from redis.asyncio.retry import Retry
+
+from gradcam_worker.redis_server.client import BACKOFF, UNSENT, RedisClients, RedisServer, exhausted
+from gradcam_worker.resilience.blocking import blocking
+
+MAX_CONNECTIONS = 32  # of one event loop: more would not be faster, and opening each costs a millisecond
+POOL_EXHAUSTED = "No connection available."  # redis-py's message when its blocking pool is exhausted
+
+
+class Addresses:
+    """Looks names up, each in a thread of its own; who asks meanwhile for the same name shares the answer."""
+
+    def __init__(self) -> None:
+        """No thread is started yet."""
+        self._running: dict[tuple[int, str, int], Future[list[str]]] = {}  # by process id, host and port
+
+    async def find(self, host: str, port: int) -> list[str]:
+        """Find the addresses of a host, in the order in which to try them. Raises OSError."""
+        with suppress(ValueError):
+            return [str(ip_address(host))]
+        future, key = Future[list[str]](), (os.getpid(), host, port)
+        running = self._running.setdefault(key, future)
+        if running is future:
+            Thread(target=self._look_up, args=(key, future), name="gradcam-resolver", daemon=True).start()
+        return await asyncio.shield(asyncio.wrap_future(running))
+
+    def _look_up(self, key: tuple[int, str, int], future: "Future[list[str]]") -> None:
+        try:
+            found = socket.getaddrinfo(*key[1:], type=socket.SOCK_STREAM)
+            addresses = [*dict.fromkeys(str(address[0]) for *_, address in found)]
+        except (OSError, UnicodeError) as error:
+            future.set_exception(error if isinstance(error, OSError) else OSError(str(error)))
+        else:
+            future.set_result(addresses)
+        finally:
+            self._running.pop(key, None)
+
+
+class ResolvedConnection(Connection):
+    """A connection to the first address of a host that accepts it."""
+
+    def __init__(self, *, addresses: Addresses, **options: Any) -> None:
+        """`addresses` finds those of `host`. The other arguments are those of redis-py."""
+        super().__init__(**options)
+        self._addresses, self._address = addresses, ""
+
+    async def _connect(self) -> None:
+        failure: OSError | None = None
+        async with asyncio.timeout(self.socket_connect_timeout):
+            for address in await self._addresses.find(self.host, self.port):
+                self._address = address
+                try:
+                    await super()._connect()  # type: ignore[no-untyped-call]  # of redis-py
+                except OSError as error:  # the next one may accept
+                    failure = error
+                else:
+                    return
+        raise failure or OSError(f"{self.host} has no address")
+
+    def _connection_arguments(self) -> Mapping[str, Any]:
+        return {**super()._connection_arguments(), "host": self._address}
+
+
+class ResolvedTLSConnection(ResolvedConnection, SSLConnection):
+    """The same, encrypted: the certificate must be that of the name, not of the address."""
+
+    def _connection_arguments(self) -> Mapping[str, Any]:
+        return {**super()._connection_arguments(), "server_hostname": self.host}
+
+
+RESOLVED: dict[type, type] = {Connection: ResolvedConnection, SSLConnection: ResolvedTLSConnection}
+
+
+class AsyncWaitingPool(redis_asyncio.BlockingConnectionPool):
+    """The connections of one event loop. A task that finds all of them in use waits for one."""
+
+    async def get_connection(self, *args: Any, **options: Any) -> Any:
+        """Take a connection, connected. Errors have the note UNSENT."""
+        try:
+            return await super().get_connection(*args, **options)  # type: ignore[no-untyped-call]
+        except redis.RedisError as error:
+            if str(error) == POOL_EXHAUSTED:
+                raise exhausted(self.max_connections, self.timeout or 0) from None
+            error.add_note(UNSENT)
+            raise
+
+
+class AsyncRedisClients(RedisClients):
+    """The clients of one server, one for each event loop. Its coroutines do not block; all else does."""
+
+    _addresses = Addresses()
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        """See `RedisClients`."""
+        super().__init__(*args, **options)
+        self._by_loop: dict[asyncio.AbstractEventLoop, redis_asyncio.Redis] = {}
+        self._closing: dict[asyncio.AbstractEventLoop, AsyncGenerator[None, None]] = {}
+
+    async def _find_client(self) -> redis_asyncio.Redis:
+        """The client of the running event loop."""
+        loop = asyncio.get_running_loop()
+        if loop not in self._by_loop:
+            for other in [*self._by_loop]:
+                if other.is_closed():  # without `shutdown_asyncgens`
+                    self._forget(other)
+            retry = Retry(BACKOFF, self._retries)
+            options = {**self._options, "max_connections": MAX_CONNECTIONS, "timeout": self._wait_s}
+            pool = AsyncWaitingPool.from_url(self._url, **options, retry=retry)
+            if resolved := RESOLVED.get(pool.connection_class):
+                pool.connection_class = resolved
+                pool.connection_kwargs["addresses"] = self._addresses
+            self._by_loop[loop] = redis_asyncio.Redis.from_pool(pool)
+            self._closing[loop] = self._close_with(loop)
+            await anext(self._closing[loop])
+        return self._by_loop[loop]
+
+    async def _close_with(self, loop: asyncio.AbstractEventLoop) -> AsyncGenerator[None, None]:
+        """Close the client of a loop at its end: asyncio closes all generators that wait then."""
+        try:
+            yield
+        finally:
+            await self._forget(loop).aclose()
+
+    def _forget(self, loop: asyncio.AbstractEventLoop) -> redis_asyncio.Redis:
+        self._closing.pop(loop, None)
+        return self._by_loop.pop(loop)
+
+    @blocking
+    async def close(self) -> None:
+        """Close all connections of the running event loop except those that wait for an answer."""
+        if client := self._by_loop.get(asyncio.get_running_loop()):
+            await client.connection_pool.disconnect(inuse_connections=False)
+
+
+class AsyncRedisServer(RedisServer):
+    """A `RedisServer` for asyncio: `ask` and `ask_each` do not block. All other methods do."""
+
+    _connect = AsyncRedisClients
+    _clients: AsyncRedisClients
