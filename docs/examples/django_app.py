@@ -1,6 +1,6 @@
 """Photos, explained: asked for on commit, heard of by signed webhook, shown in Django's admin. Copy it.
 
-    pip install 'gradcam-worker[s3]' django standardwebhooks
+    pip install 'gradcam-worker[s3]' django
     python django_app.py try  # against gradcam dev, in whose environment
 
 or, as in production, with GRADCAM_BROKER_URL, GRADCAM_UPLOADS and GRADCAM_S3_... of the worker:
@@ -33,12 +33,11 @@ from django.urls import path, reverse
 from django.utils.html import format_html
 from django.views.decorators import csrf, http
 from django_settings import APPS, ASKED, NO_WORKER, OURS, log, try_out
-from standardwebhooks import Webhook, WebhookVerificationError
 
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.client.results import SettingsObjects, is_below, prepare_upload
-from gradcam_worker.errors import GradcamError, UriNotAllowed
-from gradcam_worker.schemas.status import FINAL, StatusEvent
+from gradcam_worker.errors import GradcamError, InvalidWebhook, UriNotAllowed
+from gradcam_worker.schemas.status import FINAL
 from gradcam_worker.settings import Settings
 
 photos = AppConfig(__name__, sys.modules[__name__])  # this file is an app by itself
@@ -110,10 +109,10 @@ class Photo(models.Model):
 def webhook(request):
     """The worker tells how a job ended; unless the answer is 2xx it tells again, for three days."""
     try:
-        told = Webhook(settings.WEBHOOK_SECRET).verify(request.body, request.headers)
-        Photo.hear(StatusEvent.model_validate(told).data)
-    except (WebhookVerificationError, ValueError):
+        event = client.webhooks.unwrap(request.body, request.headers, settings.WEBHOOK_SECRET)
+    except InvalidWebhook:
         return HttpResponse("This is no event, not signed by our worker, or old.", status=401)
+    Photo.hear(event.data)
     return HttpResponse(status=204)
 
 
