@@ -118,7 +118,7 @@ def site(make_stage: Callable[..., Any], tmp_path_factory: pytest.TempPathFactor
     )
     try:
         with stage.worker("worker"):
-            wait_for(lambda: answers(url))
+            wait_for(lambda: answers(url) and stage.client.workers())
             yield site
     finally:
         parent_watch.stop(server)
