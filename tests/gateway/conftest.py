@@ -13,7 +13,6 @@ from gradcam_worker.client.async_client import AsyncGradcamClient
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.gateway.access import Access, Caller
 from gradcam_worker.gateway.app import create_app
-from gradcam_worker.redis_server.client import RedisServer
 from gradcam_worker.settings import Settings
 from gradcam_worker.testing import MemoryLedger, MemoryObjects, MemoryStore, RecordingPublisher, eager_client
 
@@ -31,7 +30,7 @@ class Everybody(Access):
     """Whoever reaches the app is the one user."""
 
     def __init__(self, settings: Settings) -> None:
-        super().__init__(settings, RedisServer(settings), loopback=True)
+        super().__init__(settings)
 
     async def authenticate(
         self, authorization: str | None, *, host: str | None = None, origin: str | None = None

@@ -56,7 +56,7 @@ def server(settings: Settings) -> Iterator[RedisServer]:
 
 @pytest.fixture
 def access(server: RedisServer, settings: Settings) -> Access:
-    return Access(settings, server, loopback=True)
+    return Access(settings, loopback=True)
 
 
 @pytest.fixture
@@ -181,7 +181,7 @@ def test_a_key_that_was_known_is_not_let_in_while_redis_is_away(
     make_key: Callable[..., str], server: RedisServer, free_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = Settings(broker_url=f"redis://127.0.0.1:{free_port}/0")
-    away = Access(settings, RedisServer(settings, timeout_s=0.2, retries=0), loopback=True)
+    away = Access(settings, loopback=True)
     with pytest.raises(LedgerUnavailable):
         bearer(away, make_key())
     with pytest.raises(LedgerUnavailable):
@@ -238,7 +238,7 @@ def test_a_strangers_page_in_the_users_browser_may_do_nothing(
 def test_whoever_listens_for_others_needs_a_key_and_so_does_everybody_once_there_is_one(
     settings: Settings, server: RedisServer, access: Access, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    public = Access(settings, server, loopback=False)
+    public = Access(settings)
     with pytest.raises(InvalidApiKey, match="gradcam keys create"):
         asyncio.run(public.authenticate(None, host=HOST))
     assert asyncio.run(access.authenticate(None, host=HOST)).policy is None
@@ -270,6 +270,22 @@ def test_a_job_gets_its_tenants_output() -> None:
 def test_a_web_address_of_a_tenant_may_not_redirect() -> None:
     image = {"uri": "HTTPS://cdn.acme.example/photos/1.jpg", "redirects": True}
     assert not CALLER.check_job(job(image=image)).image.redirects
+
+
+def test_a_backfill_reads_lists_and_images_of_its_tenants_buckets() -> None:
+    for uri in (
+        "s3://acme-photos/",
+        "s3://acme-photos",
+        "s3://acme-photos/2031/",
+        "s3://acme-photos/list.csv",
+    ):
+        CALLER.check_list(uri)
+    for uri in ("s3://globex-photos/", "s3://acme-photos/../globex-photos/", "s3://", "s3://acme-photos-2/"):
+        with pytest.raises(UriNotAllowed, match="must be below s3://acme-photos"):
+            CALLER.check_list(uri)
+    assert ACME.allows_row("s3://acme-photos/1.jpg")
+    assert not ACME.allows_row("https://cdn.acme.example/photos/1.jpg"), "which could redirect"
+    assert not ACME.allows_row("s3://globex-photos/1.jpg")
 
 
 @pytest.mark.parametrize(

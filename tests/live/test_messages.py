@@ -1,5 +1,6 @@
 """The queue as an operator should run it: encrypted, with two users that may do little, and strangers."""
 
+import asyncio
 import hashlib
 import json
 import re
@@ -18,10 +19,14 @@ from gradcam_worker.backfill.registry import RedisBackfillRegistry
 from gradcam_worker.broker import app, publisher
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.errors import LedgerUnavailable
+from gradcam_worker.gateway.access import Access
+from gradcam_worker.gateway.api_keys import ApiKey, ApiKeys
+from gradcam_worker.gateway.tenants import TenantPolicy, Tenants
 from gradcam_worker.ledger.ledger import Tenant
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.operations import servers
 from gradcam_worker.operations.doctor import run_checks
+from gradcam_worker.redis_server.client import RedisServer
 from gradcam_worker.schemas.ids import new_id
 from gradcam_worker.schemas.job import Job
 from gradcam_worker.schemas.listing import JobQuery
@@ -76,6 +81,10 @@ FORBIDDEN = [  # to whoever may only submit
     "SADD gradcam:sinks x",
     "HGET gradcam:unacked x",
     "HSET gradcam:workers x y",
+    "HSET gradcam:api_keys x y",  # a key of one's own
+    "HSET gradcam:tenants x y",
+    "HGETALL gradcam:api_keys",
+    "DEL gradcam:rate:x",
     "SET gradcam:reaper x",
     "LRANGE gradcam:events:x 0 -1",
     "LRANGE gradcam:unreadable 0 -1",
@@ -229,6 +238,30 @@ def test_whoever_may_only_submit_may_do_all_that_a_client_does(port: int, admin:
         registry.release(place, "me", {}, [])
         findings = islice(run_checks(Settings(broker_url=url(port, "submitter"))), 2)
         assert [found.well for found in findings] == [True, True], "the doctor finds broker and ledger well"
+        assert not admin.acl_log(), "nothing was denied"
+    finally:
+        names: Any = admin.keys("gradcam:*")
+        admin.delete(*names)
+
+
+def test_whoever_may_only_submit_may_serve_the_http_api(port: int, admin: redis.Redis) -> None:
+    settings = Settings(broker_url=url(port, "submitter"), key_prefix="gradcam:")
+    operator = RedisServer(settings.model_copy(update={"broker_url": url(port, "worker")}))
+    policy = TenantPolicy.make(name="acme", output="s3://results/acme", jobs_per_day=9)
+    key, record = ApiKey.make("acme")
+    access = Access(settings, RedisServer(settings), loopback=True)
+
+    async def ask() -> None:
+        assert (await access.authenticate(None, host="localhost")).policy is None
+        Tenants(operator).store(policy)
+        ApiKeys(operator).store(record)
+        caller = await access.authenticate(f"Bearer {key}")
+        await access.admit(caller)
+        for _ in range(2):
+            await access.admit_jobs(caller, 1, "k")
+
+    try:
+        asyncio.run(ask())
         assert not admin.acl_log(), "nothing was denied"
     finally:
         names: Any = admin.keys("gradcam:*")

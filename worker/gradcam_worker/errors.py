@@ -96,6 +96,8 @@ class GradcamError(Exception):
         code: The name of the error for programs. It keeps its meaning.
         retryable: Whether the same request, made again later, may succeed.
         public_message: What an end user may be told: what is wrong with the image or the request.
+        findings: What is wrong with a request to the HTTP API, for whoever made it: each with a `detail`, and
+            a `pointer` into the body or the name of a `parameter` or `header`.
 
     Examples:
         >>> try:
@@ -108,6 +110,7 @@ class GradcamError(Exception):
     code: ClassVar[str] = "internal"
     retryable: bool = False
     public_message: ClassVar[str] = "Something went wrong."
+    findings: tuple[Mapping[str, str], ...] = ()
 
 
 class PermanentError(GradcamError):
@@ -576,12 +579,7 @@ class RequestError(GradcamError):
 
 
 class InvalidRequest(RequestError, LocalError):
-    """A header, a parameter or the body of a request is not what it should be.
-
-    Attributes:
-        findings: What is wrong: each with a `detail`, and a `pointer` into the body or the name of a
-            `parameter` or `header`.
-    """
+    """A header, a parameter or the body of a request is not what it should be."""
 
     code = "invalid_request"
     public_message = "This request cannot be carried out as it was made. Trying it again does not help."

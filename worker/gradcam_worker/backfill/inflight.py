@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from gradcam_worker.errors import LedgerUnavailable, UnknownJob
-from gradcam_worker.ledger.ledger import Ledger
+from gradcam_worker.ledger.ledger import Ledger, Tenant
 from gradcam_worker.schemas.legacy_rows import row_state
 from gradcam_worker.schemas.shard import Shard
 from gradcam_worker.schemas.status import StatusDocument
@@ -59,6 +59,7 @@ class InFlight:
         is_done: Callable[[str], bool],
         announce: Callable[[], object],
         warn: Callable[[str], object],
+        tenant: Tenant | None = None,
     ) -> None:
         """Start without shards.
 
@@ -67,7 +68,9 @@ class InFlight:
             is_done: Returns whether the output holds the shard with a key.
             announce: Called when `ids` has grown, before the new shard is submitted.
             warn: Called once for each error code after which shards wait for their next attempt.
+            tenant: Whose shards they are; None: nobody's.
         """
+        self._tenant = tenant
         self._ledger, self._is_done, self._announce, self._warn = ledger, is_done, announce, warn
         self.ids: tuple[str, ...] = ()  # of all shards that may be in flight
         self.shards: dict[str, InFlightShard] = {}  # by id
@@ -90,7 +93,7 @@ class InFlight:
             shard = entry.shard
             self.ids = (*self.ids, shard.id)
             self._announce()
-            document = self._ledger.submit(shard)
+            document = self._ledger.submit(shard, tenant=self._tenant)
             if not document.final:
                 self.shards[shard.id] = entry
                 return entry, document

@@ -22,7 +22,7 @@ from gradcam_worker.backfill.plan import Plan
 from gradcam_worker.backfill.progress import Progress, RateMeter
 from gradcam_worker.backfill.registry import BackfillLease, BackfillRegistry
 from gradcam_worker.errors import BackfillConflict, BackfillStopped, InvalidInput, LedgerUnavailable
-from gradcam_worker.ledger.ledger import Ledger
+from gradcam_worker.ledger.ledger import Ledger, Tenant
 from gradcam_worker.resilience.prefetch import Prefetcher
 from gradcam_worker.schemas.legacy_rows import row_state
 from gradcam_worker.schemas.shard import Shard
@@ -55,6 +55,7 @@ class BackfillRunner:
         *,
         options: RunOptions = DEFAULT_OPTIONS,
         shards_per_worker: int = 2,
+        tenant: Tenant | None = None,
         on_progress: Callable[[Progress], None] = lambda _: None,
         warn: Callable[[str], None] = _log_warning,
     ) -> None:
@@ -68,6 +69,7 @@ class BackfillRunner:
             registry: Holds the lease on the output.
             options: Options of this run.
             shards_per_worker: The number of shards that a worker runs at a time.
+            tenant: Whose backfill it is; None: nobody's.
             on_progress: Called after each step.
             warn: Called with messages for the operator; default: they are logged.
         """
@@ -76,7 +78,7 @@ class BackfillRunner:
         self._options, self._shards_per_worker = options, shards_per_worker
         self._on_progress, self._warn = on_progress, warn
         self._outages = OutageLog(warn)
-        self.in_flight = InFlight(ledger, output.has_shard, self._renew_lease, warn)
+        self.in_flight = InFlight(ledger, output.has_shard, self._renew_lease, warn, tenant)
         self._to_submit: deque[InFlightShard] = deque()  # before further shards of the input
         self._shard_keys: list[str] = []  # of the input so far
         self._error_codes: Counter[str] = Counter()

@@ -23,6 +23,7 @@ from gradcam_worker.text.visible import counted
 
 if TYPE_CHECKING:  # slow to import
     from gradcam_worker.backfill.plan import Plan
+    from gradcam_worker.gateway.tenants import TenantPolicy
     from gradcam_worker.ledger.redis.store import RedisLedger
     from gradcam_worker.schemas.shard import Row
 
@@ -185,6 +186,7 @@ def run(
         plan = dataset.resolve(requested, resume=resume, changed=run_options.changed)
         progress_form = "json" if as_json else "terminal" if console.err.is_terminal else "lines"
         progress = BackfillProgressBar(progress_form, opened.total)
+        policy = _policy(for_api.get("tenant"), ledger)
         runner = BackfillRunner(
             plan,
             dataset,
@@ -193,12 +195,13 @@ def run(
             RedisBackfillRegistry(ledger.server),
             options=run_options,
             shards_per_worker=settings.shards,
+            tenant=policy.tenant if policy else None,
             on_progress=progress.show,
             warn=progress.note,
         )
         try:
             with _interrupted_by_sigterm(), runner.lease() as lease, progress:
-                rows = _allowed(opened.rows(), for_api.get("tenant"), ledger)
+                rows = _allowed(opened.rows(), policy) if policy else opened.rows()
                 shards = cut_shards(rows, plan, max_bytes=settings.max_message_bytes // 2)
                 summary = runner.run(lease, shards)
         except KeyboardInterrupt:
@@ -226,14 +229,16 @@ def run(
     return 0
 
 
-def _allowed(rows: "Iterable[Row]", tenant: str | None, ledger: "RedisLedger") -> "Iterable[Row]":
-    """Yield the rows; those whose image a tenant may not use, with the problem. None: nobody's backfill."""
-    if tenant is None:
-        return rows
+def _policy(tenant: str | None, ledger: "RedisLedger") -> "TenantPolicy | None":
+    """What a tenant may do; None: it is nobody's backfill. Raises UnknownTenant."""
     from gradcam_worker.gateway.tenants import Tenants
 
-    policy = Tenants(ledger.server).find(tenant)
-    return (row if policy and policy.allows_image(row.uri) else _refused(row) for row in rows)
+    return Tenants(ledger.server).get(tenant) if tenant is not None else None
+
+
+def _allowed(rows: "Iterable[Row]", policy: "TenantPolicy") -> "Iterable[Row]":
+    """Yield the rows; those whose image a tenant may not use, with the problem."""
+    return (row if policy.allows_row(row.uri) else _refused(row) for row in rows)
 
 
 def _refused(row: "Row") -> "Row":

@@ -6,18 +6,16 @@ Then the headers `Host` and `Origin` are checked: a page of a stranger, open in 
 otherwise submit forms to this machine, or reach it by a name of its own (DNS rebinding).
 """
 
-import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from ipaddress import ip_address
-from typing import TypeVar
 from urllib.parse import urlsplit
 
 from gradcam_worker.errors import (
+    GradcamError,
     InvalidApiKey,
     InvalidJob,
     OutputNotAllowed,
@@ -30,7 +28,9 @@ from gradcam_worker.gateway.api_keys import MARK, ApiKey, ApiKeys
 from gradcam_worker.gateway.tenants import SCOPES, Scope, TenantPolicy, Tenants
 from gradcam_worker.gateway.uri_prefixes import DEFAULT_PORTS, INLINE, UriPrefix
 from gradcam_worker.ledger.ledger import Tenant
+from gradcam_worker.redis_server.async_client import AsyncRedisServer
 from gradcam_worker.redis_server.client import RedisServer
+from gradcam_worker.resilience.blocking import awaited
 from gradcam_worker.schemas.ids import utc_now
 from gradcam_worker.schemas.job import Job, Webhook
 from gradcam_worker.schemas.status import StatusDocument
@@ -38,12 +38,11 @@ from gradcam_worker.settings import Settings
 from gradcam_worker.text.urls import without_secrets
 
 CACHE_S = 5.0  # a key that is revoked, or a policy that is changed, has its effect within this time
-THREADS = 8  # that wait for Redis
+TIMEOUT_S, RETRIES = 2.0, 1  # for one answer of Redis: a request waits for it
 MAX_SHOWN = 200  # characters of a received value in a message
 BEARER = "Bearer"
 HOW = "send the header `Authorization: Bearer gck_...`, with a key that `gradcam keys create` has made"
 WRONG_KEY = "The API key is not valid. Its form is gck_, 12 characters, _ and 46 characters."
-T = TypeVar("T")
 NO_KEY = ApiKey.make("nobody")[1]  # the record of no key: an unknown prefix takes as long as a wrong secret
 
 
@@ -83,7 +82,7 @@ class Caller:
     def check_job(self, job: Job) -> Job:
         """Check that a job stays within what the tenant may do.
 
-        Errors name what was received, and only the tenant's own policy: they may be shown to the caller.
+        What errors say is of the tenant's own policy alone, and in their `findings`, for the caller.
 
         Args:
             job: As it was received.
@@ -101,12 +100,12 @@ class Caller:
         if policy is None:
             return job
         if "id" in job.model_fields_set:
-            message = "id is not for you to choose: use an idempotency key, which is your own."
-            raise InvalidJob(message)
+            message = "id is not for you to choose: use an idempotency key, which is your own"
+            raise _refusal(InvalidJob, "id", message)
         if job.priority not in policy.priorities:
             allowed = ", ".join(policy.priorities) or "none"
-            message = f"priority {job.priority!r} is not allowed: {allowed} would be."
-            raise InvalidJob(message)
+            message = f"priority {job.priority!r} is not allowed: {allowed} would be"
+            raise _refusal(InvalidJob, "priority", message)
         self.check_image(job.image.uri)
         for number, webhook in enumerate(job.webhooks):
             _check_webhook(policy, number, webhook)
@@ -121,14 +120,21 @@ class Caller:
         policy = self.policy
         if policy and not policy.allows_image(uri):
             places = " or ".join([*policy.inputs, *filter(None, [policy.uploads])]) or "nowhere"
-            message = f"Image {_shown(uri)} is not allowed: images may come from below {places}."
-            raise UriNotAllowed(message)
+            message = f"image {_shown(uri)} is not allowed: images may come from below {places}"
+            raise _refusal(UriNotAllowed, "image", message)
+
+    def check_list(self, uri: str) -> None:
+        """Raise UriNotAllowed if the tenant may not have a backfill of a list or a folder."""
+        if self.policy and not self.policy.allows_list(uri):
+            places = " or ".join(self.policy.inputs) or "nowhere"
+            message = f"input {_shown(uri)} is not allowed: it must be below {places}"
+            raise _refusal(UriNotAllowed, "input", message)
 
     def check_output(self, uri: str) -> None:
         """Raise OutputNotAllowed if the tenant may not store artifacts there."""
         if self.policy and not self.policy.allows_output(uri):
-            message = f"Output {_shown(uri)} is not allowed: it must be below {self.policy.output}."
-            raise OutputNotAllowed(message)
+            message = f"output {_shown(uri)} is not allowed: it must be below {self.policy.output}"
+            raise _refusal(OutputNotAllowed, "output", message)
 
     def visible(self, document: StatusDocument) -> StatusDocument:
         """Return the part of a document that the caller may see.
@@ -148,23 +154,25 @@ class Caller:
 
 
 class Access:
-    """Recognizes callers and counts their requests. One for each process; for one event loop."""
+    """Recognizes callers and counts their requests. One for each process."""
 
-    def __init__(self, settings: Settings, server: RedisServer, *, loopback: bool) -> None:
+    def __init__(
+        self, settings: Settings, server: RedisServer | None = None, *, loopback: bool = False
+    ) -> None:
         """Connect to nothing yet.
 
         Args:
-            settings: Its `uploads` are those of the one user.
-            server: The ledger's.
+            settings: Those of the ledger's server; `uploads` are those of the one user.
+            server: Stands in for the ledger's.
             loopback: Whether the gateway listens at an address of this machine alone.
         """
-        self._loopback, self._server = loopback, server
-        self._keys, self._tenants = ApiKeys(server), Tenants(server)
+        self._server = server or AsyncRedisServer(settings, timeout_s=TIMEOUT_S, retries=RETRIES)
+        self._keys, self._tenants = ApiKeys(self._server), Tenants(self._server)
+        self._loopback = loopback
         self._one_user = Caller(None, frozenset(SCOPES), "", settings.uploads or None)
         self._known: dict[str, tuple[ApiKey, TenantPolicy, float]] = {}  # by prefix, with the time of reading
         self._keyless_until = 0.0  # until when it is known that no key exists
         self._streams: Counter[str] = Counter()
-        self._threads = ThreadPoolExecutor(THREADS, "gradcam-access")
 
     async def authenticate(
         self, authorization: str | None, *, host: str | None = None, origin: str | None = None
@@ -242,10 +250,9 @@ class Access:
         finally:
             self._streams[policy.name] -= 1
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Close the connections."""
-        self._threads.shutdown(wait=False)
-        self._server.close()
+        await awaited(self._server.close)
 
     async def _find(self, prefix: str) -> tuple[ApiKey, TenantPolicy | None]:
         """The record of a key and its tenant's policy; those of no key if there are none."""
@@ -253,16 +260,13 @@ class Access:
         if known and time.monotonic() < known[2] + CACHE_S:
             return known[:2]
         read_at = time.monotonic()
-        record, policy = await self._in_thread(lambda: self._read(prefix))
+        record = await awaited(self._keys.find, prefix)
+        policy = await awaited(self._tenants.find, record.tenant) if record else None
         if record is None or policy is None:
             self._known.pop(prefix, None)
             return NO_KEY, None
         self._known[prefix] = (record, policy, read_at)
         return record, policy
-
-    def _read(self, prefix: str) -> tuple[ApiKey | None, TenantPolicy | None]:
-        record = self._keys.find(prefix)
-        return record, self._tenants.find(record.tenant) if record else None
 
     async def _check_keyless(self, host: str | None, origin: str | None) -> None:
         """Raise InvalidApiKey unless a request needs no key."""
@@ -271,7 +275,7 @@ class Access:
             raise InvalidApiKey(message)
         if time.monotonic() >= self._keyless_until:
             read_at = time.monotonic()
-            if await self._in_thread(self._keys.exist):
+            if await awaited(self._keys.exist):
                 message = f"No API key was sent: {HOW}."
                 raise InvalidApiKey(message)
             self._keyless_until = read_at + CACHE_S
@@ -289,10 +293,7 @@ class Access:
         if policy is None:
             return
         call = limits.make_admission(policy, requests=requests, jobs=jobs, idempotency_key=idempotency_key)
-        limits.check_admission(policy, await self._in_thread(lambda: self._server.run(call)))
-
-    async def _in_thread(self, call: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+        limits.check_admission(policy, await self._server.ask(call))
 
 
 def is_this_machine(host: str | None) -> bool:
@@ -316,14 +317,19 @@ def _check_webhook(policy: TenantPolicy, number: int, webhook: Webhook) -> None:
     hosts = [f"{scheme}://{host}" for host in policy.webhook_hosts for scheme in DEFAULT_PORTS]
     if not any(UriPrefix.parse(host).contains(webhook.url) for host in hosts):
         allowed = ", ".join(policy.webhook_hosts) or "none"
-        message = f"webhooks.{number}.url {_shown(webhook.url)} is not allowed: the hosts are {allowed}."
-        raise UriNotAllowed(message)
+        message = f"webhook {_shown(webhook.url)} is not allowed: the hosts are {allowed}"
+        raise _refusal(UriNotAllowed, f"webhooks/{number}/url", message)
     if webhook.secret_ref is not None and webhook.secret_ref not in policy.webhook_secrets:
         allowed = ", ".join(policy.webhook_secrets) or "none"
-        message = (
-            f"webhooks.{number}.secret_ref {webhook.secret_ref[:60]!r} is not yours: {allowed} would be."
-        )
-        raise InvalidJob(message)
+        message = f"secret_ref {webhook.secret_ref[:60]!r} is not yours: {allowed} would be"
+        raise _refusal(InvalidJob, f"webhooks/{number}/secret_ref", message)
+
+
+def _refusal(error: type[GradcamError], field: str, message: str) -> GradcamError:
+    """An error about a field of a job, which the caller is told in full."""
+    refused = error(f"{message[0].upper()}{message[1:]}.")
+    refused.findings = ({"pointer": f"#/{field}", "detail": message},)
+    return refused
 
 
 def _shown(uri: str) -> str:

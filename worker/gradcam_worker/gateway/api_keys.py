@@ -16,13 +16,13 @@ import secrets
 import zlib
 from datetime import datetime, timedelta
 from string import ascii_lowercase, ascii_uppercase, digits
-from typing import Any
 
 from pydantic import AwareDatetime, ValidationError
 
 from gradcam_worker.errors import InvalidApiKey
 from gradcam_worker.gateway.tenants import DEFAULT_SCOPES, Scope
 from gradcam_worker.redis_server.client import RedisServer
+from gradcam_worker.resilience.blocking import blocking, run_blocking
 from gradcam_worker.schemas.ids import utc_now
 from gradcam_worker.schemas.model import RequestModel, describe
 
@@ -117,35 +117,37 @@ def read_prefix(key: str) -> str | None:
 
 
 class ApiKeys:
-    """The API keys in the ledger's Redis. Every method raises LedgerUnavailable if it is unreachable."""
+    """The API keys in the ledger's Redis. Every method raises LedgerUnavailable if it is unreachable.
+
+    `exist` and `find` can be awaited: see `gradcam_worker.resilience.blocking`.
+    """
 
     def __init__(self, server: RedisServer) -> None:
         """`server`: the ledger's."""
         self._server = server
         self._key = f"{server.prefix}api_keys"
 
-    def exist(self) -> bool:
+    @blocking
+    async def exist(self) -> bool:
         """Return whether there is any key, also if none is valid any more."""
-        with self._server.translate_errors():
-            return bool(self._server.redis.hlen(self._key))
+        (count,) = await self._server.ask_each([("HLEN", self._key)])
+        return bool(count)
 
-    def find(self, prefix: str) -> ApiKey | None:
+    @blocking
+    async def find(self, prefix: str) -> ApiKey | None:
         """Find the record of a key, valid or not; None if there is none. Raises InvalidApiKey."""
-        with self._server.translate_errors():
-            text: Any = self._server.redis.hget(self._key, prefix)
+        (text,) = await self._server.ask_each([("HGET", self._key, prefix)])
         return None if text is None else _read(prefix, str(text))
 
     def find_all(self) -> list[ApiKey]:
         """Find the records of all keys, in order of creation. Raises InvalidApiKey."""
-        with self._server.translate_errors():
-            texts: Any = self._server.redis.hgetall(self._key)
+        (texts,) = run_blocking(self._server.ask_each([("HGETALL", self._key)]))
         records = [_read(prefix, text) for prefix, text in texts.items()]
         return sorted(records, key=lambda record: record.created_at)
 
     def store(self, record: ApiKey) -> None:
         """Store the record of a key."""
-        with self._server.translate_errors():
-            self._server.redis.hset(self._key, record.prefix, record.to_json())
+        run_blocking(self._server.ask_each([("HSET", self._key, record.prefix, record.to_json())]))
 
     def revoke(self, record: ApiKey) -> ApiKey:
         """Revoke a key. Its record stays: without any record a gateway on this machine asks for no key.

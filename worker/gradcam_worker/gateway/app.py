@@ -27,7 +27,6 @@ from gradcam_worker.gateway.context import Gateway
 from gradcam_worker.gateway.middleware import Edge
 from gradcam_worker.gateway.objects import GatewayObjects, UploadObjects
 from gradcam_worker.gateway.open_requests import OpenRequests
-from gradcam_worker.redis_server.client import RedisServer
 from gradcam_worker.settings import Settings
 
 MIN_GZIP_BYTES = 1024
@@ -64,7 +63,7 @@ def create_app(
     gateway = Gateway(
         settings,
         client or AsyncGradcamClient(settings=settings),
-        access or Access(settings, RedisServer(settings), loopback=False),
+        access or Access(settings),
         GatewayObjects(objects or SettingsObjects(settings)),
         OpenRequests(settings.serve_open_requests),
     )
@@ -76,7 +75,7 @@ def create_app(
         await gateway.client.close()
         gateway.objects.close()
         gateway.backfills.close()
-        gateway.access.close()
+        await gateway.access.close()
 
     app = FastAPI(
         title="gradcam-worker", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None

@@ -135,7 +135,7 @@ async def submit(request: Request, gateway: GatewayOf, caller: Starter) -> Respo
     wanted = await bodies.read_json(request, BackfillRequest, MAX_BODY_BYTES)
     if not extras.is_installed("pyarrow"):
         raise MissingExtra(extras.describe("pyarrow", "A backfill", "backfill", "serve"))
-    caller.check_image(wanted.input)
+    caller.check_list(wanted.input)
     caller.check_output(wanted.output)
     _check_plan(wanted)
     await asyncio.to_thread(partial(_start, gateway, caller, wanted))
@@ -238,7 +238,9 @@ def _start(gateway: Gateway, caller: Caller, wanted: BackfillRequest) -> None:
     before = registry.find(wanted.output)
     with tempfile.TemporaryDirectory(prefix="gradcam-backfill-") as folder:
         said = Path(folder) / "log"
-        process = gateway.backfills.start(command_of(wanted, caller), gateway.settings, said)
+        process = gateway.backfills.start(
+            command_of(wanted, caller), gateway.settings, said, caller.tenant_name
+        )
         for _ in range(int(START_TIMEOUT_S / POLL_INTERVAL_S)):
             with suppress(TimeoutError):
                 ended = _wait(process)

@@ -88,7 +88,7 @@ def problem_response(error: GradcamError) -> Response:
 
 def _findings(error: GradcamError) -> list[Mapping[str, str]]:
     """What is wrong with each field of the request."""
-    if isinstance(error, errors.InvalidRequest):
+    if error.findings:
         return [*error.findings]
     if isinstance(error, errors.InvalidQuery) and isinstance(error.__cause__, ValidationError):
         return [

@@ -4,7 +4,6 @@ import uvicorn
 
 from gradcam_worker.gateway.access import Access, is_this_machine
 from gradcam_worker.gateway.app import create_app
-from gradcam_worker.redis_server.client import RedisServer
 from gradcam_worker.settings import Settings
 
 SHUTDOWN_S = 10  # for open requests, after SIGTERM
@@ -23,7 +22,7 @@ def run(settings: Settings, host: str, port: int) -> int:
     Returns:
         The exit code.
     """
-    access = Access(settings, RedisServer(settings), loopback=is_this_machine(host))
+    access = Access(settings, loopback=is_this_machine(host))
     config = uvicorn.Config(
         create_app(settings, access=access),
         host=host,

@@ -8,10 +8,11 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, Field, StringConstraints, ValidationError
 
 from gradcam_worker.errors import InvalidPolicy, UnknownTenant
-from gradcam_worker.gateway.uri_prefixes import EVERYTHING, INLINE, UriPrefix, is_below
+from gradcam_worker.gateway.uri_prefixes import DEFAULT_PORTS, EVERYTHING, INLINE, UriPrefix, is_below
 from gradcam_worker.ledger.ledger import MAX_SHARE, MIN_SHARE, TENANT_PATTERN, Tenant
 from gradcam_worker.net import allowlist
 from gradcam_worker.redis_server.client import RedisServer
+from gradcam_worker.resilience.blocking import blocking, run_blocking
 from gradcam_worker.schemas.job import Priority
 from gradcam_worker.schemas.model import RequestModel, describe
 from gradcam_worker.schemas.options import Name
@@ -109,6 +110,18 @@ class TenantPolicy(RequestModel):
         """Return whether a job may have the image at a URI."""
         return is_below(uri, (*self.inputs, *filter(None, [self.uploads])))
 
+    def allows_list(self, uri: str) -> bool:
+        """Return whether a backfill may read a list or a folder: one of the inputs, or below it."""
+        uri = uri.rstrip("/")
+        return uri in {prefix.rstrip("/") for prefix in self.inputs} or self.allows_image(uri)
+
+    def allows_row(self, uri: str) -> bool:
+        """Return whether a row of a backfill may have the image at a URI.
+
+        Not an address of the web: the workers follow redirects of these, also to where the tenant may not go.
+        """
+        return self.allows_image(uri) and uri.partition(":")[0].lower() not in DEFAULT_PORTS
+
     def allows_output(self, uri: str) -> bool:
         """Return whether artifacts may be stored at a URI."""
         uri = uri.rstrip("/")
@@ -116,14 +129,15 @@ class TenantPolicy(RequestModel):
 
 
 class Tenants:
-    """The tenants in the ledger's Redis."""
+    """The tenants in the ledger's Redis. `find` can be awaited: see `gradcam_worker.resilience.blocking`."""
 
     def __init__(self, server: RedisServer) -> None:
         """`server`: the ledger's."""
         self._server = server
         self._key = f"{server.prefix}tenants"
 
-    def find(self, name: str) -> TenantPolicy | None:
+    @blocking
+    async def find(self, name: str) -> TenantPolicy | None:
         """Find a tenant.
 
         Args:
@@ -136,8 +150,7 @@ class Tenants:
             InvalidPolicy: This version cannot read it.
             LedgerUnavailable: The ledger cannot be reached.
         """
-        with self._server.translate_errors():
-            text: Any = self._server.redis.hget(self._key, name)
+        (text,) = await self._server.ask_each([("HGET", self._key, name)])
         return None if text is None else _read(name, str(text))
 
     def get(self, name: str) -> TenantPolicy:
@@ -172,8 +185,7 @@ class Tenants:
             InvalidPolicy: This version cannot read one of them.
             LedgerUnavailable: The ledger cannot be reached.
         """
-        with self._server.translate_errors():
-            texts: Any = self._server.redis.hgetall(self._key)
+        (texts,) = run_blocking(self._server.ask_each([("HGETALL", self._key)]))
         return [_read(name, text) for name, text in sorted(texts.items())]
 
     def store(self, policy: TenantPolicy) -> None:
@@ -191,8 +203,7 @@ class Tenants:
             if other.name != policy.name:
                 _check_apart(policy, other)
                 _check_apart(other, policy)
-        with self._server.translate_errors():
-            self._server.redis.hset(self._key, policy.name, policy.to_json())
+        run_blocking(self._server.ask_each([("HSET", self._key, policy.name, policy.to_json())]))
 
     def remove(self, name: str) -> bool:
         """Remove a tenant. Its keys must be revoked before: a later tenant of this name would inherit them.
@@ -206,8 +217,8 @@ class Tenants:
         Raises:
             LedgerUnavailable: The ledger cannot be reached.
         """
-        with self._server.translate_errors():
-            return bool(self._server.redis.hdel(self._key, name))
+        (removed,) = run_blocking(self._server.ask_each([("HDEL", self._key, name)]))
+        return bool(removed)
 
 
 def _read(name: str, text: str) -> TenantPolicy:
