@@ -55,6 +55,7 @@ RUN = ("bash", "python")
 SHOWN = {
     "go",
     "html",
+    "java",
     "javascript",
     "json",
     "sql",
