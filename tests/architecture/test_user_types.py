@@ -48,6 +48,10 @@ client.wait(5)  # wrong
 asyncio.run(AsyncGradcamClient().submit(network="vgg16"))  # wrong
 asyncio.run(AsyncGradcamClient().submit(image="s3://in/a.jpg", network="vgg16", top_n=3, metdata={}))  # wrong
 client.result("id").urls.first()  # wrong
+client.result("id").overlays[0].link  # wrong
+client.list(state="failed")  # wrong
+client.list(status="failing")  # wrong
+client.webhooks.unwrap(b"", {})  # wrong
 explain_image(load_network("vgg16"), 5, top_n=1)  # wrong
 explain_image(load_network("vgg16"), "a.jpg", top=1)  # wrong
 """
@@ -90,6 +94,7 @@ def test_what_a_user_writes_runs(tmp_path: Path) -> None:
     said = code["with_client"](client, image)
     assert said[:4] == ["succeeded", "succeeded", "red", "green"]
     assert set(said[-8:]) == {"succeeded"}
+    assert code["webhook"](client, b"{}", {}) == "invalid_webhook"
     said = asyncio.run(code["with_async_client"](AsyncGradcamClient(client=client)))
     assert said[:2] == ["succeeded", "succeeded"]
     assert said[-1] == "failed", "its bytes are no image"

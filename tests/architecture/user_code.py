@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from gradcam_worker import AsyncGradcamClient, GradcamClient, Job
 from gradcam_worker.client import AsyncJobHandle, JobHandle
-from gradcam_worker.errors import GradcamError, ImageError, InvalidJob, LedgerUnavailable
+from gradcam_worker.errors import GradcamError, ImageError, InvalidJob, InvalidWebhook, LedgerUnavailable
 from gradcam_worker.gradcam import (
     Explained,
     Head,
@@ -22,6 +22,7 @@ from gradcam_worker.gradcam import (
     wrap_model,
 )
 from gradcam_worker.schemas.job import HeatmapSpec, ImageRef, MethodSpec, OverlaySpec, Target, Webhook
+from gradcam_worker.schemas.listing import JobQuery
 
 IMAGE = "s3://in/red.png"
 HOOK = "https://app.example/hook"
@@ -67,6 +68,14 @@ def with_client(client: GradcamClient, image: Path) -> list[str]:
     same: set[str] = {one.status for one in ids[0].stream()} | {ids[0].status().status, ids[0].id}
     assert same == {"succeeded", ids[0]}
     assert [one.class_.name for one in ids[2].result().manifest.explanations]
+    made = ids[2].result()
+    links: list[tuple[str | None, str]] = [(file.class_name, file.url) for file in made.overlays]
+    array: NDArray[np.float32] = made.heatmaps
+    saved: list[Path] = made.save(image.parent / "saved")
+    assert (len(links), array.ndim, saved[-1].name, made.report_url) == (2, 3, "manifest.json", None)
+    listed = [one.id for one in client.list(status="succeeded", network="vgg16")]
+    assert listed[-1] == client.list_page(JobQuery(limit=200)).jobs[-1].id
+    assert not [one.trouble for one in client.workers()] + [one.name for one in client.networks()]
     ids[0].cancel()
     document = client.wait(ids[0], timeout_s=60)
     statuses: list[str] = [one.status for one in client.stream(ids[0])]
@@ -88,7 +97,9 @@ async def with_async_client(client: AsyncGradcamClient) -> list[str]:
         async for document in job.stream():
             assert document.id == job
         assert [(await job.wait()).status, (await job.status()).status] == ["succeeded"] * 2
-        assert (await job.result()).urls
+        assert (await job.result()).overlays[0].url
+        assert [one.id async for one in client.list(status="succeeded")]
+        assert [one.device for one in await client.workers()] == []
         assert (await client.job(job.id).cancel()).final
         ids: list[AsyncJobHandle] = await client.submit_many([*many(2)])
         uploaded: str = await client.upload_and_submit(b"pixels", network="vgg16", top_n=1)
@@ -97,6 +108,13 @@ async def with_async_client(client: AsyncGradcamClient) -> list[str]:
         url: str = next(iter((await client.result(job_id)).urls.values()))
         known = await client.statuses([again, *ids, uploaded])
         return [final.status, *statuses, url, *(one.status for one in known.values())]
+
+
+def webhook(client: GradcamClient, body: bytes, headers: dict[str, str]) -> str:
+    try:
+        return client.webhooks.unwrap(body, headers, ["whsec_" + "A" * 32]).data.status
+    except InvalidWebhook as error:
+        return error.code
 
 
 def refused(client: GradcamClient) -> list[str]:
