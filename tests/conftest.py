@@ -65,6 +65,11 @@ MAX_WAITING = 2  # processes that run files of `live` and `faults`
 FOLDERS_OF_SERVERS = {"live", "faults", "devtools", "deploy"}
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let `scripts/test --networks` run what the suite leaves to it: the tests marked `large`."""
+    parser.addoption("--large", action="store_true", help="run the tests of large networks, and no others")
+
+
 def pytest_configure() -> None:
     """Let Ctrl-C reach the programs that tests start, and keep TensorFlow's lines out of their logs.
 
@@ -86,8 +91,15 @@ def pytest_collection() -> Generator[None, object, object]:
         gc.enable()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that need a server: `scripts/test --fast` leaves them out."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the tests of large networks to `--large`, and mark those that need a server.
+
+    `scripts/test --fast` leaves the latter out.
+    """
+    wanted = bool(config.getoption("large"))
+    left_out = [item for item in items if bool(item.get_closest_marker("large")) != wanted]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in {*left_out}]
     for item in items:
         fixtures = set(getattr(item, "fixturenames", ()))
         if fixtures & SERVERS or item.path.parent.name in FOLDERS_OF_SERVERS:
@@ -310,6 +322,24 @@ def tiny() -> TinyNetwork:
 @pytest.fixture
 def job() -> Job:
     return Job.parse({"image": "s3://in/pier.jpg", "network": "efficientnet_lite0", "target": {"top_n": 2}})
+
+
+@pytest.fixture
+def eagerly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Run functions without tracing them, which takes most of the time of a small network.
+
+    For tests of what is computed. That it is the same when traced, and when the classes of an image go back
+    together, is tested in test_every_method and test_oracles.
+    """
+    import tensorflow as tf
+
+    def one_by_one(function: Callable[[Any], Any], values: Any) -> Any:
+        return tf.stack([function(value) for value in tf.unstack(values)])
+
+    monkeypatch.setattr(tf, "vectorized_map", one_by_one)  # which traces, even so
+    tf.config.run_functions_eagerly(True)
+    yield
+    tf.config.run_functions_eagerly(False)
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Shared fixtures: real networks, each built once, and a function that wraps a model of a test."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -76,19 +76,6 @@ def wrap() -> Wrap:
         )
 
     return wrap
-
-
-@pytest.fixture
-def eagerly() -> Iterator[None]:
-    """Run functions without tracing them, which takes most of the time of a small network.
-
-    For tests of what is computed. That it is the same when traced is tested in test_every_method.
-    """
-    import tensorflow as tf
-
-    tf.config.run_functions_eagerly(True)
-    yield
-    tf.config.run_functions_eagerly(False)
 
 
 @dataclass(frozen=True)

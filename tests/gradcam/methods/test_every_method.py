@@ -25,6 +25,7 @@ METHODS = sorted(cam.METHODS)
 SPECIFIC = sorted(set(METHODS) - CLASSLESS)
 LINEAR = sorted(set(METHODS) - CLASSLESS - NOT_HOMOGENEOUS - {"notebook"})
 every_method = pytest.mark.parametrize("name", METHODS)
+eager = pytest.mark.usefixtures("eagerly")
 
 
 @pytest.fixture
@@ -71,6 +72,7 @@ def close(found: Any, expected: Any, within: float) -> None:
     assert_allclose(found, expected, atol=within * np.abs(expected).max(), rtol=0)
 
 
+@eager
 @every_method
 def test_a_class_has_its_own_map_and_takes_it_along_to_another_place_in_the_head(
     name: str, build: Callable[..., Any], wrap: Wrap, pixels: NDArray[np.uint8]
@@ -87,17 +89,25 @@ def test_a_class_has_its_own_map_and_takes_it_along_to_another_place_in_the_head
 
 @every_method
 @pytest.mark.parametrize("flip", [False, True])
-def test_a_batch_gives_what_single_images_give(
-    name: str, *, flip: bool, build: Callable[..., Any], wrap: Wrap, pixels: NDArray[np.uint8]
+def test_a_traced_batch_gives_what_single_images_give_without_tracing(
+    name: str,
+    *,
+    flip: bool,
+    build: Callable[..., Any],
+    wrap: Wrap,
+    pixels: NDArray[np.uint8],
+    request: pytest.FixtureRequest,
 ) -> None:
     network, method = wrap(build(), "target"), Method(name, flip=flip)
     together = network.compute(pixels, PAIR, method)
+    request.getfixturevalue("eagerly")
     for index in range(len(pixels)):
         alone = network.compute(pixels[[index]], PAIR[:1], method)
         close(together.raw[[index]], alone.raw, between_batches(name))
         close(together.scores[[index]], alone.scores, 1e-6)
 
 
+@eager
 @pytest.mark.parametrize("name", sorted(set(METHODS) - NOT_HOMOGENEOUS - {"notebook"}))
 def test_scaling_the_scores_changes_no_heatmap(
     name: str, build: Callable[..., Any], wrap: Wrap, pixels: NDArray[np.uint8]
@@ -111,6 +121,7 @@ def test_scaling_the_scores_changes_no_heatmap(
         assert_allclose(cam.heatmaps(new), cam.heatmaps(old), atol=1e-6)
 
 
+@eager
 @every_method
 @pytest.mark.parametrize(
     ("dead", "score"), [("target", "logit"), ("scores", "logit"), ("scores", "probability")]
@@ -132,6 +143,7 @@ def test_a_constant_network_has_heatmaps_of_exact_zeros_and_says_so(
         assert seen.zero_heatmaps == (1, 4)
 
 
+@eager
 class TestProbability:
     """Explained through its logarithm: the same heatmap as the probability's own, without its underflow."""
 
@@ -171,6 +183,7 @@ class TestProbability:
         assert (np.ptp(raw[:, 0], axis=(1, 2)) > 0).all()
 
 
+@eager
 class TestSigmoid:
     @pytest.mark.parametrize("name", LINEAR)
     def test_of_many_labels_the_probability_has_the_heatmap_of_its_own_score(
@@ -219,6 +232,7 @@ class TestSigmoid:
         assert by_name == pytest.approx({"healthy": 1 - theirs, "ill": theirs}, abs=1e-6)
 
 
+@eager
 class TestFlip:
     @every_method
     def test_it_is_the_mean_of_the_map_and_of_the_mirror_images_map_mirrored(

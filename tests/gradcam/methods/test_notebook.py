@@ -66,6 +66,7 @@ def assert_same(network: Any, model: Any, layer: str, pixels: NDArray[np.uint8],
     return heatmaps
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("name", ["vgg16", "xception"])
 def test_on_the_notebooks_own_networks_its_numbers_are_ours(
     name: str, random_network: Callable[[str], Any], noise: Noise

@@ -191,7 +191,13 @@ def test_maps_of_a_layer_with_more_layers_behind_it_agree_with_finite_difference
 
 
 @pytest.mark.parametrize(
-    ("name", "layer"), [("vgg16", None), ("xception", None), ("xception", "block5_sepconv2_bn")]
+    ("name", "layer"),
+    [
+        ("vgg16", None),
+        ("vgg16", "block4_pool"),
+        pytest.param("xception", None, marks=pytest.mark.large),
+        pytest.param("xception", "block5_sepconv2_bn", marks=pytest.mark.large),
+    ],
 )
 def test_all_classes_at_once_equal_one_class_at_a_time(
     name: str, layer: str | None, random_network: Callable[[str], Any], noise: Noise

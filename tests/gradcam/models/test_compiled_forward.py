@@ -156,7 +156,7 @@ class TestAgreement:
         forward = openvino_forward.OpenVinoForward(openvino_forward.convert(traced_trunk(parts)), threads=1)
         assert forward._request.get_compiled_model().get_property("INFERENCE_NUM_THREADS") == 1
 
-    @pytest.mark.slow
+    @pytest.mark.large
     @pytest.mark.parametrize("name", ["vgg16", "xception"])
     def test_large_networks_agree(self, name: str, noise: Noise) -> None:
         from gradcam_worker.gradcam.models.loading import load_network

@@ -1,4 +1,8 @@
-"""Every network of the catalog is what its row says, and can be explained: see `networks`."""
+"""Every network of the catalog is what its row says, and can be explained: see `networks`.
+
+Keras makes all networks of one of its modules of the same kinds of layers. The suite builds the smallest of
+each module; `scripts/test --networks` builds them all, and asks more of the smallest, which takes minutes.
+"""
 
 import gc
 import inspect
@@ -22,10 +26,39 @@ from gradcam_worker.gradcam.registry.registry import Registry
 
 ROWS = list(CATALOG.values())
 THEIRS = [row for row in ROWS if not row.shipped]  # Keras's own
-every_row = pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
+IN_THE_SUITE = (
+    *("efficientnet_lite0", "convnexttiny", "densenet121", "efficientnetb0", "efficientnetv2b0"),
+    *("inceptionresnetv2", "inceptionv3", "mobilenet", "mobilenetv2", "mobilenetv3small", "nasnetmobile"),
+    *("resnet50", "resnet50v2", "vgg16", "vgg19", "xception"),
+)
+FILES_IN_THE_SUITE = ("mobilenetv3small", "mobilenet")  # EfficientNetB0's: see test_imagenet_step.py
+LEFT_TO_THE_COMMAND = (
+    *("convnextsmall", "convnextbase", "convnextlarge", "convnextxlarge", "densenet169", "densenet201"),
+    *(f"efficientnetb{number}" for number in range(1, 8)),
+    *(f"efficientnetv2{size}" for size in ("b1", "b2", "b3", "s", "m", "l")),
+    *("mobilenetv3large", "nasnetlarge", "resnet101", "resnet152", "resnet101v2", "resnet152v2"),
+)
 WEIGHTS = "s3://models/imagenet.weights.h5"
 POOL = 2**22  # numbers
 DOCUMENT = Path(__file__).parents[3] / "docs" / "reference" / "networks.md"
+
+
+built_rows = pytest.mark.parametrize(
+    ("row", "by_command"),
+    [
+        *(pytest.param(CATALOG[name], False, id=name) for name in IN_THE_SUITE),
+        *(pytest.param(row, True, id=f"{row.name}-by-command", marks=pytest.mark.large) for row in ROWS),
+    ],
+)
+
+
+def test_each_network_is_either_built_in_the_suite_or_left_to_the_command() -> None:
+    assert sorted((*IN_THE_SUITE, *LEFT_TO_THE_COMMAND)) == sorted(CATALOG)
+
+
+@pytest.mark.tensorflow
+def test_the_suite_builds_the_smallest_of_each_architecture() -> None:
+    assert {row.name for row in ROWS if is_smallest_of_its_architecture(row)} == {*IN_THE_SUITE}
 
 
 def test_the_table_in_the_docs_has_these_rows() -> None:
@@ -161,13 +194,13 @@ def built_graphs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return graphs
 
 
-@pytest.mark.slow
 @pytest.mark.tensorflow
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras's own, as it saves
 @pytest.mark.usefixtures("clear_keras_session", "cheap_weights")
-@every_row
+@built_rows
 def test_it_has_the_layer_of_its_row_one_graph_in_all_ways_and_a_short_backward_pass_with_the_same_heatmap(
     row: NetworkRow,
+    by_command: bool,
     built_graphs: list[str],
     build_with_keras: Callable[..., Any],
     registered: Registry,
@@ -177,7 +210,8 @@ def test_it_has_the_layer_of_its_row_one_graph_in_all_ways_and_a_short_backward_
     """One test for three promises: what takes time is to build a network.
 
     Weights from a file, from the download of Keras and from a registry entry have one graph, in all networks.
-    That the files are read alike is seen in the smallest network of each architecture.
+    That the files are read alike, and that the pass can be compiled, the command sees in the smallest network
+    of each architecture: what fails there is a kind of layer. The suite reads files for some of them.
     """
     import tensorflow as tf
 
@@ -200,7 +234,7 @@ def test_it_has_the_layer_of_its_row_one_graph_in_all_ways_and_a_short_backward_
         return network
 
     monkeypatch.setattr(networks, "load_network", remember)
-    compiles = is_smallest_of_its_architecture(row)
+    compiles = by_command and row.name in IN_THE_SUITE
     tf.config.run_functions_eagerly(not compiles)
     try:
         seen = networks.look(row)
@@ -225,16 +259,15 @@ def test_it_has_the_layer_of_its_row_one_graph_in_all_ways_and_a_short_backward_
     assert peak > 0
     assert_allclose(short.raw, exact.raw, atol=1e-5 * peak, rtol=0)
     if row in THEIRS:
-        own, model = registered.find(f"own-{row.name}"), network._model
+        own, models = registered.find(f"own-{row.name}"), [network._model]
         built.clear()
         passes.clear()
         del network
-        if compiles:
-            compare_weights_from_files(row, own, model, tmp_path, monkeypatch)
-        del model
-        if not compiles:
+        if compiles or row.name in FILES_IN_THE_SUITE:
+            compare_weights_from_files(row, own, models.pop(), tmp_path, monkeypatch)
+        else:
+            models.clear()
             build_without_values(row, own, build_with_keras, built_graphs)
-        assert len(built_graphs) == (4 if compiles else 3)
         assert len({*built_graphs}) == 1, "without ImageNet weights it is what Keras builds with them"
 
 
@@ -296,10 +329,7 @@ def compare_weights_from_files(
 
 
 def is_smallest_of_its_architecture(row: NetworkRow) -> bool:
-    """Whether its pass is compiled: tracing takes seconds, and what fails in it is a kind of layer.
-
-    One module of Keras makes all its networks of the same kinds of layers.
-    """
+    """Whether one module of Keras makes no network with fewer parameters."""
 
     def architecture(one: NetworkRow) -> str:
         module, function = str(one.builder).split(":")

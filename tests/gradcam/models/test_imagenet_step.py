@@ -78,7 +78,7 @@ def test_a_file_in_the_operators_folder_gives_the_logits_that_keras_gives_with_i
     assert np.abs(untrained(pixels.astype(np.float32)).numpy() - expected).max() > 1e-3, "another network"
 
 
-@pytest.mark.slow
+@pytest.mark.large
 def test_a_deeper_and_wider_network_that_has_it_gives_the_logits_that_keras_gives(
     build_with_keras: KerasBuilder, tmp_path: Path, noise: Callable[..., NDArray[np.uint8]]
 ) -> None:
