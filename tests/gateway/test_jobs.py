@@ -67,7 +67,8 @@ def test_an_unknown_job_is_not_found(waiting: TestClient) -> None:
     assert missing.status_code == 404
     assert missing.json()["code"] == "unknown_job"
     assert waiting.get("/v1/nothing").json()["code"] == "not_found"
-    assert waiting.delete("/v1/jobs").json()["code"] == "method_not_allowed"
+    refused = waiting.delete("/v1/jobs")
+    assert (refused.json()["code"], refused.headers["allow"]) == ("method_not_allowed", "GET, POST")
 
 
 def test_the_process_is_alive_and_ready(waiting: TestClient) -> None:

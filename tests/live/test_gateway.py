@@ -136,6 +136,21 @@ def test_a_backfill_runs_beside_the_gateway_with_the_refusals_of_the_command(api
     assert httpx.get(f"{api}/v1/backfills/bm9uZQ").status_code == 404
 
 
+def test_schemathesis_finds_no_server_error_and_no_answer_beside_the_document(place: Any) -> None:
+    """Without `positive_data_acceptance`: a schema cannot tell every rule of a job."""
+    with serving(place) as (api, _):
+        options = ["--phases=examples,coverage,fuzzing,stateful", "--max-examples=8", "--request-timeout=30"]
+        options += ["--exclude-checks=positive_data_acceptance", "--exclude-operation-id=submit_backfill"]
+        done = subprocess.run(
+            [str(Path(sys.executable).with_name("schemathesis")), "run", f"{api}/openapi.json", *options],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=place.logs,  # where it writes what it found
+        )
+    assert done.returncode == 0, done.stdout[-6000:]
+
+
 class Buffering(BaseHTTPRequestHandler):
     """A proxy that holds back a response until it has `BUFFER_BYTES` of it, as nginx does unless it is told.
 

@@ -81,9 +81,11 @@ def create_app(
         title="gradcam-worker", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None
     )
     app.state.gateway = gateway
-    problems.add_handlers(app)
-    for module in (jobs, events, artifacts, uploads, fleet, backfills, health, page_routes):
-        app.include_router(module.router)
+    modules = (jobs, events, artifacts, uploads, fleet, backfills, health, page_routes)
+    routers = [module.router for module in modules]
+    problems.add_handlers(app, routers)
+    for router in routers:
+        app.include_router(router)
     app.openapi = lambda: openapi.build(app)  # type: ignore[method-assign]  # as FastAPI's documentation says
     app.add_middleware(GZipMiddleware, minimum_size=MIN_GZIP_BYTES, compresslevel=5)
     if settings.serve_origins:

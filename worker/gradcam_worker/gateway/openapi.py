@@ -95,6 +95,11 @@ class Operation:
     body: Mapping[str, Any] | None = None
 
 
+EVENT = {  # of a stream of events, as OpenAPI 3.2 describes them
+    "type": "object",
+    "properties": {name: {"type": "string"} for name in ("event", "id", "data")},
+    "required": ["event", "data"],
+}
 LOCATION = {"Location": "Where the job is read."}
 APPLIED = {**LOCATION, "Preference-Applied": "How long the server was willing to wait, as `wait=20`."}
 JOB_STATE = Answer("The job.", JobResource, example=SUCCEEDED)

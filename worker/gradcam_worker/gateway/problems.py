@@ -5,15 +5,16 @@ with the request itself is in `errors`: a JSON pointer into the body or a parame
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Match
 
 from gradcam_worker import errors
 from gradcam_worker.errors import GradcamError, InternalError
@@ -97,6 +98,8 @@ def _findings(error: GradcamError) -> list[Mapping[str, str]]:
         ]
     if isinstance(error.__cause__, ValidationError):
         return [*findings_of(error.__cause__)]
+    if isinstance(error, errors.InvalidJob | errors.UriNotAllowed):  # they name the caller's own policy alone
+        return [{"pointer": "#", "detail": str(error)}]
     return []
 
 
@@ -111,8 +114,15 @@ def pointer(location: tuple[str | int, ...]) -> str:
     return "#" + "".join(f"/{step}" for step in steps)
 
 
-def add_handlers(app: FastAPI) -> None:
-    """Let an app answer every error with a problem."""
+def _methods(routers: Sequence[APIRouter], request: Request) -> set[str]:
+    """The methods that a path has: FastAPI has a route for each, and answers for the first."""
+    routes = (route for router in routers for route in router.routes)
+    found = [route for route in routes if route.matches(request.scope)[0] != Match.NONE]
+    return {method for route in found for method in getattr(route, "methods", None) or ()}
+
+
+def add_handlers(app: FastAPI, routers: Sequence[APIRouter]) -> None:
+    """Let an app of these routers answer every error with a problem."""
 
     async def refuse(_: Request, error: Exception) -> Response:
         return problem_response(error if isinstance(error, GradcamError) else InternalError.of(error))
@@ -122,7 +132,7 @@ def add_handlers(app: FastAPI) -> None:
         findings = [{"parameter": str(one["loc"][-1]), "detail": str(one["msg"])} for one in found]
         return problem_response(errors.InvalidRequest("A parameter is not valid.", findings))
 
-    async def refuse_route(_: Request, error: Exception) -> Response:
+    async def refuse_route(request: Request, error: Exception) -> Response:
         status = HTTPStatus(error.status_code if isinstance(error, HTTPException) else 500)
         code = status.phrase.lower().replace(" ", "_").replace("-", "_")
         body = {
@@ -133,7 +143,10 @@ def add_handlers(app: FastAPI) -> None:
             "code": code,
             "retryable": False,
         }
-        return JSONResponse(body, status.value, getattr(error, "headers", None), MEDIA_TYPE)
+        headers = {}
+        if status == HTTPStatus.METHOD_NOT_ALLOWED:
+            headers["Allow"] = ", ".join(sorted(_methods(routers, request)))
+        return JSONResponse(body, status.value, headers, MEDIA_TYPE)
 
     app.add_exception_handler(GradcamError, refuse)
     app.add_exception_handler(RequestValidationError, refuse_parameters)
