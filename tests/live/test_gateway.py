@@ -82,13 +82,12 @@ def curl(*arguments: str) -> Any:
 
 def test_curl_sends_a_photo_and_gets_what_it_shows(api: str, photos: Path) -> None:
     wanted = ["-F", "network=efficientnet_lite0", "-F", "top_n=2", "-F", f"image=@{photos / 'astronaut.jpg'}"]
-    document = curl(
-        "-H", "Prefer: wait=60", "-F", f"image=@{photos / 'astronaut.jpg'}", *wanted, f"{api}/v1/jobs"
-    )
+    document = curl("-H", "Prefer: wait=60", *wanted, f"{api}/v1/jobs")
     assert document["status"] == "succeeded", document
     assert len(document["predictions"]) >= 2
     overlays = [one for one in document["artifacts"] if one["kind"] == "overlay"]
     assert [one["class_id"] for one in overlays] == [one["id"] for one in document["predictions"][:2]]
+    assert httpx.get(overlays[0]["url"]).headers["content-type"] == overlays[0]["media_type"]
     result = curl(f"{api}/v1/jobs/{document['id']}/result")
     assert result["manifest"]["job_id"] == document["id"]
     picture = httpx.get(result["urls"][overlays[0]["uri"]])

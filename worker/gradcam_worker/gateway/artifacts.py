@@ -35,6 +35,8 @@ class JobArtifact(ResponseModel):
     media_type: str
     class_id: int | None = None
     class_name: str | None = None
+    url: str | None = None
+    """where a browser can read it, in the answer that was waited for: valid for an hour"""
 
 
 class JobResource(StatusDocument):
@@ -67,12 +69,14 @@ class ViewerDocument(ResponseModel):
 _artifacts = TypeAdapter(tuple[JobArtifact, ...])
 
 
-async def artifacts_json(gateway: Gateway, caller: Caller, document: StatusDocument) -> bytes | None:
+async def artifacts_json(
+    gateway: Gateway, caller: Caller, document: StatusDocument, *, with_urls: bool = False
+) -> bytes | None:
     """The artifacts of a job that succeeded, as JSON; None for any other, and where they cannot be read."""
     if document.status != "succeeded" or not document.result:
         return None
     key = f"{document.id} {document.result.manifest_sha256}"
-    found = gateway.artifact_lists.find(key)
+    found = None if with_urls else gateway.artifact_lists.find(key)
     if found is None:
         client = gateway.client_of(caller)
         try:
@@ -81,8 +85,12 @@ async def artifacts_json(gateway: Gateway, caller: Caller, document: StatusDocum
         except (GradcamError, TimeoutError) as error:
             log.warning("artifacts_not_read", job_id=document.id, error=error)
             return None
-        found = _artifacts.dump_json(tuple(_list(result.manifest)))
+        listed = _list(result.manifest)
+        found = _artifacts.dump_json(tuple(listed), exclude_none=True)
         gateway.artifact_lists.keep(key, found)
+        if with_urls:
+            addressed = (one.model_copy(update={"url": result.urls.get(one.uri)}) for one in listed)
+            return _artifacts.dump_json(tuple(addressed), exclude_none=True)
     return found
 
 

@@ -53,7 +53,8 @@ async def submit(
     """Submit a job: as JSON, or as a form with the image itself.
 
     Answers 202 with the job's place in `Location`; with `Prefer: wait=20` it waits, and answers 200 once the
-    job is final. The fields of a form are `image` (the file), those of a job, `top_n` and `classes`.
+    job is final, with a URL of each artifact that is valid for an hour. The fields of a form are `image` (the
+    file), those of a job, `top_n` and `classes`.
     """
     bodies.require_media_type(request, JSON, FORM)
     fields: object
@@ -77,7 +78,7 @@ async def submit(
     else:
         document = await client.status(job_id)
     status = HTTPStatus.OK if wait_s and document.final else HTTPStatus.ACCEPTED
-    response = await job_response(gateway, caller, document, status)
+    response = await job_response(gateway, caller, document, status, with_urls=bool(wait_s))
     response.headers["Location"] = f"/v1/jobs/{job_id}"
     if wait_s:
         response.headers["Preference-Applied"] = f"wait={wait_s:g}"
@@ -157,18 +158,23 @@ CACHED = "private, no-cache"  # kept, and asked for again each time
 
 
 async def job_response(
-    gateway: Gateway, caller: Caller, document: StatusDocument, status: HTTPStatus = HTTPStatus.OK
+    gateway: Gateway,
+    caller: Caller,
+    document: StatusDocument,
+    status: HTTPStatus = HTTPStatus.OK,
+    *,
+    with_urls: bool = False,
 ) -> Response:
     """The answer with a job's document, and the artifacts of one that succeeded.
 
     One with a final document has an ETag, unless its artifacts could not be read.
     """
     body = caller.visible(document).model_dump_json().encode()
-    artifacts = await artifacts_json(gateway, caller, document)
+    artifacts = await artifacts_json(gateway, caller, document, with_urls=with_urls)
     if artifacts is not None:
         body = body[:-1] + b',"artifacts":' + artifacts + b"}"
     headers = {"Cache-Control": "no-store"}
-    if document.final and (artifacts is not None or document.status != "succeeded"):
+    if document.final and not with_urls and (artifacts is not None or document.status != "succeeded"):
         etag = hashlib.blake2b(body, digest_size=12).hexdigest()
         headers = {"Cache-Control": CACHED, "ETag": f'W/"{etag}"'}
     return Response(body, status.value, headers, JSON)

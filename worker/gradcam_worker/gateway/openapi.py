@@ -258,9 +258,8 @@ def _answer(answer: Answer) -> dict[str, Any]:
             name: {"description": text, "schema": {"type": "string"}} for name, text in answer.headers.items()
         }
     if answer.model or answer.media_type != JSON:
-        schema = (
-            {"$ref": REFERENCE.format(model=answer.model.__name__)} if answer.model else {"type": "string"}
-        )
+        plain = EVENT if answer.media_type == EVENTS else {"type": "string"}
+        schema = {"$ref": REFERENCE.format(model=answer.model.__name__)} if answer.model else plain
         content: dict[str, Any] = {"schema": schema}
         if answer.example is not None:
             content["example"] = answer.example
