@@ -235,6 +235,16 @@ def test_a_strangers_page_in_the_users_browser_may_do_nothing(
         asyncio.run(access.authenticate(None, host=host, origin=origin))
 
 
+def test_a_page_that_the_operator_allows_may_ask_for_the_one_user(settings: Settings) -> None:
+    allowing = settings.model_copy(update={"serve_origins": ("http://localhost:3000",)})
+    access = Access(allowing, loopback=True)
+    assert asyncio.run(access.authenticate(None, host=HOST, origin="http://localhost:3000")).policy is None
+    with pytest.raises(InvalidApiKey):
+        asyncio.run(access.authenticate(None, host=HOST, origin="http://localhost:3001"))
+    with pytest.raises(InvalidApiKey):
+        asyncio.run(access.authenticate(None, host="evil.example", origin="http://localhost:3000"))
+
+
 def test_whoever_listens_for_others_needs_a_key_and_so_does_everybody_once_there_is_one(
     settings: Settings, server: RedisServer, access: Access, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,7 @@ from gradcam_worker.client.calls import REDIS_RETRIES
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.errors import InvalidJob, LedgerUnavailable, UnknownJob
 from gradcam_worker.ledger.dead_letters import DeadLetter, DeadLetters, make_replay, make_replay_id
-from gradcam_worker.ledger.ledger import Ledger
+from gradcam_worker.ledger.ledger import Ledger, Tenant
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.schemas.ids import new_id, utc_now
 from gradcam_worker.schemas.job import Job
@@ -30,7 +30,9 @@ class Setup:
     def __init__(self, ledger: Ledger, job: Job) -> None:
         self.ledger, self.job, self.published = ledger, job, RecordingPublisher()
         self.client = GradcamClient(ledger=ledger, publish=self.published)
-        self.dead = DeadLetters(ledger, self.client.submit)
+        self.dead = DeadLetters(
+            ledger, lambda job, tenant: self.client.as_tenant(tenant if tenant.name else None).submit(job)
+        )
 
     def failed(self, code: str = "storage_unavailable", **changes: Any) -> str:
         """The id of a job that failed."""
@@ -61,6 +63,16 @@ def fail(ledger: Ledger, job_id: str, code: str = "storage_unavailable") -> str:
 @pytest.fixture(params=["memory", "redis"])
 def setup(request: pytest.FixtureRequest, settings: Settings, job: Job) -> Setup:
     return Setup(MemoryLedger() if request.param == "memory" else RedisLedger(settings), job)
+
+
+def test_a_replay_is_of_the_failed_jobs_tenant(setup: Setup) -> None:
+    job = setup.job.model_copy(update={"id": new_id()})
+    setup.ledger.submit(job, tenant=Tenant("acme"))
+    fail(setup.ledger, job.id)
+    (new,) = setup.replay(job.id).values()
+    assert new
+    assert setup.ledger.read(new, "acme").status == "queued"
+    assert setup.ledger.read_tenant(new).name == "acme"
 
 
 def test_dead_letters_are_found_newest_first_by_code_by_age_and_by_id(setup: Setup) -> None:

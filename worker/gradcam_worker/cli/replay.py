@@ -74,7 +74,10 @@ def replay(
 
     settings = Settings.from_environment()
     ledger = RedisLedger(settings)
-    dead_letters = DeadLetters(ledger, GradcamClient(settings=settings, ledger=ledger).submit)
+    client = GradcamClient(settings=settings, ledger=ledger)
+    dead_letters = DeadLetters(
+        ledger, lambda job, tenant: client.as_tenant(tenant if tenant.name else None).submit(job)
+    )
     selected = bool(job_ids or code or everything or since_s is not None)
     letters = dead_letters.find(job_ids, code=code, since_s=since_s, limit=limit if selected else None)
     if dry_run or not selected:

@@ -162,13 +162,14 @@ class Access:
         """Connect to nothing yet.
 
         Args:
-            settings: Those of the ledger's server; `uploads` are those of the one user.
+            settings: Those of the ledger's server; `uploads` are those of the one user, and pages of
+                `serve_origins` may ask for that user.
             server: Stands in for the ledger's.
             loopback: Whether the gateway listens at an address of this machine alone.
         """
         self._server = server or AsyncRedisServer(settings, timeout_s=TIMEOUT_S, retries=RETRIES)
         self._keys, self._tenants = ApiKeys(self._server), Tenants(self._server)
-        self._loopback = loopback
+        self._loopback, self._origins = loopback, settings.serve_origins
         self._one_user = Caller(None, frozenset(SCOPES), "", settings.uploads or None)
         self._known: dict[str, tuple[ApiKey, TenantPolicy, float]] = {}  # by prefix, with the time of reading
         self._keyless_until = 0.0  # until when it is known that no key exists
@@ -282,7 +283,8 @@ class Access:
         if not is_this_machine(host):
             message = f"No API key was sent, and Host {host!r:.{MAX_SHOWN}} is not this machine: {HOW}."
             raise InvalidApiKey(message)
-        if origin is not None and urlsplit(origin).netloc.lower() != str(host).lower():
+        own = origin is None or urlsplit(origin).netloc.lower() == str(host).lower()
+        if not own and str(origin).lower() not in self._origins:
             message = f"No API key was sent, and a page of {origin!r:.{MAX_SHOWN}} asks: {HOW}."
             raise InvalidApiKey(message)
 

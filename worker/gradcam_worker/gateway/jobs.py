@@ -150,8 +150,10 @@ async def cancel(gateway: GatewayOf, caller: Submitter, job_id: JobIdOf) -> Resp
 @router.post("/{job_id}/retry", operation_id="retry_job")
 async def retry(gateway: GatewayOf, caller: Submitter, job_id: JobIdOf) -> Response:
     """Try a failed job again, under its id. One that waits or runs is left as it is."""
-    await gateway.access.admit_jobs(caller)
-    return await job_response(gateway, caller, await gateway.client_of(caller).retry(job_id))
+    client = gateway.client_of(caller)
+    if (await client.status(job_id)).status == "failed":
+        await gateway.access.admit_jobs(caller)
+    return await job_response(gateway, caller, await client.retry(job_id))
 
 
 CACHED = "private, no-cache"  # kept, and asked for again each time

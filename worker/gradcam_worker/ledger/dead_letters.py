@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from gradcam_worker.errors import GradcamError, LedgerUnavailable, UnknownJob
-from gradcam_worker.ledger.ledger import Ledger
+from gradcam_worker.ledger.ledger import Ledger, Tenant
 from gradcam_worker.schemas.ids import utc_now
 from gradcam_worker.schemas.job import Job
 from gradcam_worker.schemas.shard import Shard
@@ -49,12 +49,12 @@ class ReplayResult:
 class DeadLetters:
     """The dead letters of a ledger. Its methods raise LedgerUnavailable if that cannot be reached."""
 
-    def __init__(self, ledger: Ledger, submit: Callable[[Job], str]) -> None:
+    def __init__(self, ledger: Ledger, submit: Callable[[Job, Tenant], object]) -> None:
         """Use a ledger.
 
         Args:
             ledger: The ledger.
-            submit: Enters a job and publishes it, as `GradcamClient.submit` does.
+            submit: Enters a job of a tenant and publishes it, as `GradcamClient.submit` does.
         """
         self._ledger, self._submit = ledger, submit
 
@@ -138,7 +138,7 @@ class DeadLetters:
             if self._ledger.read_many([job.id]):  # an earlier replay was interrupted, or is still under way
                 entered = self._ledger.read_job(job.id)
                 job = entered if isinstance(entered, Job) else job
-            self._submit(job)
+            self._submit(job, self._ledger.read_tenant(failed_id))
         except LedgerUnavailable:
             raise
         except GradcamError as error:

@@ -476,6 +476,11 @@ class Ledger(ABC):
         except InvalidJob:
             return None
 
+    def read_tenant(self, job_id: str) -> Tenant:
+        """Read whose a job is; `NOBODY` also for an unknown job."""
+        held = self._find(job_id)
+        return held.tenant if held else NOBODY
+
     def read_route(self, job_id: str) -> str | None:
         """Read a job's route, its priority or "shard"; None for an unknown job."""
         held = self._find(job_id)
