@@ -263,6 +263,7 @@ def test_only_a_tenants_own_jobs_are_listed(api: Api) -> None:
             ids = {one["id"] for one in listed.json()["jobs"]}
             assert api.jobs[owner] in ids
             assert not {api.jobs[other], api.jobs["nobody"]} & ids
+    api.call(ROUTES["submit_job"], api.keys["globex"], json={**JOB, "image": GLOBEX_IMAGE})
     cursor = api.call(ROUTES["list_jobs"], api.keys["globex"], params={"limit": 1}).json()["cursor"]
     assert cursor
     stolen = api.call(ROUTES["list_jobs"], api.keys["acme"], params={"cursor": cursor})
