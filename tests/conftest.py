@@ -210,6 +210,7 @@ LASTING_KEYS = {
     r"(gone|later)": "URLs, which are removed when their pause is over",
     r"claimed": "one field for each priority",
     r"(tenants|api_keys)": "what operators have made",
+    r"(turn:\w+:.*|turns:\w+|rested:\w+)": "ids and tenants of queued jobs, and whose turn it is among them",
     r"workers": "one field for each worker, which is removed when the worker is gone",
     r"backfills": "ids of running backfills, which are removed when the backfill is gone",
     r"gradcam\.(interactive|bulk|shards)(\x06\x16\d)?": "a queue: messages that were not received",

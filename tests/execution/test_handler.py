@@ -24,6 +24,7 @@ from gradcam_worker.execution.attempt import Progress
 from gradcam_worker.execution.handler import Disposition, JobHandler, _ProgressWriter
 from gradcam_worker.execution.leases import LeaseManager
 from gradcam_worker.images import fetch
+from gradcam_worker.ledger.ledger import Tenant
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.resilience.circuit_breaker import CircuitBreaker
 from gradcam_worker.runtime import bootstrap
@@ -109,6 +110,47 @@ def test_a_message_that_is_delivered_again_is_dropped(harness: Harness) -> None:
     document = harness.read(job)
     assert harness.handle(payload(job)) == Disposition.DROP
     assert harness.read(job) == document
+
+
+@pytest.mark.parametrize("entered_at", [True, False], ids=["fresh", "read"])
+def test_where_several_tenants_wait_a_message_is_used_for_the_job_whose_turn_it_is(
+    harness: Harness, entered_at: bool
+) -> None:
+    jobs = [make_job() for _ in range(6)]
+    documents = [harness.ledger.submit(job, tenant=Tenant("acme")) for job in jobs[:5]]
+    documents += [harness.ledger.submit(jobs[5], tenant=Tenant("other"))]
+    ran = list[int]()
+    for job, document in zip(jobs, documents, strict=True):
+        moment = document.created_at.isoformat() if entered_at else None
+        assert harness.handler.handle(payload(job), job.id, entered_at=moment) == Disposition.FINISHED
+        ran += [n for n, one in enumerate(jobs) if n not in ran and harness.read(one).final]
+    assert ran == [0, 5, 1, 2, 3, 4], "the second message was used for the other's job"
+    assert [harness.read(one).attempt for one in jobs] == [1] * 6
+    assert harness.ledger.read_usage("acme", 1)[0].jobs == 5
+
+
+def test_a_message_whose_job_has_ended_is_used_for_the_next_turn(harness: Harness) -> None:
+    jobs = [make_job() for _ in range(3)]
+    for job in jobs:
+        harness.ledger.submit(job, tenant=Tenant("acme"))
+    harness.ledger.cancel(jobs[0].id)
+    assert harness.handle({"id": jobs[0].id}) == Disposition.FINISHED
+    assert harness.handle(payload(jobs[2])) == Disposition.FINISHED
+    assert [harness.read(job).status for job in jobs] == ["canceled", "succeeded", "succeeded"]
+    assert harness.handle(payload(jobs[1])) == Disposition.DROP
+
+
+def test_a_job_that_this_version_cannot_read_does_not_keep_its_tenants_turn(harness: Harness) -> None:
+    strange, other = make_job(), make_job()
+    harness.ledger.submit(strange, tenant=Tenant("acme"))
+    harness.ledger.submit(make_job(), tenant=Tenant("other"))
+    entry = harness.ledger._entries[strange.id]
+    harness.ledger._entries[strange.id] = replace(entry, job='{"schema": "gradcam.job/v9"}')
+    harness.ledger.submit(other, tenant=Tenant("other"))
+    assert harness.handle(payload(other)) == Disposition.FINISHED
+    assert harness.read(strange).status == "failed"
+    assert harness.handle(payload(strange)) == Disposition.FINISHED
+    assert harness.read(other).status == "queued"
 
 
 def test_a_permanent_error_fails_the_job_at_once(harness: Harness) -> None:
@@ -274,7 +316,7 @@ def test_if_the_ledger_cannot_be_reached_the_message_is_requeued(
 
     job = make_job()
     harness.ledger.submit(job)
-    monkeypatch.setattr(harness.ledger, "_compare_and_set", unreachable)
+    monkeypatch.setattr(harness.ledger, "_claim_in_turn", unreachable)
     with pytest.raises(LedgerUnavailable):
         harness.handle(payload(job))
     monkeypatch.undo()

@@ -157,7 +157,7 @@ def test_a_job_that_is_not_as_it_was_entered_is_not_claimed_unread(
 
 def test_one_of_many_threads_claims_an_unread_job(ledger: Ledger, job: Job) -> None:
     moment = ledger.submit(job).created_at
-    taken: list[StatusDocument | None] = []
+    taken: list[object] = []
     threads = [
         threading.Thread(target=lambda who: taken.append(ledger.claim_fresh(job, moment, who)), args=[who])
         for who in (WORKER.model_copy(update={"id": f"worker-{number}"}) for number in range(8))

@@ -86,7 +86,7 @@ def keys(setup: Setup) -> set[str]:
     """What is in Redis, without what belongs to the job itself."""
     server: Any = setup.outbox._server  # type: ignore[attr-defined]
     found = {key.removeprefix(server.prefix) for key in server.redis.scan_iter(f"{server.prefix}*")}
-    own = ("job:", "queued:", "running", "dead", "claimed", "ended:")
+    own = ("job:", "queued:", "running", "dead", "claimed", "ended:", "listed:")
     return {key for key in found if not key.startswith(own)}
 
 

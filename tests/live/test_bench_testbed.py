@@ -47,6 +47,14 @@ def test_the_latency_bench_tells_where_a_jobs_time_goes() -> None:
 
 
 @pytest.mark.live
+def test_the_fairness_bench_measures_few_jobs_alone_and_behind_a_backlog() -> None:
+    found = figures("fairness")
+    assert found["backlog"] == 600
+    assert found["waiting"] > 300, "they were not waited for"
+    assert 0 < found["alone_s"] < found["behind_s"]
+
+
+@pytest.mark.live
 @pytest.mark.tensorflow
 def test_the_memory_bench_runs_every_kind_of_job_and_follows_the_resident_set() -> None:
     found = figures("memory")

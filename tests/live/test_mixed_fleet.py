@@ -30,6 +30,7 @@ from devtools.faults import tiny_worker
 from devtools.processes import children
 from gradcam_worker.broker import envelope, publisher
 from gradcam_worker.client.client import GradcamClient
+from gradcam_worker.ledger.ledger import Tenant
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.operations import servers
 from gradcam_worker.runtime import parent_watch
@@ -93,6 +94,19 @@ class Fleet:
         assert told == [one["id"] for one in asked]
         self.ids += told
         return asked
+
+    def submit_for(self, tenant: Tenant, number: int) -> None:
+        """Jobs of a tenant, which only the present release knows."""
+        wish = {
+            "image": self.image,
+            "network": tiny_worker.NETWORK,
+            "target": {"top_n": 2},
+            "max_attempts": 9,
+        }
+        jobs = [Job.parse({**wish, "webhooks": [{"url": self.hook}]}) for _ in range(number)]
+        self.ledger.submit_many(jobs, tenant=tenant)
+        publisher.Publisher(self.settings).publish((job, None) for job in jobs)
+        self.ids += [job.id for job in jobs]
 
     def hand_in(self, release: str, asked: list[dict[str, Any]]) -> Any:
         """The ids by which the client of that release knows these jobs."""
@@ -238,6 +252,8 @@ def test_a_mixed_fleet_whose_workers_are_killed_ends_every_job_exactly_once(
 ) -> None:
     for release in RELEASES:
         fleet.submit(release, *[{"priority": priority} for priority in PRIORITIES * EACH])
+        fleet.submit_for(Tenant("acme"), 2 * EACH)
+        fleet.submit_for(Tenant("other", share=2), EACH // 2)
     with fleet.worker("previous") as one, fleet.worker("present") as other:
         for keeper in (one, other):
             wait_for(partial(fleet.works, keeper), "a job in the hands of each")
@@ -248,6 +264,7 @@ def test_a_mixed_fleet_whose_workers_are_killed_ends_every_job_exactly_once(
         wait_for(fleet.all_final, "the end of all jobs")
         check_every_job_has_ended_once(fleet, http_server.received)
     assert max(one.attempt for one in fleet.documents()) > 1, "no kill hit anything: nothing was tested"
+    assert fleet.ledger.find_turn("normal") is None, "what the previous release took is not waited for"
 
 
 def process(keeper: "subprocess.Popen[bytes]") -> int:

@@ -14,7 +14,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-BENCHES = ("engine", "forward", "peers", "feed", "job_cpu", "service", "latency", "memory", "backfill", "gpu")
+BENCHES = (
+    "engine",
+    "forward",
+    "peers",
+    "feed",
+    "job_cpu",
+    "service",
+    "latency",
+    "fairness",
+    "memory",
+    "backfill",
+    "gpu",
+)
 WIDTH = 110  # characters of a line
 NUMBER = re.compile(r"[+-]?[\d.,]+(e[+-]?\d+)?%?$")
 FIGURES = re.compile(r"^(?:\| .*?^)?\*Measured .*?\*$", re.MULTILINE | re.DOTALL)  # of a section

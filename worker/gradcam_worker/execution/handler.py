@@ -1,6 +1,7 @@
 """Handles one message: claims its job or shard, runs it, and writes the final state to the ledger."""
 
 import contextlib
+import json
 import math
 import re
 import threading
@@ -32,7 +33,7 @@ from gradcam_worker.execution import pipeline, shards
 from gradcam_worker.execution.attempt import JobContext, Progress
 from gradcam_worker.execution.leases import LeaseManager
 from gradcam_worker.execution.services import Services
-from gradcam_worker.ledger.ledger import ClaimOutcome, Ledger
+from gradcam_worker.ledger.ledger import ClaimOutcome, Entry, Ledger
 from gradcam_worker.ledger.state_machine import is_suspected
 from gradcam_worker.observability import logs, tracing
 from gradcam_worker.observability.events import NULL_OBSERVER, Observer
@@ -47,13 +48,14 @@ from gradcam_worker.schemas.job import ID_PATTERN, Job
 from gradcam_worker.schemas.legacy_rows import row_state
 from gradcam_worker.schemas.shard import Shard
 from gradcam_worker.schemas.status import Problem, StatusDocument, WorkerRef
-from gradcam_worker.schemas.work import Work, parse, terms_of
+from gradcam_worker.schemas.work import ROUTE, Work, parse, terms_of
 from gradcam_worker.settings import Settings
 from gradcam_worker.text.log_events import EventLogger
 
 log = EventLogger("gradcam")
 
 WRITE_PROGRESS_INTERVAL_S = 0.5  # a shorter stage is not worth a request to the ledger
+TURN_PAUSE_S = 0.01  # before the ledger is asked again whose turn it is
 WRITE_PATIENCE_S = 30  # time to keep trying to write a final state or a checkpoint
 TIMESTAMP = TypeAdapter(AwareDatetime)
 Kind = type[Job] | type[Shard]
@@ -141,6 +143,8 @@ class JobHandler:
                 return disposition
             while not (disposition := self._read_claim_and_run(job_id, payload, kind)):
                 pass
+            if disposition is Disposition.DROP and kind is Job:
+                disposition = self._run_turn_of(job_id, payload)
         except (InvalidJob, IdempotencyConflict, UnknownBackfill) as error:
             if payload == {"id": job_id} and not self.ledger.read_route(job_id):
                 log.warning("job_message_dropped", reason="the job is no longer in the ledger")
@@ -165,8 +169,40 @@ class JobHandler:
             return None
         with self.gate.enter(job.id) as free:
             claim_sent_at = utc_now()
-            document = self.ledger.claim_fresh(job, created_at, self.worker) if free else None
-            return self._run_traced(job, document, claim_sent_at) if document else None
+            claimed = self.ledger.claim_fresh(job, created_at, self.worker) if free else None
+            if isinstance(claimed, StatusDocument):
+                return self._run_traced(job, claimed, claim_sent_at)
+        return self._claim_turn_and_run(claimed) if claimed else None
+
+    def _run_turn_of(self, job_id: str, payload: object) -> Disposition:
+        """Use a message whose own job is not queued for the job whose turn it is in the same route.
+
+        Several tenants wait there. The message of that job, when it comes, is used for another in the same
+        way: there are as many messages as queued jobs.
+        """
+        route = self.ledger.read_route(job_id) or _priority(payload)
+        while route and route != ROUTE and (entry := self.ledger.find_turn(route)):
+            if disposition := self._claim_turn_and_run(entry):
+                return disposition
+        return Disposition.DROP
+
+    def _claim_turn_and_run(self, entry: Entry) -> Disposition | None:
+        """Claim and run the job that the ledger has named. None: it has changed in the meantime."""
+        job_id = entry.document.id
+        try:
+            job = parse(json.loads(entry.job))
+        except InvalidJob as error:
+            self.refuse(job_id, {"id": job_id}, error)
+            return Disposition.FINISHED
+        with self.gate.enter(job_id) as free:
+            if not free:  # it is being claimed here for another message
+                time.sleep(TURN_PAUSE_S)
+                return None
+            claim_sent_at = utc_now()
+            claim = self.ledger.claim(entry.document, self.worker, in_turn=False)
+            if claim.outcome is ClaimOutcome.CLAIMED:
+                return self._run_traced(job, claim.document, claim_sent_at)
+        return Disposition.FINISHED if claim.outcome is ClaimOutcome.ENDED_BY_CLAIM else None
 
     def _read_claim_and_run(self, job_id: str, payload: object, kind: Kind) -> Disposition | None:
         """Read the work from the ledger, claim it and run it. None: it changed in the meantime."""
@@ -188,8 +224,8 @@ class JobHandler:
                 return self._run_traced(
                     work, claim.document, claim_sent_at, crashed=document if is_suspected(document) else None
                 )
-        if claim.outcome is ClaimOutcome.CHANGED:
-            return None
+        if claim.outcome in {ClaimOutcome.CHANGED, ClaimOutcome.OTHERS_TURN}:
+            return self._claim_turn_and_run(claim.other) if claim.other else None
         log.info("job_claim_refused", job_id=work.id, status=claim.document.status)
         return Disposition.FINISHED if claim.outcome is ClaimOutcome.ENDED_BY_CLAIM else Disposition.DROP
 
@@ -401,6 +437,14 @@ def _job_id(payload: object, message_id: str) -> str:
         if isinstance(candidate, str) and re.fullmatch(ID_PATTERN, candidate):
             return candidate
     return str(uuid.uuid5(uuid.NAMESPACE_URL, f"gradcam:{message_id}"))
+
+
+def _priority(payload: object) -> str | None:
+    """The priority of the job that a message contains: of one that the ledger does not know any more."""
+    try:
+        return Job.parse(payload).priority
+    except InvalidJob:
+        return None
 
 
 def _add_id(payload: object, job_id: str) -> object:

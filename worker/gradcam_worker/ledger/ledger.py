@@ -113,6 +113,9 @@ class ClaimOutcome(Enum):
     CHANGED = "changed"
     """The job has changed since it was read: read it again."""
 
+    OTHERS_TURN = "another's turn"
+    """Several tenants wait, and it is the turn of another job, which is to be claimed instead."""
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -120,6 +123,7 @@ class Claim:
 
     outcome: ClaimOutcome
     document: StatusDocument
+    other: Entry | None = None  # the job whose turn it is
 
 
 @dataclass(frozen=True)
@@ -209,7 +213,6 @@ class Ledger(ABC):
         *,
         delay_s: float = 0,
         only_if_due: bool = False,
-        fingerprint: str | None = None,
     ) -> bool:
         """Replace a document by its next revision, atomically.
 
@@ -221,10 +224,36 @@ class Ledger(ABC):
             after: The next revision.
             delay_s: The pause before the next attempt, for status `retrying`.
             only_if_due: Replace only if the job's lease, or its pause, is over.
-            fingerprint: Replace only if the job has this fingerprint and its document equals `before`.
 
         Returns:
             Whether it was replaced, by this call or by an identical one before.
+        """
+
+    @abstractmethod
+    def _claim_in_turn(
+        self, before: StatusDocument, after: StatusDocument, fingerprint: str | None = None
+    ) -> bool | Entry:
+        """Replace a queued document by a running one, for a message of this job, if it is the job's turn.
+
+        Args:
+            before: As for `_compare_and_set`.
+            after: The running document.
+            fingerprint: Replace only if the job has this fingerprint and its document equals `before`.
+
+        Returns:
+            As `_compare_and_set`; or, where several tenants wait, the entry of the job whose turn it is: the
+            message is to be used for that one, and this job waits for another message.
+        """
+
+    @abstractmethod
+    def find_turn(self, route: str) -> Entry | None:
+        """Find the queued job whose turn it is, for a message whose own job is not queued any more.
+
+        Args:
+            route: The priority of the message's job.
+
+        Returns:
+            The entry of the job; None where no tenant waits.
         """
 
     @abstractmethod
@@ -533,7 +562,7 @@ class Ledger(ABC):
             raise UnknownJob(message)
         return documents[job_id]
 
-    def claim_fresh(self, job: Job, entered_at: datetime, worker: WorkerRef) -> StatusDocument | None:
+    def claim_fresh(self, job: Job, entered_at: datetime, worker: WorkerRef) -> StatusDocument | Entry | None:
         """Claim a job that has not changed since it was entered, without reading it first.
 
         Args:
@@ -542,22 +571,27 @@ class Ledger(ABC):
             worker: The worker that claims it.
 
         Returns:
-            The running document; None if the job has changed, has expired, or is not the one in the ledger:
-            `get_or_create` and `claim` then find out which.
+            The running document; the entry of another job if it is that one's turn; None if the job has
+            changed, has expired, or is not the one in the ledger: `get_or_create` and `claim` then find out
+            which.
         """
         now = utc_now()
         if job.expires_at and job.expires_at <= now:
             return None
         before = state_machine.new_document(job.id, job, entered_at)
         after = state_machine.begin_attempt(before, worker, now)
-        return after if self._compare_and_set(before, after, fingerprint=_fingerprint(job)) else None
+        claimed = self._claim_in_turn(before, after, _fingerprint(job))
+        return claimed if isinstance(claimed, Entry) else after if claimed else None
 
-    def claim(self, before: StatusDocument, worker: WorkerRef) -> Claim:
+    def claim(self, before: StatusDocument, worker: WorkerRef, *, in_turn: bool = True) -> Claim:
         """Claim the next attempt at a job.
 
         Args:
             before: The last known document of the job.
             worker: The worker that claims it.
+            in_turn: Whether it is claimed for a message of its own, and so must wait for the turn of its
+                tenant. False: the ledger has named it as the one whose turn it is. A job whose last worker
+                died has no turns: it is claimed for its own message, when that is received.
 
         Returns:
             The outcome, and the current document.
@@ -567,7 +601,12 @@ class Ledger(ABC):
         if before.status != "queued":
             return Claim(ClaimOutcome.HELD, before)
         after = state_machine.claim(before, worker)
-        if not self._compare_and_set(before, after):
+        has_turn = in_turn and not after.final and not state_machine.is_suspected(before)
+        replace = self._claim_in_turn if has_turn else self._compare_and_set
+        replaced = replace(before, after)
+        if isinstance(replaced, Entry):
+            return Claim(ClaimOutcome.OTHERS_TURN, before, replaced)
+        if not replaced:
             return Claim(ClaimOutcome.CHANGED, self.read(before.id))
         self._notify_if_final(after)
         return Claim(ClaimOutcome.ENDED_BY_CLAIM if after.final else ClaimOutcome.CLAIMED, after)

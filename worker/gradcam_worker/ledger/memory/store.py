@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import date
@@ -18,6 +19,7 @@ from gradcam_worker.ledger.ledger import (
     latest_days,
 )
 from gradcam_worker.ledger.memory.outbox import MemoryOutbox
+from gradcam_worker.ledger.memory.turns import Turns
 from gradcam_worker.schemas import listing
 from gradcam_worker.schemas.listing import JobPage, JobQuery
 from gradcam_worker.schemas.status import StatusDocument
@@ -43,6 +45,7 @@ class MemoryLedger(Ledger):
         self._republished: dict[str, int] = {}
         self._claimed: dict[str, float] = {}  # route -> when its latest received message was published
         self._dead: dict[str, float] = {}
+        self._turns = defaultdict[str, Turns](Turns)  # by route
         self._usage: dict[tuple[str, date], tuple[int, float]] = {}  # jobs, and seconds of the device
         self._leader: tuple[str, float] = ("", 0)
         self._lock = threading.RLock()
@@ -76,33 +79,70 @@ class MemoryLedger(Ledger):
         *,
         delay_s: float = 0,
         only_if_due: bool = False,
-        fingerprint: str | None = None,
     ) -> bool:
         with self._lock:
             entry = self._entries.get(before.id)
             if entry and entry.document == after:
                 return True
-            if not entry or (fingerprint and (entry.fingerprint, entry.document) != (fingerprint, before)):
-                return False
-            held = entry.document
-            if (held.attempt, held.revision) != (before.attempt, before.revision):
+            if not entry or not _is_revision(entry, before):
                 return False
             if only_if_due and self._due[before.id] > self._clock():
                 return False
-            self._store(replace(entry, document=after), held, delay_s)
+            self._store(replace(entry, document=after), entry.document, delay_s)
             return True
 
-    def _store(self, entry: Entry, before: StatusDocument | None, delay_s: float = 0) -> None:
+    def _claim_in_turn(
+        self, before: StatusDocument, after: StatusDocument, fingerprint: str | None = None
+    ) -> bool | Entry:
+        with self._lock:
+            entry = self._entries.get(before.id)
+            if entry and entry.document == after:
+                return True
+            if not entry or not _is_revision(entry, before):
+                return False
+            if fingerprint and (entry.fingerprint, entry.document) != (fingerprint, before):
+                return False
+            tenant, turns = entry.tenant.name, self._turns[entry.route]
+            own = (tenant, before.id, self._due[before.id], 1 / entry.tenant.share)
+            chosen_id = turns.choose(self._is_queued, own)
+            if entry.route != ROUTE and chosen_id not in {None, before.id}:
+                turns.pass_over(tenant, before.id)
+                return self._entries[str(chosen_id)]
+            self._store(replace(entry, document=after), entry.document, in_turn=True)
+            return True
+
+    def find_turn(self, route: str) -> Entry | None:
+        """See `Ledger.find_turn`."""
+        with self._lock:
+            chosen_id = self._turns[route].choose(self._is_queued)
+            return self._entries[chosen_id] if chosen_id else None
+
+    def _is_queued(self, job_id: str) -> bool:
+        return self._entries[job_id].document.status == "queued"
+
+    def _store(
+        self,
+        entry: Entry,
+        before: StatusDocument | None,
+        delay_s: float = 0,
+        *,
+        in_turn: bool = False,  # it is claimed for its own message
+    ) -> None:
         after, now = entry.document, self._clock()
         keeps_job = after.status == "failed" or not after.final
         self._entries[after.id] = entry if keeps_job else replace(entry, job="null")
         if before is None or before.status != after.status:
             first = before and before.attempt == 0 and after.id not in self._republished
-            if before and first and before.status == "queued" and after.status == "running":
+            if in_turn and first:
                 published = min(self._due.get(after.id, 0), now)
                 self._claimed[entry.route] = max(published, self._claimed.get(entry.route, 0))
             self._due[after.id] = now + (self._lease_s if after.status == "running" else delay_s)
             self._republished.pop(after.id, None)
+            turns, tenant = self._turns[entry.route], entry.tenant
+            if before and before.status == "queued":
+                turns.leave(tenant.name, after.id, 1 / tenant.share if after.status == "running" else 0)
+            if after.status == "queued" and entry.route != ROUTE and not state_machine.is_suspected(after):
+                turns.join(tenant.name, after.id, now, 1 / tenant.share)
         if after.status == "failed":
             self._dead.setdefault(after.id, now)
         elif before and before.status == "failed":
@@ -111,6 +151,10 @@ class MemoryLedger(Ledger):
             used = (entry.tenant.name, after.updated_at.date())
             jobs, device_s = self._usage.get(used, (0, 0.0))
             self._usage[used] = jobs + 1, device_s + device_s_of(after)
+        self._put_events(entry, before)
+
+    def _put_events(self, entry: Entry, before: StatusDocument | None) -> None:
+        after = entry.document
         event = state_machine.name_event(before, after)
         for index, hook in enumerate(entry.webhooks):
             if event in hook.events:
@@ -193,6 +237,7 @@ class MemoryLedger(Ledger):
                 for job_id, entry in self._entries.items()
                 if (entry.route, entry.document.status) == (route, "queued")
                 and self._due[job_id] <= newest - lost_after_s
+                and (queue_is_empty or not self._turns[route].is_passed_over(entry.tenant.name, job_id))
             ][:limit]
             for job_id in job_ids:
                 self._republished[job_id] = self._republished.get(job_id, 0) + 1
@@ -230,3 +275,9 @@ class MemoryLedger(Ledger):
 
     def prune(self) -> None:
         """See `Ledger.prune`: this ledger forgets nothing."""
+
+
+def _is_revision(entry: Entry, document: StatusDocument) -> bool:
+    """Whether the document of an entry is this revision."""
+    held = entry.document
+    return (held.attempt, held.revision) == (document.attempt, document.revision)

@@ -29,6 +29,23 @@ The jobs
 
     The new revision of a job's document is published on the channel `changed:<id>`.
 
+The turns
+    Where jobs of tenants wait in a route, a message there is not for the job that it names, but for the job
+    whose turn it is: see `include/turns.lua`, and `ledger/memory/turns.py` for the rule in Python.
+
+    turn:<route>:<tenant>  the tenant's queued jobs, by the time when each was queued. A job whose message was
+                           used for another is before those: its place is a negative number
+    turns:<route>          the tenants that have queued jobs, by their virtual time: the smallest is next, and
+                           a claim adds 1 / share to it. Nobody's jobs have the turns of a tenant without name
+    rested:<route>         the virtual times of tenants that had turns lately and have no queued job now: who
+                           comes back begins there; and, as `:present`, the largest of which a job was claimed
+
+    As long as no tenant has a queued job in a route, none of its keys exists, and jobs are claimed as their
+    messages come. Shards have no turns, nor have jobs whose last worker died: each is claimed for a message
+    of its own. In each route there are at least as many messages as queued jobs: a message whose job is not
+    queued is used for the job whose turn it is. Where one is lost or dropped (by a worker of an earlier
+    version), some job waits until the queue is empty, and the reaper finds it: see `find_unpublished.lua`.
+
 The lists
     For each list of jobs a sorted set of their ids, by the time when they were created, in microseconds.
     There are lists of all jobs, whose scope is empty, and lists of each tenant's, whose scope is its name:

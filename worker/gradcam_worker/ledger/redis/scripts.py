@@ -25,6 +25,7 @@ class NewJob(NamedTuple):
     tenant: str  # its name; empty: nobody's
     created_us: int
     lists: str  # their names, a line each; empty: a shard, which is in none
+    share: str  # of its tenant, a number
 
 
 @dataclass(kw_only=True)
@@ -37,8 +38,11 @@ class CreateJobs(LuaScript[list[list[str]]], file="create_jobs"):
 
 
 @dataclass(kw_only=True)
-class ReplaceDocument(LuaScript[int], file="replace_document"):
-    """Replace a job's document by its next revision. Returns 0 if another revision is current."""
+class ReplaceDocument(LuaScript[int | list[str]], file="replace_document"):
+    """Replace a job's document by its next revision. Returns 0 if another revision is current.
+
+    A claim in turn returns the job whose turn it is, if it is another's.
+    """
 
     job_id: str
     attempt_before: int
@@ -60,6 +64,14 @@ class ReplaceDocument(LuaScript[int], file="replace_document"):
     status_before: str
     created_us: int
     device_ms: int
+    in_turn: bool
+
+
+@dataclass(kw_only=True)
+class FindTurn(LuaScript[list[str]], file="find_turn"):
+    """Find the queued job whose turn it is in a route, if any. Returns its fields: see the script."""
+
+    route: str
 
 
 @dataclass(kw_only=True)

@@ -101,6 +101,7 @@ class RedisLedger(Ledger):
             event=state_machine.name_event(None, document),
             tenant=tenant,
             created_us=listing.position_of(document)[0],
+            share=repr(entry.tenant.share),
             lists="" if entry.route == ROUTE else "\n".join(_names_of_lists(entry)),
         )
 
@@ -108,11 +109,7 @@ class RedisLedger(Ledger):
     async def _find(self, job_id: str) -> Entry | None:
         names = ("fingerprint", "job", "document", "route", "tenant")
         (fields,) = await self.server.ask_each([("HMGET", self._key(job_id), *names)])
-        fingerprint, job, text, route, tenant = fields
-        if fingerprint is None:  # the job does not exist
-            return None
-        document = StatusDocument.model_validate_json(text)
-        return Entry(fingerprint, job, None, document, route, tenant=Tenant(tenant or ""))
+        return _entry_of(*fields) if fields[0] is not None else None  # None: the job does not exist
 
     @blocking
     async def _compare_and_set(
@@ -122,34 +119,53 @@ class RedisLedger(Ledger):
         *,
         delay_s: float = 0,
         only_if_due: bool = False,
-        fingerprint: str | None = None,
     ) -> bool:
+        replace = self._replacement(before, after, delay_s=delay_s, only_if_due=only_if_due)
+        replace.in_turn = after.status == "queued" and not state_machine.is_suspected(after)
+        return bool(await self.server.ask(replace))
+
+    def _claim_in_turn(
+        self, before: StatusDocument, after: StatusDocument, fingerprint: str | None = None
+    ) -> bool | Entry:
+        claim = self._replacement(before, after)
+        claim.in_turn = True
+        if fingerprint:
+            claim.fingerprint, claim.document_before = fingerprint, before.to_json()
+        claimed = self.server.run(claim)
+        return bool(claimed) if isinstance(claimed, int) else _entry_of(*claimed)
+
+    def _replacement(
+        self, before: StatusDocument, after: StatusDocument, *, delay_s: float = 0, only_if_due: bool = False
+    ) -> scripts.ReplaceDocument:
         retention_ms, keyed_ms = self._retention_ms
-        replaced = await self.server.ask(
-            scripts.ReplaceDocument(
-                job_id=before.id,
-                attempt_before=before.attempt,
-                revision_before=before.revision,
-                document=after.to_json(),
-                attempt=after.attempt,
-                revision=after.revision,
-                status=after.status,
-                delay_ms=int(delay_s * 1000),
-                fingerprint=fingerprint or "",
-                document_before=before.to_json() if fingerprint else "",
-                expires_ms=_expires_ms(after),
-                cancel_requested=after.cancel_requested_at is not None,
-                event=state_machine.name_event(before, after),
-                retention_ms=retention_ms,
-                keyed_retention_ms=keyed_ms,
-                lease_ms=self._lease_ms,
-                only_if_due=only_if_due,
-                status_before=before.status,
-                created_us=listing.position_of(after)[0],
-                device_ms=int(device_s_of(after) * 1000) if after.final else 0,
-            )
+        return scripts.ReplaceDocument(
+            job_id=before.id,
+            attempt_before=before.attempt,
+            revision_before=before.revision,
+            document=after.to_json(),
+            attempt=after.attempt,
+            revision=after.revision,
+            status=after.status,
+            delay_ms=int(delay_s * 1000),
+            fingerprint="",
+            document_before="",
+            expires_ms=_expires_ms(after),
+            cancel_requested=after.cancel_requested_at is not None,
+            event=state_machine.name_event(before, after),
+            retention_ms=retention_ms,
+            keyed_retention_ms=keyed_ms,
+            lease_ms=self._lease_ms,
+            only_if_due=only_if_due,
+            status_before=before.status,
+            created_us=listing.position_of(after)[0],
+            device_ms=int(device_s_of(after) * 1000) if after.final else 0,
+            in_turn=False,
         )
-        return bool(replaced)
+
+    def find_turn(self, route: str) -> Entry | None:
+        """See `Ledger.find_turn`."""
+        found = self.server.run(scripts.FindTurn(route=route))
+        return _entry_of(*found) if found else None
 
     @blocking
     async def read_many(self, ids: Sequence[str], tenant: str | None = None) -> dict[str, StatusDocument]:
@@ -282,6 +298,11 @@ class RedisLedger(Ledger):
 
     def _key(self, job_id: str) -> str:
         return f"{self.server.prefix}job:{job_id}"
+
+
+def _entry_of(fingerprint: str, job: str, text: str, route: str, tenant: str | None) -> Entry:
+    document = StatusDocument.model_validate_json(text)
+    return Entry(fingerprint, job, None, document, route, tenant=Tenant(tenant or ""))
 
 
 def _existing_or_new(entry: Entry, *existing: str) -> Entry:

@@ -6,12 +6,13 @@ local prefix = ARGV[1]
 local retention_ms = tonumber(ARGV[2])
 local keyed_retention_ms = tonumber(ARGV[3]) -- of a job with an idempotency key
 local jobs = records(4, 'job_id', 'idempotency', 'fingerprint', 'job', 'document', 'attempt', 'revision',
-                     'status', 'route', 'webhooks', 'expires_ms', 'event', 'tenant', 'created_us', 'lists')
+                     'status', 'route', 'webhooks', 'expires_ms', 'event', 'tenant', 'created_us', 'lists', 'share')
 
 -- include: clock
 -- include: events
 -- include: listing
 -- include: retention
+-- include: turns
 
 local function find(job_id)
   local held = redis.call('HMGET', prefix .. 'job:' .. job_id, 'fingerprint', 'job', 'document', 'tenant')
@@ -24,7 +25,9 @@ local function enter(new)
   redis.call('HSET', prefix .. 'job:' .. new.job_id, 'fingerprint', new.fingerprint, 'job', new.job,
              'document', new.document, 'attempt', new.attempt, 'revision', new.revision,
              'idempotency', new.idempotency, 'route', new.route, 'webhooks', new.webhooks, 'place', place)
-  if new.tenant ~= '' then redis.call('HSET', prefix .. 'job:' .. new.job_id, 'tenant', new.tenant) end
+  if new.tenant ~= '' then
+    redis.call('HSET', prefix .. 'job:' .. new.job_id, 'tenant', new.tenant, 'share', new.share)
+  end
   if new.idempotency ~= '' then redis.call('SET', new.idempotency, new.job_id) end
   if place ~= '' then redis.call('ZADD', prefix .. place, now, new.job_id) end
   if new.status ~= 'queued' then
@@ -32,14 +35,11 @@ local function enter(new)
   elseif new.expires_ms ~= '' then
     redis.call('ZADD', prefix .. 'expiring', new.expires_ms, new.job_id)
   end
-  if new.lists ~= '' then
-    local longest_ms = math.max(retention_ms, keyed_retention_ms)
-    pcall(list_new_job, new.tenant, new.lists, new.created_us, new.job_id, longest_ms)
-  end
+  if new.status == 'queued' then pcall(join_turns, new.route, new.tenant, new.job_id, now, new.share) end
   record_event(new.job_id, new.webhooks, new.event, new.document, retention_ms)
 end
 
-local reply = {}
+local reply, entered = {}, {}
 for _, new in ipairs(jobs) do
   local owner = new.idempotency ~= '' and redis.call('GET', new.idempotency) or new.job_id
   local held = find(owner)
@@ -51,6 +51,8 @@ for _, new in ipairs(jobs) do
   else
     reply[#reply + 1] = {}
     enter(new)
+    entered[#entered + 1] = new
   end
 end
+pcall(list_new_jobs, entered, math.max(retention_ms, keyed_retention_ms))
 return reply

@@ -1,5 +1,6 @@
 -- Returns ids of queued jobs whose message must have been lost. A job that was found is found again only
--- after a pause, which doubles each time: its message may only be slow.
+-- after a pause, which doubles each time: its message may only be slow. A job whose message was used for
+-- another is found where the queue is empty: any other message there is used for it.
 local prefix = ARGV[1]
 local route = ARGV[2]
 local queue_is_empty = ARGV[3] == '1'
@@ -8,7 +9,9 @@ local limit = ARGV[5]
 local longest_pause_ms = tonumber(ARGV[6])
 
 -- include: clock
+-- include: turns
 
+choose_job(route) -- which removes jobs that are not queued any more
 local queued = prefix .. 'queued:' .. route
 local newest = queue_is_empty and now or tonumber(redis.call('HGET', prefix .. 'claimed', route) or 0)
 local job_ids = {}
@@ -16,6 +19,8 @@ for _, job_id in ipairs(redis.call('ZRANGEBYSCORE', queued, '-inf', math.min(new
                                    'LIMIT', 0, limit)) do
   if redis.call('EXISTS', prefix .. 'job:' .. job_id) == 0 then
     redis.call('ZREM', queued, job_id)
+  elseif not queue_is_empty and is_passed_over(route, job_id) then
+    redis.call('ZADD', queued, now, job_id)
   else
     table.insert(job_ids, job_id)
     local published = redis.call('HINCRBY', prefix .. 'job:' .. job_id, 'rung', 1)

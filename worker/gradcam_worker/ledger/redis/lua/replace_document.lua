@@ -1,6 +1,7 @@
 -- Replace a job's document by its next revision, if the current attempt and revision are the expected ones.
--- Returns 1 if it was replaced. The same step moves the job to the sorted set of its new status, and records
--- its event in the outbox.
+-- Returns 1 if it was replaced, 0 if it was not. The same step moves the job to the sorted set of its new
+-- status, and records its event in the outbox. A claim in turn may return the job whose turn it is instead, as
+-- fingerprint, job, document, route and tenant.
 local prefix = ARGV[1]
 local job_id = ARGV[2]
 local attempt_before = ARGV[3]
@@ -22,18 +23,20 @@ local only_if_due = ARGV[18] == '1' -- replace only if the lease or the pause is
 local status_before = ARGV[19]
 local created_us = ARGV[20]
 local device_ms = ARGV[21] -- for which a job that has ended used the device
+local in_turn = ARGV[22] == '1' -- a claim for a message of this job; a queued job waits for its turn
 
 -- include: clock
 -- include: events
 -- include: listing
 -- include: retention
+-- include: turns
 -- include: usage
 
 local key = prefix .. 'job:' .. job_id
 local held_attempt, held_revision, held_document, held_fingerprint, place_before, route, webhooks,
-      idempotency, tenant = unpack(redis.call('HMGET', key, 'attempt', 'revision', 'document', 'fingerprint',
-                                              'place', 'route', 'webhooks', 'idempotency', 'tenant'))
-tenant = tenant or '' -- as of jobs that earlier versions have entered
+      idempotency, tenant, share = unpack(redis.call('HMGET', key, 'attempt', 'revision', 'document', 'fingerprint',
+                                              'place', 'route', 'webhooks', 'idempotency', 'tenant', 'share'))
+tenant, share = tenant or '', tonumber(share or 1) -- jobs of nobody have neither
 
 -- A write that is repeated because its reply was lost succeeds again.
 if held_document == document then return 1 end
@@ -41,6 +44,14 @@ if held_attempt ~= attempt_before or held_revision ~= revision_before then retur
 if fingerprint ~= '' and held_fingerprint ~= fingerprint then return 0 end
 if fingerprint ~= '' and held_document ~= document_before then return 0 end
 if only_if_due and tonumber(redis.call('ZSCORE', prefix .. place_before, job_id) or 0) > now then return 0 end
+
+if in_turn and status == 'running' then
+  local chosen_id = choose_job(route, tenant, job_id)
+  if chosen_id ~= job_id then
+    pass_over(route, tenant, job_id)
+    return describe_job(chosen_id)
+  end
+end
 
 local place = ''
 if status == 'queued' then place = 'queued:' .. route
@@ -56,7 +67,8 @@ local function end_retention()
   elseif not owner then redis.call('SET', idempotency, job_id) end
 end
 
--- Note when the latest received message was published. Only a job that was published once tells that.
+-- Note when the latest received message was published. Only a job that was published once tells that, and that
+-- was claimed for its own message.
 local function note_claim()
   local published = math.min(tonumber(redis.call('ZSCORE', prefix .. place_before, job_id) or 0), now)
   local first = held_attempt == '0' and not redis.call('HGET', key, 'rung')
@@ -68,12 +80,17 @@ end
 if place_before == 'dead' and place ~= 'dead' then end_retention() end
 redis.call('HSET', key, 'document', document, 'attempt', attempt, 'revision', revision, 'place', place)
 if place_before ~= place then
-  if status == 'running' then note_claim() end
+  if status == 'running' and in_turn then note_claim() end
   if place_before ~= '' then redis.call('ZREM', prefix .. place_before, job_id) end
   if place ~= '' then
     redis.call('ZADD', prefix .. place, now + (status == 'running' and lease_ms or delay_ms), job_id)
   end
   if status == 'queued' then redis.call('HDEL', key, 'rung') end
+  -- By pcall: a user without permission for the turns must still be able to change jobs.
+  if place_before == 'queued:' .. route then
+    pcall(leave_turns, route, tenant, job_id, status == 'running' and 1 / share or 0)
+  end
+  if status == 'queued' and in_turn then pcall(join_turns, route, tenant, job_id, now, share) end
 end
 if expires_ms then
   local waits = status == 'queued' or status == 'retrying'
