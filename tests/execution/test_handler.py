@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import redis
+from redis.client import Pipeline
 
 from gradcam_worker.errors import (
     AttemptFenced,
@@ -538,11 +539,18 @@ def test_a_message_with_the_time_of_its_submission_saves_a_request_to_the_ledger
         commands.append(command)
         return execute(self, *command, **options)
 
+    send: Any = Pipeline.execute
+
+    def counted_together(self: Any, *args: Any) -> Any:
+        commands.append(args)
+        return send(self, *args)
+
     monkeypatch.setattr(redis.Redis, "execute_command", counted)
+    monkeypatch.setattr(Pipeline, "execute", counted_together)
     assert harness.handler.handle(payload(job), job.id, entered_at=moment) == Disposition.FINISHED
+    assert len(commands) == requests
     document = ledger.read(job.id)
     assert (document.status, document.attempt, document.revision) == ("succeeded", 1, 3)
-    assert len(commands) == requests
 
 
 def test_an_invalid_job_is_refused_also_with_the_time_of_its_submission(harness: Harness) -> None:

@@ -122,7 +122,8 @@ class RedisLedger(Ledger):
     ) -> bool:
         replace = self._replacement(before, after, delay_s=delay_s, only_if_due=only_if_due)
         replace.in_turn = after.status == "queued" and not state_machine.is_suspected(after)
-        return bool(await self.server.ask(replace))
+        replaced = await self.server.ask(replace)
+        return bool(replaced)
 
     def _claim_in_turn(
         self, before: StatusDocument, after: StatusDocument, fingerprint: str | None = None
