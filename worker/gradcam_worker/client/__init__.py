@@ -1,6 +1,7 @@
 """For web apps and scripts: submit, wait, stream, results; the same names for asyncio.
 
-Begin at `client.GradcamClient`. Nothing here imports numpy, TensorFlow or Celery.
+Begin at `client.GradcamClient`. Nothing here imports TensorFlow or Celery, and numpy only for
+`Result.heatmaps`.
 """
 
 from typing import TYPE_CHECKING

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar, Unpack, overload
 
 from gradcam_worker.client.client import GradcamClient
-from gradcam_worker.client.job_fields import Classes, Image, ListConditions, TopN, WithTarget
+from gradcam_worker.client.job_fields import Classes, Image, ListConditions, TopN, WithTarget, naming_fields
 from gradcam_worker.client.job_handle import AsyncJobHandle
 from gradcam_worker.client.waiter import Subscription
 from gradcam_worker.client.webhooks import Webhooks
@@ -117,6 +117,7 @@ class AsyncGradcamClient:
         self, job: Job | Mapping[str, Any], /, *, retry_failed: bool = False
     ) -> AsyncJobHandle: ...
 
+    @naming_fields
     async def submit(
         self, job: Job | Mapping[str, Any] | None = None, /, *, retry_failed: bool = False, **fields: Any
     ) -> AsyncJobHandle:
@@ -166,6 +167,7 @@ class AsyncGradcamClient:
         **fields: Unpack[WithTarget],
     ) -> AsyncJobHandle: ...
 
+    @naming_fields
     async def upload_and_submit(
         self,
         /,

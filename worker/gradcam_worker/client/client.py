@@ -15,7 +15,7 @@ from typing import Any, Self, Unpack, overload
 from gradcam_worker.broker.publisher import Publisher
 from gradcam_worker.client import results
 from gradcam_worker.client.calls import ClientCalls
-from gradcam_worker.client.job_fields import Classes, Image, ListConditions, TopN, WithTarget
+from gradcam_worker.client.job_fields import Classes, Image, ListConditions, TopN, WithTarget, naming_fields
 from gradcam_worker.client.job_handle import JobHandle
 from gradcam_worker.client.results import Objects, Result
 from gradcam_worker.client.waiter import JobWaiter
@@ -96,6 +96,7 @@ class GradcamClient:
     @overload
     def submit(self, job: Job | Mapping[str, Any], /, *, retry_failed: bool = False) -> JobHandle: ...
 
+    @naming_fields
     def submit(
         self, job: Job | Mapping[str, Any] | None = None, /, *, retry_failed: bool = False, **fields: Any
     ) -> JobHandle:
@@ -295,6 +296,7 @@ class GradcamClient:
         **fields: Unpack[WithTarget],
     ) -> JobHandle: ...
 
+    @naming_fields
     def upload_and_submit(
         self,
         /,

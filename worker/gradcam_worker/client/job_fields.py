@@ -8,9 +8,10 @@ The short forms are the client's: what is sent is a `gradcam_worker.schemas.job.
     webhook="https://..."      webhooks=[{"url": "https://..."}], for one
 """
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from typing import Any, Literal, Required, TypeAlias, TypedDict
+from typing import Any, Literal, Required, TypeAlias, TypedDict, TypeVar
 
 from gradcam_worker.errors import InvalidJob
 from gradcam_worker.schemas.job import ImageRef, Job, Priority, Webhook
@@ -18,6 +19,7 @@ from gradcam_worker.schemas.options import ArtifactKind, ArtifactSpec, MethodNam
 from gradcam_worker.schemas.status import Status
 
 Image: TypeAlias = ImageRef | str | dict[str, Any]
+F = TypeVar("F", bound=Callable[..., object])
 OF_TARGET = ("top_n", "classes", "against")
 
 
@@ -69,6 +71,32 @@ class ListConditions(TypedDict, total=False):
     network: str | None
     label: str | None
     created_after: datetime | None
+
+
+def naming_fields(method: F) -> F:
+    """Show `**fields` by their names to `help`, `inspect` and notebooks, which do not read overloads.
+
+    Args:
+        method: `submit`, or another that takes the fields of a job. It is changed.
+
+    Returns:
+        The method.
+    """
+    signature = inspect.signature(method)
+    own = [one for name, one in signature.parameters.items() if name != "fields"]
+    kinds = {"image": Image, "network": str}
+    for fields in (TopN, Classes, WithTarget):  # those of a target first
+        kinds |= {
+            name: kind for name, kind in fields.__annotations__.items() if name in (*OF_TARGET, "target")
+        }
+    kinds |= JobOptions.__annotations__
+    named = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+        for name, kind in kinds.items()
+        if name not in signature.parameters
+    ]
+    method.__signature__ = signature.replace(parameters=[*own, *named])  # type: ignore[attr-defined]
+    return method
 
 
 def as_job(job: Job | Mapping[str, Any]) -> Job:
