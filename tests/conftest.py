@@ -220,11 +220,29 @@ LASTING_KEYS = {
     r"unreadable:count": "one number",
 }
 LASTING = re.compile(rf"(.*:)?({'|'.join(LASTING_KEYS)})", re.DOTALL)
+NEEDED = re.compile(r"(.*:|)(job|idempotency|events):([^:]+(?::[^:]+)?)", re.DOTALL)
+FIND_WITHOUT_TTL = """
+local found, cursor = {}, '0'
+repeat
+    local page = redis.call('SCAN', cursor, 'COUNT', 1000)
+    cursor = page[1]
+    for _, key in ipairs(page[2]) do
+        if redis.call('PTTL', key) == -1 then found[#found + 1] = key end
+    end
+until cursor == '0'
+return found
+"""
 
 
 @pytest.fixture(scope="session")
 def redis_servers() -> dict[int, str]:
     """The URLs of the servers that tests share, by port: see `_keys_expire`."""
+    return {}
+
+
+@pytest.fixture(scope="session")
+def counted_changes() -> dict[str, object]:
+    """How many changes a server had counted when its keys were looked at."""
     return {}
 
 
@@ -235,10 +253,16 @@ def reported_keys() -> set[tuple[str, str]]:
 
 
 @pytest.fixture(autouse=True)
-def _keys_expire(redis_servers: dict[int, str], reported_keys: set[tuple[str, str]]) -> Iterator[None]:
+def _keys_expire(
+    redis_servers: dict[int, str], counted_changes: dict[str, object], reported_keys: set[tuple[str, str]]
+) -> Iterator[None]:
     """Fail a test that leaves a key in Redis that would exist for ever."""
     yield
     for url in redis_servers.values():
+        changes = count_changes(url)
+        if counted_changes.get(url) == changes:
+            continue
+        counted_changes[url] = changes
         new = [key for key in keys_that_stay(url) if (url, key) not in reported_keys]
         reported_keys.update((url, key) for key in new)
         assert not new, "keys without a time to live, which LASTING_KEYS does not name"
@@ -250,29 +274,35 @@ def find_keys_that_stay() -> Callable[[str], list[str]]:
     return keys_that_stay
 
 
+def count_changes(url: str) -> object:
+    """A number of a server that is another one after a key has changed."""
+    with redis.Redis.from_url(url) as server:
+        counts: Any = server.info("persistence")
+        return counts["rdb_changes_since_last_save"]
+
+
 def keys_that_stay(url: str) -> list[str]:
     """Find the keys of a server that have no time to live and should have one."""
     with redis.Redis.from_url(url, decode_responses=True) as server:
-        keys = [str(key) for key in server.scan_iter(count=1000)]
-        with server.pipeline(transaction=False) as pipeline:
-            for key in keys:
-                pipeline.pttl(key)
-            ttls = pipeline.execute()
-        lasting = [key for key, ttl in zip(keys, ttls, strict=True) if ttl == -1]
-        found = [key for key in lasting if not LASTING.fullmatch(key) and not is_needed(server, key)]
+        lasting: Any = server.eval(FIND_WITHOUT_TTL, 0)
+        found = remove_needed(server, [key for key in lasting if not LASTING.fullmatch(key)])
         return [key for key in found if server.pttl(key) == -1]  # a running worker may have set it meanwhile
 
 
-def is_needed(server: redis.Redis, key: str) -> bool:
-    """Whether a key belongs to a job that is not final, or to a recipient that has events to deliver."""
-    named = re.fullmatch(r"(.*:|)(job|idempotency|events):([^:]+(?::[^:]+)?)", key, re.DOTALL)
-    if named is None:
-        return False
-    prefix, kind, name = named.groups()
-    if kind == "events":
-        return bool(server.hexists(f"{prefix}waiting", name))
-    job_id = str(server.get(key)) if kind == "idempotency" else name
-    return str(server.hget(f"{prefix}job:{job_id}", "place") or "") not in {"", "dead"}
+def remove_needed(server: redis.Redis, keys: list[str]) -> list[str]:
+    """Leave out the keys of jobs that are not final, and of recipients that have events to deliver."""
+    named = {key: found.groups() for key in keys if (found := NEEDED.fullmatch(key))}
+    with server.pipeline(transaction=False) as pipeline:
+        for key, (_, kind, _) in named.items():
+            pipeline.get(key) if kind == "idempotency" else pipeline.echo("")
+        job_ids = pipeline.execute()
+        for (prefix, kind, name), job_id in zip(named.values(), job_ids, strict=True):
+            if kind == "events":
+                pipeline.hexists(f"{prefix}waiting", name)
+            else:
+                pipeline.hget(f"{prefix}job:{job_id or name}", "place")
+        needed = dict(zip(named, pipeline.execute(), strict=True))
+    return [key for key in keys if needed.get(key) in {None, False, "", "dead"}]
 
 
 @pytest.fixture(scope="session")
