@@ -25,6 +25,7 @@ BENCHES = (
     "fairness",
     "memory",
     "backfill",
+    "gateway",
     "gpu",
 )
 WIDTH = 110  # characters of a line

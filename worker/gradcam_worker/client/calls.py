@@ -131,11 +131,14 @@ class ClientCalls:
         if job is not None and fields:
             message = f"Give a job or its fields, not both: {', '.join(fields)} came with a job."
             raise InvalidJob(message)
-        job = as_job(fields if job is None else job)
+        return (await self.enter(as_job(fields if job is None else job), retry_failed=retry_failed)).id
+
+    async def enter(self, job: Job, *, retry_failed: bool = False) -> StatusDocument:
+        """Submit a job, and return its document: that of an earlier one, if it is the same job."""
         with self._traces.start_span("submit", job.traceparent, kind="PRODUCER", job_id=job.id):
             return await self._submit(_with_trace(job), retry_failed=retry_failed)
 
-    async def _submit(self, job: Job, *, retry_failed: bool) -> str:
+    async def _submit(self, job: Job, *, retry_failed: bool) -> StatusDocument:
         self._check(job)
         retries = REDIS_RETRIES.start()
         (entered,) = await self._enter([job], retries, retry_failed=retry_failed)
@@ -145,7 +148,7 @@ class ClientCalls:
             hint = "retry, or retry_failed=True, tries it again"
             log.info("job_failed_before", job_id=entered.id, reason=hint)
         await self._publish_entered([(job, entered)], retries)
-        return entered.id
+        return entered
 
     async def submit_many(
         self, jobs: Iterable[Job | Mapping[str, Any]], *, retry_failed: bool = False

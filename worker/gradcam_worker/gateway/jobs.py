@@ -70,16 +70,14 @@ async def submit(
         await gateway.objects.put(upload.uri, upload.data, upload.media_type)
     client = gateway.client_of(caller)
     wait_s = requested_wait_s(prefer)
-    job_id = await client.submit(job)
-    if wait_s:
+    document = await client.calls.enter(job)
+    if wait_s and not document.final:
         request.state.waited = True
         async with gateway.open_requests.hold(), gateway.access.stream(caller):
-            document = await _wait(client, request, job_id, wait_s)
-    else:
-        document = await client.status(job_id)
+            document = await _wait(client, request, document.id, wait_s)
     status = HTTPStatus.OK if wait_s and document.final else HTTPStatus.ACCEPTED
     response = await job_response(gateway, caller, document, status, with_urls=bool(wait_s))
-    response.headers["Location"] = f"/v1/jobs/{job_id}"
+    response.headers["Location"] = f"/v1/jobs/{document.id}"
     if wait_s:
         response.headers["Preference-Applied"] = f"wait={wait_s:g}"
     return response
