@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import re
 import runpy
 import subprocess
@@ -84,6 +85,59 @@ def test_what_a_user_writes_is_right_to_a_type_checker_and_what_he_writes_wrong_
 ) -> None:
     marked = [number for number, line in enumerate(WRONG.splitlines(), 1) if line.endswith("# wrong")]
     assert complaints == {("wrong.py", number) for number in marked}
+
+
+class Editor:
+    """A language server, asked as an editor asks it."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdin
+        assert process.stdout
+        self._to, self._from = process.stdin, process.stdout
+
+    def send(self, **message: Any) -> None:
+        body = json.dumps({"jsonrpc": "2.0", **message}).encode()
+        self._to.write(b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
+        self._to.flush()
+
+    def ask(self, method: str, **params: Any) -> Any:
+        self.send(id=method, method=method, params=params)
+        while True:
+            size = 0
+            while line := self._from.readline().strip():
+                name, _, value = line.partition(b":")
+                size = int(value) if name.lower() == b"content-length" else size
+            message = json.loads(self._from.read(size))
+            if "method" in message and "id" in message:  # it asks for settings: there are none
+                self.send(id=message["id"], result=None)
+            elif message.get("id") == method:
+                return message["result"]
+
+
+@pytest.mark.server
+def test_an_editor_completes_the_fields_of_a_job(tmp_path: Path) -> None:
+    text = "from gradcam_worker import {0}\n{0}().submit()\n"
+    (tmp_path / "pyrightconfig.json").write_text(json.dumps({"pythonVersion": "3.11"}))
+    command = [Path(sys.executable).with_name("basedpyright-langserver"), "--stdio"]
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes) as process:
+        editor, offered = Editor(process), []
+        editor.ask("initialize", processId=None, rootUri=tmp_path.as_uri(), capabilities={})
+        editor.send(method="initialized", params={})
+        for name in ("GradcamClient", "AsyncGradcamClient"):
+            document = {"uri": (tmp_path / f"{name}.py").as_uri(), "languageId": "python", "version": 1}
+            given = {**document, "text": text.format(name)}
+            editor.send(method="textDocument/didOpen", params={"textDocument": given})
+            place = {"line": 1, "character": len(f"{name}().submit(")}
+            answer = editor.ask("textDocument/completion", textDocument=document, position=place)
+            offered.append({one["label"] for one in answer["items"]})
+        process.terminate()
+    fields = {*JobOptions.__annotations__, "image", "network", "top_n", "classes", "against", "target"}
+    for labels in offered:
+        assert {label for label in labels if label.endswith("=")} == {
+            f"{name}=" for name in fields | {"retry_failed"}
+        }
 
 
 def test_what_a_user_writes_runs(tmp_path: Path) -> None:
