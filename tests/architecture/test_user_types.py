@@ -118,7 +118,7 @@ class Editor:
 def test_an_editor_completes_the_fields_of_a_job(tmp_path: Path) -> None:
     text = "from gradcam_worker import {0}\n{0}().submit()\n"
     (tmp_path / "pyrightconfig.json").write_text(json.dumps({"pythonVersion": "3.11"}))
-    command = [Path(sys.executable).with_name("basedpyright-langserver"), "--stdio"]
+    command = [str(Path(sys.executable).with_name("basedpyright-langserver")), "--stdio"]
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     with subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes) as process:

@@ -368,7 +368,10 @@ def test_a_result_is_used_without_its_manifest(photo: bytes, tmp_path: Path) -> 
     assert [one.name for one in paths] == [*(one.name for one in result.files), "manifest.json"]
     assert paths[0].read_bytes() == result.overlays[0].read()
     assert Manifest.model_validate_json(paths[-1].read_bytes()) == result.manifest
-    assert "base64" not in repr(result) + repr(result.overlays[0])
+    assert "base64" not in repr(result)
+    assert repr(result.overlays[0]) == (
+        "ResultFile('overlay-1-1001-green.jpg', kind='overlay', class_name='green')"
+    )
 
 
 def test_a_result_without_arrays_says_what_was_to_be_asked_for(photo: bytes) -> None:

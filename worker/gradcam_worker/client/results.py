@@ -77,9 +77,13 @@ class ResultFile:
     """
 
     record: ArtifactRecord
-    url: str = field(repr=False)  # it grants access
+    url: str
     explained: ExplainedClass | None
-    _objects: Objects = field(repr=False, compare=False)
+    _objects: Objects = field(compare=False)
+
+    def __repr__(self) -> str:
+        """Short, and without the URL, which grants access."""
+        return f"ResultFile({self.name!r}, kind={self.kind!r}, class_name={self.class_name!r})"
 
     @property
     def kind(self) -> str:
@@ -126,7 +130,7 @@ class Result:
 
     manifest: Manifest
     urls: dict[str, str]
-    _objects: Objects = field(repr=False, compare=False)
+    _objects: Objects = field(compare=False)
 
     def __repr__(self) -> str:
         """Without the URLs, which grant access."""
