@@ -137,7 +137,9 @@ def test_a_short_form_is_the_same_job(short: dict[str, Any], wire: dict[str, Any
         ({"top_n": 1, "artifacts": ["overly"]}, "artifacts.0"),
         ({"top_n": 1, "artifacts": "overlay"}, "artifacts"),
         ({"top_n": 1, "webhook": "https://a.example", "webhooks": []}, "Give webhook, or a list of webhooks"),
-        ({"top_n": 1, "top_m": 1}, "top_m"),
+        ({"top_n": 1, "top_m": 1}, r"top_m: unknown field\. Did you mean top_n\?$"),
+        ({"top_n": 1, "priorty": "low", "metdata": {}}, r"Did you mean priority, metadata\?$"),
+        ({"top_n": 1, "qqq": 1}, r"qqq: unknown field\.$"),
     ],
 )
 def test_a_wrong_short_form_is_refused_by_its_name(fields: dict[str, Any], why: str) -> None:

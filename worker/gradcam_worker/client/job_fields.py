@@ -13,10 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Literal, Required, TypeAlias, TypedDict, TypeVar
 
-from gradcam_worker.errors import InvalidJob
+from gradcam_worker.errors import InvalidJob, with_sentence
 from gradcam_worker.schemas.job import ImageRef, Job, Priority, Webhook
 from gradcam_worker.schemas.options import ArtifactKind, ArtifactSpec, MethodName, MethodSpec, Metric, Target
 from gradcam_worker.schemas.status import Status
+from gradcam_worker.text.similar_names import nearest
 
 Image: TypeAlias = ImageRef | str | dict[str, Any]
 F = TypeVar("F", bound=Callable[..., object])
@@ -62,6 +63,9 @@ class WithTarget(JobOptions, total=False):
     """A job whose classes are given as it has them on the wire."""
 
     target: Required[Target | dict[str, Any]]
+
+
+NAMES = ("image", "network", "target", *OF_TARGET, *JobOptions.__annotations__)
 
 
 class ListConditions(TypedDict, total=False):
@@ -111,7 +115,17 @@ def as_job(job: Job | Mapping[str, Any]) -> Job:
     Raises:
         InvalidJob: They are not those of a job. The message names each field that is wrong.
     """
-    return job if isinstance(job, Job) else Job.parse(without_short_forms(job))
+    if isinstance(job, Job):
+        return job
+    try:
+        return Job.parse(without_short_forms(job))
+    except InvalidJob as error:
+        unknown = [str(name) for name in job if name not in NAMES] if isinstance(job, Mapping) else []
+        meant = [nearest(name, NAMES, 1) for name in unknown]
+        if not any(meant):
+            raise
+        names = ", ".join(name for found in meant for name in found)
+        raise with_sentence(error, f"Did you mean {names}?") from error
 
 
 def without_short_forms(fields: object) -> object:
