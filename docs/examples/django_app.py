@@ -52,6 +52,7 @@ objects = SettingsObjects(Settings.from_environment())  # the bucket of uploads
 class Photo(models.Model):
     id = models.UUIDField(primary_key=True, default=uuid.uuid4, editable=False)
     image = models.CharField(max_length=1000, blank=True, help_text="s3://bucket/key")
+    name = models.CharField(max_length=200, blank=True)  # the file's, for people
     version = models.PositiveIntegerField(default=1)  # of the question: each is one job
     job = models.CharField(max_length=36)
     revision = models.PositiveIntegerField(default=0)  # of the answer: the latest counts
@@ -61,7 +62,7 @@ class Photo(models.Model):
     manifest = models.TextField()
 
     def __str__(self):
-        return self.image
+        return self.name or self.image.rpartition("/")[2]
 
     def save(self, *args, **kwargs):
         super().save(*args, **kwargs)
@@ -143,13 +144,14 @@ class PhotoForm(forms.ModelForm):
                 log.warning("upload: %s", error)
                 raise ValidationError(error.public_message) from error
             self.instance.image = cleaned["image"] = upload.uri
+            self.instance.name = cleaned["file"].name[:200]
         return cleaned
 
 
 # admin.py and urls.py
 @admin.register(Photo)
 class PhotoAdmin(admin.ModelAdmin):
-    list_display = list_display_links = ("thumbnail", "image", "status", "outcome")
+    list_display = list_display_links = ("thumbnail", "__str__", "status", "outcome")
     readonly_fields = ("status", "outcome", "pictures")
     ordering, actions = ("-job",), ("explain_again", "cancel")  # a job's id begins with the time
     form = PhotoForm

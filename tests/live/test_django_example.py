@@ -180,7 +180,7 @@ def test_photos_are_explained_and_seen_in_the_admin(site: Site, visitor: Any, ph
         WebDriverWait(visitor, TIMEOUT_S).until(lambda _: visitor.find_elements(By.CLASS_NAME, "success"))
         assert not visitor.find_elements(By.CLASS_NAME, "warning"), "a worker runs"
     # The list asks nobody: what it knows comes by webhook.
-    wait_for(lambda: "Egyptian cat, " in row_text(visitor, site, "s3://photos/uploads/django/"))
+    wait_for(lambda: "Egyptian cat, " in row_text(visitor, site, "chelsea.jpg"))
     wait_for(lambda: ImageNotFound.public_message in row_text(visitor, site, "nothing"))
     visitor.get(f"{site.url}/photos/photo/add/")
     visitor.find_element(By.NAME, "image").send_keys("s3://private/cat.jpg\n")
@@ -191,7 +191,7 @@ def test_photos_are_explained_and_seen_in_the_admin(site: Site, visitor: Any, ph
     server.redis.delete(*server.redis.keys(f"{server.prefix}job:*"))  # as after a week
     assert min(sizes(visitor)) > 0, "the thumbnail"
     visitor.save_screenshot(str(site.folder / "list.png"))
-    visitor.find_element(By.PARTIAL_LINK_TEXT, "uploads/django/").click()
+    visitor.find_element(By.PARTIAL_LINK_TEXT, "chelsea.jpg").click()
     (width,) = sizes(visitor)
     assert width > 3 * 400, "the photo and its overlays, two of them beside it"
     visitor.save_screenshot(str(site.folder / "detail.png"))

@@ -17,6 +17,7 @@ FILES = {  # by name below /static
     "page.css": (PAGE / "page.css", "text/css"),
     "page.js": (PAGE / "page.js", "text/javascript"),
     "gradcam-viewer.js": (DATA / "gradcam-viewer.js", "text/javascript"),
+    "sample.jpg": (DATA / "photos" / "chelsea.jpg", "image/jpeg"),
 }
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; base-uri 'none'; "

@@ -6,10 +6,6 @@ const RECONNECT_MS = 2000;
 const UPLOADS_AT_ONCE = 3;
 const KEY = "gradcam-api-key";  // in sessionStorage: of this tab alone
 const FINAL = ["succeeded", "failed", "canceled", "expired"];
-const ARTIFACTS = [
-  { kind: "overlay", format: "webp", alpha: 0, max_edge: 1600 },  // the photo, as browsers can show it
-  { kind: "heatmap" },
-];
 const DOING = {
   queued: "Waiting for a worker", running: "Running", retrying: "Waiting to try again",
   fetch: "Reading the photo", decode: "Decoding the photo", load: "Loading the network",
@@ -125,7 +121,7 @@ async function readNetworks() {
   $("network").replaceChildren(...networks.map(({ name }) => new Option(name)));
   const names = networks.map((one) => one.name);
   $("network").value = [before, "efficientnet_lite0", names[0]].find((name) => names.includes(name)) ?? "";
-  $("go").disabled = !networks.length;
+  $("go").disabled = $("try").disabled = !networks.length;
   $("note").textContent = networks.length ? "" : "No worker runs just now, so no network can be chosen. This page looks again by itself.";
   describeNetwork();
 }
@@ -174,7 +170,7 @@ function target() {
 const linesOf = (id) => $(id).value.split("\n").map((line) => line.trim()).filter(Boolean);
 
 function describeChoice() {
-  const files = [...$("files").files];
+  const files = [...$("photos").files];
   $("chosen").textContent = files.length > 1 ? `${files.length} photos: ${files.map((file) => file.name).join(", ")}` : "";
 }
 
@@ -182,9 +178,9 @@ function describeChoice() {
 function wanted() {
   const inputs = Object.fromEntries([...$("inputs").querySelectorAll("input")].map(({ dataset, value }) =>
     [dataset.name, value.trim() !== "" && !Number.isNaN(Number(value)) ? Number(value) : value]));
-  const fields = { network: $("network").value, target: target(), artifacts: ARTIFACTS };
+  const fields = { network: $("network").value, target: target() };
   if (Object.keys(inputs).length) fields.inputs = inputs;
-  const photos = [...$("files").files].map((file) => {
+  const photos = [...$("photos").files].map((file) => {
     const body = new FormData();
     for (const [name, value] of Object.entries({ ...fields, metadata: { name: file.name.slice(0, 200) } })) {
       body.append(name, typeof value === "string" ? value : JSON.stringify(value));
@@ -223,7 +219,9 @@ $("form").onsubmit = async (event) => {
     }
   }));
   $("go").disabled = !networks.length;
-  if (!sending.some((one) => asked.includes(one))) { $("form").reset(); describeChoice(); describeNetwork(); }
+  if (sending.some((one) => asked.includes(one))) return;
+  $("photos").value = $("addresses").value = "";
+  describeChoice();
 };
 
 // Submit one photo; the id of its job, or nothing where it was refused.
@@ -263,6 +261,20 @@ function renderSending() {
   }));
 }
 
+// The photo that comes with the page goes the way of any other.
+$("try").onclick = async () => {
+  const photo = await (await call($("sample").src)).blob();
+  choose([new File([photo], "cat.jpg", { type: photo.type })]);
+  $("form").requestSubmit();
+};
+
+function choose(files) {
+  const photos = new DataTransfer();
+  for (const file of files) photos.items.add(file);
+  $("photos").files = photos.files;
+  describeChoice();
+}
+
 $("network").onchange = describeNetwork;
 $("form").addEventListener("change", () => { describeChoice(); showClasses(); });
 for (const name of ["dragenter", "dragover"]) {
@@ -272,11 +284,9 @@ addEventListener("dragleave", (event) => { if (!event.relatedTarget) $("drop").c
 addEventListener("drop", (event) => {
   event.preventDefault();
   $("drop").classList.remove("over");
-  const photos = new DataTransfer();
-  for (const file of event.dataTransfer.files) if (file.type.startsWith("image/")) photos.items.add(file);
-  if (!photos.files.length) return void ($("problem").textContent = "That is no photo.");
-  $("files").files = photos.files;
-  describeChoice();
+  const photos = [...event.dataTransfer.files].filter((file) => file.type.startsWith("image/"));
+  if (photos.length) choose(photos);
+  $("problem").textContent = photos.length ? "" : "That is no photo.";
 });
 
 // ---------------------------------------------------------------- the history
@@ -352,7 +362,7 @@ async function show(id) {
   following?.abort();
   following = new AbortController();
   shownId = id;
-  $("viewer").hidden = true;
+  $("viewer").hidden = $("files-box").hidden = true;
   $("shown").hidden = !id;
   $("nothing").hidden = Boolean(id);
   $("shared").textContent = $("job-problem").textContent = $("waiting").textContent = "";
@@ -389,6 +399,12 @@ async function look(job, signal) {
   signal.throwIfAborted();
   $("viewer").data = data;
   $("viewer").hidden = false;
+  $("files").replaceChildren(...Object.entries(data.urls ?? {}).map(([uri, url]) => {
+    const item = make("li", "", "");
+    item.append(Object.assign(make("a", "", uri.split("/").pop()), { href: url, target: "_blank", rel: "noopener" }));
+    return item;
+  }));
+  $("files-box").hidden = !$("files").childElementCount;
 }
 
 function renderUnknown(told) {
