@@ -90,11 +90,12 @@ class Visitor:
 
     def history(self) -> list[tuple[str, str]]:
         """The names and the states of the jobs."""
-        names, states = (
-            self.run(f"[...document.querySelectorAll('#list .{kind}')].map(one => one.textContent)")
-            for kind in ("name", "state")
+        cell = "link.querySelector"
+        found = self.run(
+            "[...document.querySelectorAll('#list a')]"
+            f".map(link => [{cell}('.name').textContent, {cell}('.state').textContent])"
         )
-        return list(zip(names, states, strict=True))
+        return [(name, state) for name, state in found]
 
 
 @pytest.fixture
