@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 
+from gradcam_worker.errors import StorageUnavailable
 from gradcam_worker.ledger import outbox
-from gradcam_worker.ledger.ledger import ClaimOutcome, Ledger
+from gradcam_worker.ledger.ledger import ClaimOutcome, Ledger, Tenant
 from gradcam_worker.ledger.outbox import DESTINATION_BACKOFF, Delivery, Outbox
 from gradcam_worker.ledger.redis.outbox import RedisOutbox
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.schemas.ids import new_id
 from gradcam_worker.schemas.job import Job
-from gradcam_worker.schemas.status import StatusDocument, WorkerRef
+from gradcam_worker.schemas.status import Problem, StatusDocument, WorkerRef
 from gradcam_worker.settings import Settings
 from gradcam_worker.testing import MemoryLedger
 
@@ -151,6 +152,25 @@ def test_a_delivery_contains_everything_that_is_needed_to_send_it(setup: Setup) 
 )
 def test_each_host_has_a_destination_that_no_sink_can_have(url: str, destination: str) -> None:
     assert outbox.destination_of(url) == destination
+
+
+@pytest.mark.parametrize("tenant", [None, Tenant("acme")])
+def test_the_webhooks_of_a_tenants_job_receive_what_the_tenant_sees_and_a_database_everything(
+    setup: Setup, tenant: Tenant | None
+) -> None:
+    setup.outbox.open_sink("sql")
+    hooks = [{"url": "https://a.example/hook"}]
+    job = Job.parse({**setup.job.model_dump(mode="json"), "id": new_id(), "webhooks": hooks})
+    setup.ledger.submit(job, tenant=tenant)
+    error = Problem.of(StorageUnavailable("s3://others is not there."), stage="upload", attempt=1)
+    failed = setup.ledger.finish(setup.start(job), status="failed", error=error)
+    (told,) = setup.claim()
+    assert told.document == (failed.for_tenant() if tenant else failed)
+    assert ("others" in told.document.to_json()) == (tenant is None)
+    for _ in range(3):  # queued, started, failed
+        (stored,) = setup.outbox.claim_deliveries(9, lease_s=LEASE_S, limits={"sql": 9}, others_limit=0)
+        setup.outbox.complete(stored)
+    assert stored.document == failed
 
 
 def test_a_change_that_is_written_twice_records_one_event(setup: Setup) -> None:

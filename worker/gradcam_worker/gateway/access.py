@@ -143,14 +143,9 @@ class Caller:
             document: The document of one of the caller's jobs.
 
         Returns:
-            For a tenant, without the worker's name and with the public message in place of the error's
-            detail, which may name settings, hosts, and the buckets of others.
+            For a tenant, `StatusDocument.for_tenant`.
         """
-        if self.policy is None:
-            return document
-        problem = document.error
-        error = problem and problem.model_copy(update={"detail": problem.public_message})
-        return document.model_copy(update={"error": error, "worker": None})
+        return document.for_tenant() if self.policy else document
 
 
 class Access:

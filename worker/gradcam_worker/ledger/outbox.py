@@ -141,7 +141,14 @@ class Outbox(ABC):
 
 
 def parse_delivery(
-    destination: str, recipient: str, text: str, *, tries: int = 0, waited_s: float = 0, lease_token: str = ""
+    destination: str,
+    recipient: str,
+    text: str,
+    *,
+    tries: int = 0,
+    waited_s: float = 0,
+    lease_token: str = "",
+    of_tenant: bool = False,
 ) -> Delivery:
     """Parse a delivery from its stored text.
 
@@ -152,6 +159,7 @@ def parse_delivery(
         tries: The number of failed tries.
         waited_s: The time since it was first due.
         lease_token: The token of the claim.
+        of_tenant: Whether the job is a tenant's: then its webhooks receive what a tenant sees.
 
     Returns:
         The delivery.
@@ -159,12 +167,13 @@ def parse_delivery(
     Raises:
         ValueError: The text cannot be read: another version wrote it.
     """
-    event, hook, document = text.split("\n", 2)
+    event, hook, text = text.split("\n", 2)
+    document = StatusDocument.model_validate_json(text)
     return Delivery(
         destination,
         recipient,
         event,
-        StatusDocument.model_validate_json(document),
+        document.for_tenant() if hook and of_tenant else document,
         Webhook.model_validate_json(hook) if hook else None,
         tries,
         waited_s,

@@ -188,6 +188,17 @@ class StatusDocument(ResponseModel):
                 fields.pop(name, None)
         return fields
 
+    def for_tenant(self) -> "StatusDocument":
+        """The document as a tenant sees it.
+
+        Returns:
+            It without the worker's name, and with the public message in place of the error's detail, which
+            may name settings, hosts, and the buckets of others.
+        """
+        problem = self.error
+        error = problem and problem.model_copy(update={"detail": problem.public_message})
+        return self.model_copy(update={"error": error, "worker": None})
+
     @property
     def final(self) -> bool:
         """Whether the job is finished: succeeded, failed, canceled or expired."""

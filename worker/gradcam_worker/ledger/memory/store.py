@@ -158,8 +158,9 @@ class MemoryLedger(Ledger):
         event = state_machine.name_event(before, after)
         for index, hook in enumerate(entry.webhooks):
             if event in hook.events:
+                told = after.for_tenant() if entry.tenant.name else after
                 self.outbox.put(
-                    outbox.destination_of(hook.url), f"{after.id}:hook{index + 1}", event, hook, after
+                    outbox.destination_of(hook.url), f"{after.id}:hook{index + 1}", event, hook, told
                 )
         for sink in self.outbox.sinks if event else ():
             self.outbox.put(sink, f"{after.id}:{sink}", event, None, after)

@@ -57,13 +57,19 @@ class RedisOutbox(Outbox):
             destinations=[outbox_scripts.DestinationLimit(*item) for item in limits.items()],
         )
         deliveries = []
-        for destination, recipient, text, tried, now, token in self._server.run(claim):
+        for destination, recipient, text, tried, now, token, tenant in self._server.run(claim):
             tries, since = map(int, tried.split())
             waited_s = (int(now) - since) / 1000
             try:
                 deliveries.append(
                     outbox.parse_delivery(
-                        destination, recipient, text, tries=tries, waited_s=waited_s, lease_token=token
+                        destination,
+                        recipient,
+                        text,
+                        tries=tries,
+                        waited_s=waited_s,
+                        lease_token=token,
+                        of_tenant=bool(tenant),
                     )
                 )
             except ValueError as error:

@@ -16,7 +16,10 @@ class DestinationLimit(NamedTuple):
 
 @dataclass(kw_only=True)
 class ClaimDeliveries(LuaScript[list[list[str]]], file="claim_deliveries"):
-    """Claim due deliveries. Returns for each: destination, recipient, event, "tries since", now, token."""
+    """Claim due deliveries.
+
+    Returns for each: destination, recipient, event, "tries since", now, token, tenant.
+    """
 
     limit: int
     others_limit: int

@@ -1,6 +1,6 @@
 -- Claim due deliveries, of the destination that has been due longest first. Returns for each: destination,
--- recipient, its first event, 'tries since' (failed tries, and when it was first due), now, and the lease
--- token.
+-- recipient, its first event, 'tries since' (failed tries, and when it was first due), now, the lease
+-- token, and the job's tenant.
 -- include: records
 local prefix = ARGV[1]
 local limit = tonumber(ARGV[2])
@@ -50,7 +50,9 @@ local function claim(destination, max_claims)
       claimed = claimed + 1
       redis.call('ZADD', key, lease_token, recipient)
       local tried = redis.call('HGET', prefix .. 'waiting', recipient) or '0 ' .. whole(now)
-      deliveries[#deliveries + 1] = {destination, recipient, first, tried, whole(now), lease_token}
+      local job_id = string.match(recipient, '^[^:]*')
+      local tenant = redis.call('HGET', prefix .. 'job:' .. job_id, 'tenant') or ''
+      deliveries[#deliveries + 1] = {destination, recipient, first, tried, whole(now), lease_token, tenant}
     end
   end
   return claimed
