@@ -268,6 +268,35 @@ def test_whoever_may_only_submit_may_serve_the_http_api(port: int, admin: redis.
         admin.delete(*names)
 
 
+def test_with_the_rights_of_earlier_versions_jobs_are_entered_and_changed_but_not_listed(
+    port: int, admin: redis.Redis
+) -> None:
+    lines = (DEPLOY / "users.acl").read_text().splitlines()
+    rights = re.findall(r"\([^)]*\)|\S+", next(line for line in lines if "gradcam-submitter" in line))[3:]
+    new = re.compile("gradcam:(listed|usage|turn)")
+    old = [right for right in rights if not right.startswith("#") and not new.search(right)]
+    assert len(old) == len(rights) - 4
+    admin.execute_command("ACL", "SETUSER", "earlier", "reset", ">planted-earlier", *old)
+    settings = Settings(
+        broker_url=f"redis://earlier:planted-earlier@127.0.0.1:{port}/0", key_prefix="gradcam:"
+    )
+    try:
+        ledger = RedisLedger(settings)
+        fields = {"image": "s3://photos/coffee.jpg", "network": NETWORK, "target": {"top_n": 1}}
+        for tenant in (Tenant("acme"), None):
+            job = Job.parse(fields)
+            assert ledger.submit(job, tenant=tenant).status == "queued"
+            assert ledger.cancel(job.id).status == "canceled"
+            assert ledger.read(job.id, "acme" if tenant else "").final
+        with pytest.raises(LedgerUnavailable):
+            ledger.list_jobs(JobQuery())
+    finally:
+        admin.execute_command("ACL", "DELUSER", "earlier")
+        names: Any = admin.keys("gradcam:*")
+        admin.delete(*names)
+        admin.acl_log_reset()
+
+
 @pytest.fixture(scope="module")
 def guarded(make_stage: Callable[..., Any], encrypted: Callable[[int], Any], port: int) -> Iterator[Any]:
     """A stage whose queue is the guarded one, encrypted, and a worker that is its user `gradcam-worker`."""
