@@ -276,7 +276,8 @@ def test_with_the_rights_of_earlier_versions_jobs_are_entered_and_changed_but_no
     new = re.compile("gradcam:(listed|usage|turn)")
     old = [right for right in rights if not right.startswith("#") and not new.search(right)]
     assert len(old) == len(rights) - 4
-    admin.execute_command("ACL", "SETUSER", "earlier", "reset", ">planted-earlier", *old)
+    execute: Any = admin.execute_command
+    execute("ACL", "SETUSER", "earlier", "reset", ">planted-earlier", *old)
     settings = Settings(
         broker_url=f"redis://earlier:planted-earlier@127.0.0.1:{port}/0", key_prefix="gradcam:"
     )
@@ -291,7 +292,7 @@ def test_with_the_rights_of_earlier_versions_jobs_are_entered_and_changed_but_no
         with pytest.raises(LedgerUnavailable):
             ledger.list_jobs(JobQuery())
     finally:
-        admin.execute_command("ACL", "DELUSER", "earlier")
+        execute("ACL", "DELUSER", "earlier")
         names: Any = admin.keys("gradcam:*")
         admin.delete(*names)
         admin.acl_log_reset()

@@ -13,7 +13,7 @@ local TIDY_EACH = 32 -- jobs that enter a list: it costs more than to enter one
 local function list_jobs(key, scored, retention_ms)
   redis.call('ZADD', key, unpack(scored))
   if #scored == 2 and redis.call('ZCARD', key) % TIDY_EACH ~= 1 then return end
-  redis.call('PEXPIRE', key, retention_ms + 2592000000) -- 30 days in which a job may wait
+  redis.call('PEXPIRE', key, retention_ms + 604800000) -- a week in which a job may wait
   local old_us = whole((now - retention_ms) * 1000)
   for _, old_id in ipairs(redis.call('ZRANGE', key, '-inf', old_us, 'BYSCORE', 'LIMIT', 0, #scored + 2 * TIDY_EACH)) do
     if redis.call('EXISTS', prefix .. 'job:' .. old_id) == 0 then redis.call('ZREM', key, old_id) end
