@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from gradcam_worker.schemas.ids import new_id
 
 pytestmark = [pytest.mark.live]
 
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "http-api.md"
 WAIT_S = 120  # for a worker that is only just starting, on a busy machine
 BUFFER_BYTES = 16 * 1024  # that the proxy holds back
 JOB: dict[str, Any] = {"image": "s3://photos/astronaut.jpg", "network": "efficientnet_lite0", "top_n": 2}
@@ -133,6 +135,29 @@ def test_a_backfill_runs_beside_the_gateway_with_the_refusals_of_the_command(api
     assert (ended["was_running"], ended["ended"]) == (False, True)
     assert httpx.get(f"{api}/v1/backfills").json() == {"backfills": []}
     assert httpx.get(f"{api}/v1/backfills/bm9uZQ").status_code == 404
+
+
+def test_the_commands_of_the_page_do_what_it_says(api: str, fleet: Any, photos: Path, tmp_path: Path) -> None:
+    fleet.put("list.csv", b"uri\ns3://photos/astronaut.jpg\n")
+    (tmp_path / "photo.jpg").write_bytes((photos / "coffee.jpg").read_bytes())
+    blocks = re.findall(r"^```bash\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    assert blocks.pop(0) == "gradcam serve --port 8000\n"
+    printed = []
+    for block in blocks:
+        command = block.replace("http://127.0.0.1:8000", api).replace("curl ", "curl -sS --fail-with-body ")
+        done = subprocess.run(
+            ["bash", "-ec", command], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120
+        )
+        assert done.returncode == 0, (block, done.stdout, done.stderr)
+        printed.append(done.stdout)
+    sent, submitted, found, upload, backfill = printed
+    assert json.loads(sent)["artifacts"][0]["url"].startswith("http")
+    assert "HTTP/1.1 202" in submitted
+    assert "location: /v1/jobs/" in submitted.lower()
+    assert '"jobs":' in found
+    assert '"networks":' in found
+    assert json.loads(upload)["method"] == "PUT"
+    assert '"state":"' in backfill
 
 
 def test_schemathesis_finds_no_server_error_and_no_answer_beside_the_document(place: Any) -> None:

@@ -28,6 +28,7 @@ WRITTEN = [README, *(ROOT / name for name in ("CONTRIBUTING.md", "deploy/README.
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), *WRITTEN]
 WORKER_PAGE = ROOT / "docs" / "how-to" / "run-a-worker.md"
 ELSEWHERE = {
+    "docs/how-to/http-api.md": "tests/live/test_gateway.py",
     "docs/how-to/other-languages.md": "tests/live/test_queue_doc.py",
     "docs/reference/dataset.md": "tests/docs/test_dataset.py",
 }
@@ -41,6 +42,7 @@ NOT_RUN = {  # how a command begins -> why it is not run here
     r"gradcam worker": "runs until it is stopped: test_the_worker_starts_as_shown",
     r"helm |kubectl ": "needs a cluster; scripts/check-deploy checks the chart",
     r"(cd docs/examples/typescript|npm) ": "tests/live/test_typescript_example.py",
+    r"gradcam serve": "runs until it is stopped: tests/live/test_gateway.py",
     r"(scripts/dev|gradcam dev) ": "runs until it is stopped: tests/live/test_dev.py",
     r"(uvicorn --app-dir|python) docs/examples": "tests/live/test_dev.py starts the examples",
     r"(python3 -m venv|venv/bin/pip|pip) ": "tests/live/test_install.py installs the wheel",

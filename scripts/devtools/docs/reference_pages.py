@@ -1,7 +1,7 @@
 """Writes what the code itself can tell into the pages of docs/reference, and JSON schemas into deploy/.
 
-The pages are settings, command line, error codes, metrics, log events and wire formats; the schemas are those
-of the wire formats, and of the settings that the chart's values may hold:
+The pages are settings, command line, HTTP API, error codes, metrics, log events and wire formats; the schemas
+are those of the wire formats, and of the settings that the chart's values may hold:
 
     scripts/docs                                      # writes them, then builds the site
     python -m devtools.docs.reference_pages --check   # names those that are not current
@@ -30,6 +30,7 @@ from devtools.docs.log_events import log_calls
 from gradcam_worker import errors
 from gradcam_worker.backfill.plan import Plan
 from gradcam_worker.cli.commands import gradcam
+from gradcam_worker.gateway.app import create_app
 from gradcam_worker.observability.definitions import METRICS, PREFIX
 from gradcam_worker.schemas.job import ID_PATTERN, Job
 from gradcam_worker.schemas.manifest import Manifest
@@ -169,6 +170,7 @@ def metrics() -> Iterator[str]:
     """docs/reference/metrics.md: every metric of `observability.definitions`."""
     headings = {
         "process": "Of this process",
+        "gateway": "Of `gradcam serve`",
         "jobs": "Of a job process, beside an engine process",
         "supervisor": "Of the supervisor of engine and job processes",
         "device": "Of the GPU",
@@ -178,7 +180,7 @@ def metrics() -> Iterator[str]:
         rows = [
             (f"`{PREFIX}{metric.name}`", metric.kind, _labels(metric.labels), metric.help)
             for metric in METRICS
-            if source == ("jobs" if metric.roles == ("jobs",) else metric.source)
+            if source == (metric.roles[0] if metric.roles in {("jobs",), ("gateway",)} else metric.source)
         ]
         yield from ("", f"## {heading}")
         yield from _table("metrics", ("metric", "kind", "labels", "meaning"), rows)
@@ -337,9 +339,53 @@ def _table(layout: str, headings: Sequence[str], rows: Iterable[Iterable[str]]) 
     yield from ("", "</div>")
 
 
+def http_api() -> Iterator[str]:
+    """docs/reference/http-api.md: every operation of the OpenAPI document."""
+    document = openapi_document()
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            yield from ("", f"## {operation['summary']}", "", f"`{method.upper()} {path}`")
+            yield from ("", operation.get("description", ""))
+            given = [_parameter(one) for one in operation.get("parameters", ())]
+            bodies = operation.get("requestBody", {}).get("content", {})
+            given += [("body", f"`{kind}`", _schema_name(one["schema"])) for kind, one in bodies.items()]
+            if given:
+                yield from _table("parameters", ("parameter", "where", "meaning"), given)
+            yield from _table("answers", ("status", "body", "meaning"), _answers(operation["responses"]))
+
+
+def openapi_document() -> dict[str, Any]:
+    """The OpenAPI document of the gateway."""
+    return create_app(Settings()).openapi()
+
+
+def _parameter(parameter: Mapping[str, Any]) -> tuple[str, str, str]:
+    return f"`{parameter['name']}`", parameter["in"], parameter.get("description", "")
+
+
+def _answers(responses: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """A row for each answer, and one for all problems."""
+    problems = []
+    for status, answer in responses.items():
+        if "application/problem+json" in answer.get("content", {}):
+            problems.append(status)
+        else:
+            names = [_schema_name(content["schema"]) for content in answer.get("content", {}).values()]
+            yield status, ", ".join(filter(None, names)), answer["description"]
+    if problems:
+        yield ", ".join(problems), "`RequestProblem`", "Why it was refused, or failed."
+
+
+def _schema_name(schema: Mapping[str, Any]) -> str:
+    """The name of a schema in the document; what has none is told by its meaning."""
+    name = schema.get("$ref", "").rpartition("/")[2]
+    return f"`{name}`" if name else ""
+
+
 PAGES: Mapping[str, Callable[[], Iterator[str]]] = {
     "settings.md": settings,
     "command-line.md": command_line,
+    "http-api.md": http_api,
     "errors.md": error_codes,
     "metrics.md": metrics,
     "log-events.md": log_events,
