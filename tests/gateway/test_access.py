@@ -487,5 +487,7 @@ def test_a_policy_of_a_later_version_is_not_half_applied(server: RedisServer, ac
 
 
 def test_which_names_are_this_machine() -> None:
-    assert is_this_machine("localhost:80")
-    assert not is_this_machine("localhost.:80")
+    for host in ("localhost", "localhost:80", "127.0.0.1", "[::1]", "[::1]:80", "::1"):
+        assert is_this_machine(host), host
+    for host in ("localhost.:80", "0.0.0.0:80", "::", "2001:db8::1", "::ffff:10.0.0.1", "gateway"):
+        assert not is_this_machine(host), host

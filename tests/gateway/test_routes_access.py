@@ -14,6 +14,7 @@ from fastapi.testclient import TestClient
 from starlette.responses import Response as StarletteResponse
 
 from gradcam_worker.client.async_client import AsyncGradcamClient
+from gradcam_worker.gateway import page_routes
 from gradcam_worker.gateway.access import Access
 from gradcam_worker.gateway.api_keys import ApiKey, ApiKeys, read_prefix
 from gradcam_worker.gateway.app import create_app
@@ -62,9 +63,7 @@ ROUTES = {
     "ready": Route("GET", "/ready", OPEN),
     "openapi": Route("GET", "/openapi.json", OPEN),
     "page": Route("GET", "/", OPEN),
-    "page.css": Route("GET", "/static/page.css", OPEN),
-    "page.js": Route("GET", "/static/page.js", OPEN),
-    "gradcam-viewer.js": Route("GET", "/static/gradcam-viewer.js", OPEN),
+    **{name: Route("GET", f"/static/{name}", OPEN) for name in page_routes.FILES},
 }
 GUARDED = {name: route for name, route in ROUTES.items() if route.scope}
 OF_A_JOB = {name: route for name, route in ROUTES.items() if route.path.startswith("/v1/jobs/{id}")}
@@ -167,14 +166,18 @@ def test_no_route_opens_without_a_valid_key(api: Api, route: Route) -> None:
     strange, _ = ApiKey.make("acme")  # never stored
     orphan = api.key("gone")
     answers = []
-    for key in (None, "gck_", "*", "null", strange, expired, revoked, orphan, api.keys["acme"][:-1] + "!"):
+    forged = api.keys["acme"][:-1] + "!"
+    for key in (expired, revoked, "gck_", "*", "null", strange, orphan, forged, None):
         answer = api.call(route, key)
         assert answer.status_code == 401, (key, answer.text)
         assert answer.headers["www-authenticate"] == "Bearer"
         assert answer.json()["code"] == "invalid_api_key"
         answers.append(same(answer))
-    answers += [same(api.call(route, None, job_id)) for job_id in ("0", new_id())]
-    assert all(answer == answers[0] for answer in answers), "nothing is told of which keys exist"
+    for answer, word in zip(answers[:2], ("expired", "was revoked"), strict=True):
+        assert word in answer[1], "told to whoever has the whole key"
+    assert all(answer == answers[2] for answer in answers[2:-1]), "nothing is told of which keys exist"
+    assert "gradcam keys create" in answers[-1][1]
+    assert all(same(api.call(route, None, job_id)) == answers[-1] for job_id in ("0", new_id()))
 
 
 @guarded

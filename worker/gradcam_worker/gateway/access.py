@@ -193,14 +193,14 @@ class Access:
         scheme, _, key = authorization.strip().partition(" ")
         prefix = api_keys.read_prefix(key.strip()) if scheme.lower() == BEARER.lower() else None
         if prefix is None:
-            raise InvalidApiKey(WRONG_KEY)
+            raise _no_access(WRONG_KEY)
         record, policy = await self._find(prefix)
         if not record.matches(key.strip()) or policy is None:
-            raise InvalidApiKey(WRONG_KEY)
+            raise _no_access(WRONG_KEY)
         shown = f"{MARK}_{prefix}"
         if problem := record.problem(utc_now()):  # told only to whoever has the whole key
             message = f"API key {shown} {problem}: use another one."
-            raise InvalidApiKey(message)
+            raise _no_access(message)
         scopes = frozenset(record.scopes) & frozenset(policy.scopes)
         return Caller(policy, scopes, shown, policy.uploads or None)
 
@@ -268,20 +268,20 @@ class Access:
         """Raise InvalidApiKey unless a request needs no key."""
         if not self._loopback:
             message = f"No API key was sent: {HOW}."
-            raise InvalidApiKey(message)
+            raise _no_access(message)
         if time.monotonic() >= self._keyless_until:
             read_at = time.monotonic()
             if await awaited(self._keys.exist):
                 message = f"No API key was sent: {HOW}."
-                raise InvalidApiKey(message)
+                raise _no_access(message)
             self._keyless_until = read_at + CACHE_S
         if not is_this_machine(host):
             message = f"No API key was sent, and Host {host!r:.{MAX_SHOWN}} is not this machine: {HOW}."
-            raise InvalidApiKey(message)
+            raise _no_access(message)
         own = origin is None or urlsplit(origin).netloc.lower() == str(host).lower()
         if not own and str(origin).lower() not in self._origins:
             message = f"No API key was sent, and a page of {origin!r:.{MAX_SHOWN}} asks: {HOW}."
-            raise InvalidApiKey(message)
+            raise _no_access(message)
 
     async def _count(
         self, caller: Caller, *, requests: int = 0, jobs: int = 0, idempotency_key: str | None = None
@@ -294,19 +294,29 @@ class Access:
 
 
 def is_this_machine(host: str | None) -> bool:
-    """Return whether a `Host` header names this machine by a name that no stranger can give to it.
+    """Return whether a host, as in the header `Host`, is this machine, by a name that no stranger can give it.
 
     Args:
-        host: `localhost:8000`, `127.0.0.1:8000`, `[::1]:8000`, with or without port.
+        host: `localhost:8000`, `127.0.0.1:8000`, `[::1]:8000`, with or without port; or `::1`.
     """
     name = (host or "").lower()
-    name = name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0]
+    if name.startswith("["):
+        name = name[1:].partition("]")[0]
+    elif name.count(":") < 2:  # noqa: PLR2004  # one is before a port, an IPv6 address has more
+        name = name.partition(":")[0]
     if name == "localhost":
         return True
     try:
         return ip_address(name).is_loopback
     except ValueError:
         return False
+
+
+def _no_access(message: str) -> InvalidApiKey:
+    """An error about the key of a request, which the caller is told in full."""
+    error = InvalidApiKey(message)
+    error.findings = ({"header": "Authorization", "detail": message},)
+    return error
 
 
 def _check_webhook(policy: TenantPolicy, number: int, webhook: Webhook) -> None:
