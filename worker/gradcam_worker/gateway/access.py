@@ -294,7 +294,7 @@ class Access:
 
 
 def is_this_machine(host: str | None) -> bool:
-    """Return whether a host, as in the header `Host`, is this machine, by a name that no stranger can give it.
+    """Return whether a host, as in the header `Host`, is this machine, by a name that no stranger can give.
 
     Args:
         host: `localhost:8000`, `127.0.0.1:8000`, `[::1]:8000`, with or without port; or `::1`.
