@@ -41,7 +41,7 @@ NOT_RUN = {  # how a command begins -> why it is not run here
     r"gradcam networks fetch": "downloads weights: tests/cli/test_operate.py",
     r"gradcam worker": "runs until it is stopped: test_the_worker_starts_as_shown",
     r"helm |kubectl ": "needs a cluster; scripts/check-deploy checks the chart",
-    r"(cd docs/examples/typescript|npm) ": "tests/live/test_typescript_example.py",
+    r"(cd docs/examples/typescript|npm )": "tests/live/test_typescript_example.py",
     r"gradcam serve": "runs until it is stopped: tests/live/test_gateway.py",
     r"(scripts/dev|gradcam dev) ": "runs until it is stopped: tests/live/test_dev.py",
     r"(uvicorn --app-dir|python) docs/examples": "tests/live/test_dev.py starts the examples",
