@@ -1,7 +1,10 @@
 """Several tenants wait: whose job a message is used for."""
 
+import random
+import threading
 import time
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -244,6 +247,65 @@ def test_a_passed_over_job_is_lost_only_where_the_queue_is_empty(settings: Setti
 
     assert lost(queue_is_empty=False) == []
     assert lost(queue_is_empty=True) == [left]
+
+
+CRASHES = 0.2  # of the steps of a worker
+
+
+class Crash(Exception):
+    """A worker is killed between two steps."""
+
+
+def claim_for(ledger: Ledger, message: str, crashes: Callable[[], bool]) -> str | None:
+    """Claim a job for a message, as `JobHandler` does; None: no job waits. Raises Crash."""
+    other: Entry | None = None
+    while True:
+        document = other.document if other else ledger.read(message)
+        claim = ledger.claim(document, WORKER, in_turn=other is None)
+        if claim.outcome is ClaimOutcome.CLAIMED:
+            return document.id
+        if crashes():
+            raise Crash
+        if claim.outcome is ClaimOutcome.CHANGED:
+            other = None
+            continue
+        other = claim.other or ledger.find_turn("normal")
+        if other is None:
+            return None
+
+
+def test_many_threads_that_crash_between_any_two_steps_claim_every_job_once(
+    settings: Settings, job: Job
+) -> None:
+    ledger = RedisLedger(settings)
+    queue = Queue(ledger, job)
+    for _ in range(6):
+        queue.submit(ACME, 15)
+        queue.submit(OTHER, 5)
+        queue.submit(None, 5)
+    messages, claimed, lock = deque(queue.messages), list[str](), threading.Lock()
+
+    def work(seed: int) -> None:
+        draw = random.Random(seed)  # noqa: S311  # no secret
+        while messages:
+            with lock:
+                message = messages.popleft() if messages else None
+            if message is None:
+                return
+            try:
+                job_id = claim_for(ledger, message, lambda: draw.random() < CRASHES)
+            except Crash:
+                messages.append(message)  # it is delivered again
+            else:
+                claimed.extend([job_id] if job_id else [])
+
+    threads = [threading.Thread(target=work, args=[seed]) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(claimed) == sorted(queue.tenants)
+    assert ledger.count_jobs() == (0, len(claimed))
 
 
 class Pair:
