@@ -1,6 +1,12 @@
 """Which URIs are below a prefix, and by which tricks none gets there."""
 
+import posixpath
+from urllib.parse import unquote, urlsplit
+
+import httpx
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from gradcam_worker.gateway.uri_prefixes import UriPrefix, is_below
 
@@ -184,3 +190,76 @@ def test_what_is_no_prefix_is_refused_and_its_password_is_not_shown(text: str) -
 def test_prefixes_overlap_where_one_is_below_the_other(one: str, other: str, overlap: bool) -> None:
     first, second = UriPrefix.parse(one), UriPrefix.parse(other)
     assert first.overlaps(second) == second.overlaps(first) == overlap
+
+
+TRICKS = [
+    "https",
+    "HTTP",
+    "://",
+    ":",
+    "/",
+    "//",
+    "\\",
+    "@",
+    "#",
+    "?",
+    ";",
+    "%2e",
+    "%2F",
+    "%5c",
+    "%25",
+    "..",
+    ".",
+]
+TRICKS += [
+    "cdn.example.com",
+    "evil.example",
+    "[::1]",
+    "127.1",
+    "acme",
+    "globex",
+    "a",
+    "\t",
+    "\n",
+    " ",
+    "\u3002",
+    "\uff0f",
+]
+TRICKS += [":443", ":8443", "user:secret", "%00", "\u00e4", "xn--", "&", "=", "%", "~", "*", "\u2024"]
+
+
+@settings(max_examples=100, deadline=None)
+@example("cdn.example.com/acme/..%2f")
+@given(st.lists(st.sampled_from(TRICKS), max_size=9).map("".join))
+def test_what_is_below_a_prefix_is_there_for_the_parsers_that_the_workers_use(end: str) -> None:
+    """Whatever is let in: httpx asks the allowed host, for a path below the folder."""
+    prefix = "https://cdn.example.com/acme"
+    for uri in (
+        f"https://{end}",
+        f"https://cdn.example.com{end}",
+        f"https://cdn.example.com/acme/{end}",
+        end,
+    ):
+        if not is_below(uri, [prefix]):
+            continue
+        for url in (httpx.URL(uri), httpx.URL(prefix).join(uri)):
+            assert (url.scheme, url.host, url.port or 443, url.userinfo) == (
+                "https",
+                "cdn.example.com",
+                443,
+                b"",
+            )
+            path = unquote(unquote(url.raw_path.decode().partition("?")[0]))
+            assert (posixpath.normpath(path.replace("\\", "/")) + "/").startswith("/acme/")
+        parts = urlsplit(uri)
+        assert (parts.hostname, parts.username) == ("cdn.example.com", None)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.sampled_from(TRICKS), max_size=9).map("".join))
+def test_what_is_below_a_prefix_of_a_bucket_stays_there_for_a_client_that_resolves_dots(end: str) -> None:
+    for uri in (f"s3://photos/acme/{end}", f"s3://photos{end}", f"s3://{end}"):
+        if is_below(uri, ["s3://photos/acme"]):
+            key = uri.removeprefix("s3://photos/")
+            for read in (key, unquote(key), unquote(unquote(key))):
+                assert (posixpath.normpath("/" + read.replace("\\", "/")) + "/").startswith("/acme/"), uri
