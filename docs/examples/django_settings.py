@@ -8,7 +8,7 @@ from secrets import token_urlsafe
 log = logging.getLogger("django")  # what visitors are not told
 ASKED = {  # what is asked of each photo
     "network": "efficientnet_lite0",
-    "target": {"top_n": 5},
+    "top_n": 5,
     "artifacts": [{"kind": "overlay", "max_edge": 400}, {"kind": "grid"}],
 }
 NO_WORKER = "No worker runs just now. The photo is kept, and explained as soon as one does."

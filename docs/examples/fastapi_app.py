@@ -29,7 +29,7 @@ UPLOADS = os.environ.get("GRADCAM_UPLOADS", "").rstrip("/") + "/page"
 IMAGES = [place for place in os.environ.get("PAGE_IMAGES", "").split(",") if place]
 PHOTO = {"kind": "overlay", "format": "webp", "alpha": 0.0, "max_edge": 1280}  # as browsers can show it
 HEAT = PHOTO | {"format": "jpeg", "alpha": 1.0, "colormap": "viridis"}  # the page lays it over the photo
-ASKED = {"network": "efficientnet_lite0", "target": {"top_n": 3}, "artifacts": [PHOTO, HEAT]}
+ASKED = {"network": "efficientnet_lite0", "top_n": 3, "artifacts": [PHOTO, HEAT]}
 NO_WORKER = "No worker runs just now. The photo is kept, and explained as soon as one does."
 PAGE = Path(__file__).with_name("fastapi_page.html").read_text(encoding="utf-8")
 POLICY = "default-src 'none'; connect-src 'self'; img-src http: https: data:"
