@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.live, pytest.mark.tensorflow]
 
 EXAMPLE = Path(__file__).parents[2] / "docs/examples/django_app.py"
 SECRET, OTHER = "whsec_" + "bmV3" * 8, "whsec_" + "b2xk" * 8
-TIMEOUT_S = 60
+TIMEOUT_S = 180
 TWO_SAVES = """
 from django.db import transaction
 photo = Photo(image="s3://photos/coffee.jpg")
