@@ -761,3 +761,33 @@ def test_a_client_that_is_closed_while_others_use_it_breaks_nobodys_call(setting
         closing.set()
     for user in users:
         user.result()
+
+
+GREENLETS = """
+from gevent import joinall, monkey, spawn
+monkey.patch_all()
+import sys
+from collections import Counter
+import redis
+from gradcam_worker import GradcamClient
+from gradcam_worker.settings import Settings
+
+client = GradcamClient(sys.argv[1], settings=Settings(key_prefix=sys.argv[2]))
+job = client.submit(image="s3://in/a.jpg", network="vgg16", top_n=1)
+server = redis.Redis.from_url(sys.argv[1])
+server.client_pause(1000)  # ms, so that all of them ask at once
+
+def ask(number):
+    if number % 2:
+        return client.status(job).status
+    return client.submit(image="s3://in/a.jpg", network="vgg16", top_n=1, idempotency_key="k").status().status
+
+tasks = [spawn(ask, number) for number in range(600)]
+print(Counter(task.get() for task in tasks), len(server.client_list()) <= 600)
+"""
+
+
+def test_hundreds_of_greenlets_wait_for_a_connection(settings: Settings) -> None:
+    command = [sys.executable, "-c", GREENLETS, settings.broker_url, settings.key_prefix]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert (done.stdout, done.stderr) == ("Counter({'queued': 600}) True\n", "")

@@ -62,7 +62,7 @@ PARTS = {  # name -> the functions that are it, as `module:name`, where they are
     "handler and pipeline": "execution.handler:JobHandler.handle",
     "parse the job": "schemas.job:Job.model_validate",
     "documents": "ledger.ledger:Ledger.claim_fresh ledger.ledger:Ledger.finish ledger.ledger:Ledger.advance",
-    "scripts of the ledger": "redis_server.client:RedisServer.run",
+    "scripts of the ledger": "redis_server.client:RedisClients._call",
     "log": "text.log_events:EventLogger._log",
     "fetch": "images.prepare:_fetch",
     "fetch: read": "storage.s3:_try_both",

@@ -26,6 +26,7 @@ BENCHES = (
     "memory",
     "backfill",
     "gateway",
+    "async_client",
     "gpu",
 )
 WIDTH = 110  # characters of a line

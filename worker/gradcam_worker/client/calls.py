@@ -17,6 +17,7 @@ from gradcam_worker.client.fleet import Fleet, read_fleet
 from gradcam_worker.client.job_fields import as_job
 from gradcam_worker.client.poller import StatusUpdate
 from gradcam_worker.client.results import Objects, Result
+from gradcam_worker.client.turns import Turns, no_turn
 from gradcam_worker.client.waiter import read_update, with_cause
 from gradcam_worker.errors import (
     BrokerUnavailable,
@@ -82,6 +83,7 @@ class ClientCalls:
         objects: Objects,
         *,
         pause: Callable[[float], Awaitable[None]] = block,
+        turn: Callable[[], Awaitable[None]] = no_turn,
         call_blocking: Caller = call_here,
         tenant: Tenant | None = None,
     ) -> None:
@@ -93,11 +95,12 @@ class ClientCalls:
             publish: The queues, or what stands in for them.
             objects: S3, or what stands in for it.
             pause: Sleeps between two tries.
+            turn: Is awaited before a job is checked, and before each try.
             call_blocking: Makes calls of `objects` and of a `publish` that stands in.
             tenant: Whose jobs are submitted and found; None: nobody's are submitted, and everybody's found.
         """
         self._settings, self._ledger, self._publish, self._objects = settings, ledger, publish, objects
-        self._pause, self._call_blocking = pause, call_blocking
+        self._pause, self._turn, self._call_blocking = pause, turn, call_blocking
         self.tenant, self.owner = tenant, tenant.name if tenant else None
         self._traces = tracing.connect(settings.traces, "gradcam-client")
 
@@ -114,6 +117,7 @@ class ClientCalls:
             publish,
             self._objects,
             pause=asyncio.sleep,
+            turn=Turns().take,
             call_blocking=call_blocking,
             tenant=self.tenant,
         )
@@ -131,6 +135,7 @@ class ClientCalls:
         if job is not None and fields:
             message = f"Give a job or its fields, not both: {', '.join(fields)} came with a job."
             raise InvalidJob(message)
+        await self._turn()
         return (await self.enter(as_job(fields if job is None else job), retry_failed=retry_failed)).id
 
     async def enter(self, job: Job, *, retry_failed: bool = False) -> StatusDocument:
@@ -212,7 +217,7 @@ class ClientCalls:
             lambda: awaited(self._ledger.submit_many, jobs, retry_failed=retry_failed, tenant=self.tenant)
         )
         try:
-            return await retries.call_awaited(submit, self._pause)
+            return await self._tried(retries, submit)
         except LedgerUnavailable as error:
             which = f"job {jobs[0].id} was" if len(jobs) == 1 else f"{len(jobs)} jobs were"
             if not submit.in_doubt:
@@ -240,7 +245,7 @@ class ClientCalls:
                     await self._call_blocking(partial(self._publish, job))
 
         try:
-            await retries.call_awaited(publish, self._pause)
+            await self._tried(retries, publish)
         except BrokerUnavailable as error:
             log.warning(
                 "publish_failed",
@@ -291,7 +296,14 @@ class ClientCalls:
             raise with_sentence(error, doubt if tracked.in_doubt else known) from error
 
     async def _retried(self, call: Callable[[], Awaitable[T]]) -> T:
-        return await REDIS_RETRIES.start().call_awaited(call, self._pause)
+        return await self._tried(REDIS_RETRIES.start(), call)
+
+    async def _tried(self, retries: Retries, call: Callable[[], Awaitable[T]]) -> T:
+        async def in_turn() -> T:
+            await self._turn()
+            return await call()
+
+        return await retries.call_awaited(in_turn, self._pause)
 
     async def result(self, job_id: str, *, manifest_uri: str | None = None, expires_s: int = 3600) -> Result:
         """See `GradcamClient.result`."""

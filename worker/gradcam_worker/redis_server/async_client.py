@@ -6,9 +6,12 @@ Nothing waits in the default executor of a loop, which is the app's: asyncio loo
 import asyncio
 import os
 import socket
+import time
 from collections.abc import AsyncGenerator, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
+from contextvars import ContextVar
+from copy import copy
 from ipaddress import ip_address
 from threading import Thread
 from typing import Any
@@ -22,6 +25,8 @@ from gradcam_worker.redis_server.client import BACKOFF, UNSENT, RedisClients, Re
 from gradcam_worker.resilience.blocking import blocking
 
 MAX_CONNECTIONS = 32  # of one event loop: more would not be faster, and opening each costs a millisecond
+PATIENCE = 1.5  # a task waits for a connection for longer than one may take to open, and shares its failure
+FAILURE_SHARED_S = 0.1  # less than any caller pauses before it tries again
 POOL_EXHAUSTED = "No connection available."  # redis-py's message when its blocking pool is exhausted
 
 
@@ -30,28 +35,30 @@ class Addresses:
 
     def __init__(self) -> None:
         """No thread is started yet."""
-        self._running: dict[tuple[int, str, int], Future[list[str]]] = {}  # by process id, host and port
+        self._running: dict[tuple[int, str, int], Future[list[str] | OSError]] = {}  # by process, host, port
 
     async def find(self, host: str, port: int) -> list[str]:
         """Find the addresses of a host, in the order in which to try them. Raises OSError."""
         with suppress(ValueError):
             return [str(ip_address(host))]
-        future, key = Future[list[str]](), (os.getpid(), host, port)
+        future, key = Future[list[str] | OSError](), (os.getpid(), host, port)
         running = self._running.setdefault(key, future)
         if running is future:
             Thread(target=self._look_up, args=(key, future), name="gradcam-resolver", daemon=True).start()
-        return await asyncio.shield(asyncio.wrap_future(running))
+        found = await asyncio.shield(asyncio.wrap_future(running))
+        if isinstance(found, OSError):
+            raise copy(found)  # others raise it, too
+        return found
 
-    def _look_up(self, key: tuple[int, str, int], future: "Future[list[str]]") -> None:
+    def _look_up(self, key: tuple[int, str, int], future: "Future[list[str] | OSError]") -> None:
+        found: list[str] | OSError
         try:
-            found = socket.getaddrinfo(*key[1:], type=socket.SOCK_STREAM)
-            addresses = [*dict.fromkeys(str(address[0]) for *_, address in found)]
+            infos = socket.getaddrinfo(*key[1:], type=socket.SOCK_STREAM)
+            found = [*dict.fromkeys(str(address[0]) for *_, address in infos)]
         except (OSError, UnicodeError) as error:
-            future.set_exception(error if isinstance(error, OSError) else OSError(str(error)))
-        else:
-            future.set_result(addresses)
-        finally:
-            self._running.pop(key, None)
+            found = error if isinstance(error, OSError) else OSError(str(error))
+        self._running.pop(key, None)
+        future.set_result(found)
 
 
 class ResolvedConnection(Connection):
@@ -89,11 +96,27 @@ class ResolvedTLSConnection(ResolvedConnection, SSLConnection):
 RESOLVED: dict[type, type] = {Connection: ResolvedConnection, SSLConnection: ResolvedTLSConnection}
 
 
+# The latest failure of the pool when a task asked it for a connection.
+_latest: ContextVar[redis.RedisError] = ContextVar("gradcam_latest_failure")
+
+
 class AsyncWaitingPool(redis_asyncio.BlockingConnectionPool):
-    """The connections of one event loop. A task that finds all of them in use waits for one."""
+    """The connections of one event loop. A task that finds all of them in use waits for one.
+
+    They are opened one after the other. All who wait while an attempt fails share its failure, and so do
+    those who ask soon after: were each to try for itself, a server that is away would cost the event loop
+    hundreds of attempts.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        """See `redis.asyncio.BlockingConnectionPool`."""
+        super().__init__(*args, **options)
+        self._opening = asyncio.Lock()
+        self._failure, self._failure_ends_s = redis.RedisError(), 0.0
 
     async def get_connection(self, *args: Any, **options: Any) -> Any:
         """Take a connection, connected. Errors have the note UNSENT."""
+        _latest.set(self._failure)
         try:
             return await super().get_connection(*args, **options)  # type: ignore[no-untyped-call]
         except redis.RedisError as error:
@@ -101,6 +124,20 @@ class AsyncWaitingPool(redis_asyncio.BlockingConnectionPool):
                 raise exhausted(self.max_connections, self.timeout or 0) from None
             error.add_note(UNSENT)
             raise
+
+    async def ensure_connection(self, connection: Any) -> None:
+        """Connect. Raises the failure of an attempt that has ended meanwhile, or just before."""
+        if connection.is_connected:
+            await super().ensure_connection(connection)
+            return
+        async with self._opening:
+            if self._failure is not _latest.get() or time.monotonic() < self._failure_ends_s:
+                raise copy(self._failure)
+            try:
+                await super().ensure_connection(connection)
+            except redis.RedisError as error:
+                self._failure, self._failure_ends_s = copy(error), time.monotonic() + FAILURE_SHARED_S
+                raise
 
 
 class AsyncRedisClients(RedisClients):
@@ -122,7 +159,11 @@ class AsyncRedisClients(RedisClients):
                 if other.is_closed():  # without `shutdown_asyncgens`
                     self._forget(other)
             retry = Retry(BACKOFF, self._retries)
-            options = {**self._options, "max_connections": MAX_CONNECTIONS, "timeout": self._wait_s}
+            options = {
+                **self._options,
+                "max_connections": MAX_CONNECTIONS,
+                "timeout": PATIENCE * self._wait_s,
+            }
             pool = AsyncWaitingPool.from_url(self._url, **options, retry=retry)
             if resolved := RESOLVED.get(pool.connection_class):
                 pool.connection_class = resolved

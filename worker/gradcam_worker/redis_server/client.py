@@ -180,15 +180,17 @@ class RedisClients:
         Raises:
             BrokerUnavailable, LedgerUnavailable: See `translate_errors`.
         """
-        script_class, client = type(script), await self._find_client()
+        client = await self._find_client()
+        with self.translate_errors():
+            result: Result = await _received(self._call(client, script, prefix))
+        return result
+
+    def _call(self, client: Any, script: LuaScript[Any], prefix: str) -> Any:
+        script_class = type(script)
         if script_class not in self._scripts:
             self._scripts[script_class] = client.register_script(script_class.source())
         arguments = [prefix, *script.arguments()]
-        with self.translate_errors():
-            result: Result = await _received(
-                self._scripts[script_class](keys=script.keys(), args=arguments, client=client)
-            )
-        return result
+        return self._scripts[script_class](keys=script.keys(), args=arguments, client=client)
 
     async def _find_client(self) -> Any:
         """The client of `ask` and `ask_each`."""

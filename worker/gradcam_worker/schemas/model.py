@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator
+from functools import cache
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -42,11 +43,15 @@ def without_defaults(model: BaseModel, fields: dict[str, Any], names: Iterable[s
     Returns:
         `fields` without these where they have their defaults.
     """
-    defaults = type(model).model_fields
     for name in names:
-        if getattr(model, name) == defaults[name].get_default(call_default_factory=True):
+        if getattr(model, name) == _default_of(type(model), name):
             fields.pop(name, None)
     return fields
+
+
+@cache  # pydantic inspects the signature of a default's factory each time
+def _default_of(model: type[BaseModel], name: str) -> Any:
+    return model.model_fields[name].get_default(call_default_factory=True)
 
 
 def describe_excess_length(uri: str) -> str | None:
