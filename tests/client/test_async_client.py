@@ -250,17 +250,21 @@ def test_a_call_that_is_cancelled_leaves_nothing_behind_for_the_next(
     async def app() -> None:
         async with AsyncGradcamClient(settings=settings) as client:
             ids = [await client.submit(**FIELDS) for _ in range(2)]
-            for _ in range(5):
+            for steps in range(0, 60, 2):
                 server.client_pause(60_000, all=False)  # ms, of what may write
                 call = asyncio.create_task(client.submit(**FIELDS))
-                await asyncio.sleep(0.01)
+                for _ in range(steps):
+                    await asyncio.sleep(0)
                 call.cancel()
                 with pytest.raises(asyncio.CancelledError):
                     await call
                 server.client_unpause()
                 assert (await client.status(ids[1])).id == ids[1]
 
-    asyncio.run(app())
+    try:
+        asyncio.run(app())
+    finally:
+        server.client_unpause()
 
 
 FORKING = """

@@ -82,6 +82,18 @@ class ResolvedConnection(Connection):
                     return
         raise failure or OSError(f"{self.host} has no address")
 
+    async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
+        """Send a command. Redis-py's own `asyncio.wait_for` can lose a cancellation before Python 3.12."""
+        seconds, self.socket_timeout = self.socket_timeout, None
+        try:
+            async with asyncio.timeout(seconds):
+                await super().send_packed_command(command, check_health)
+        except TimeoutError:
+            message = "Timeout writing to socket"
+            raise redis.exceptions.TimeoutError(message) from None
+        finally:
+            self.socket_timeout = seconds
+
     def _connection_arguments(self) -> Mapping[str, Any]:
         return {**super()._connection_arguments(), "host": self._address}
 
