@@ -113,7 +113,7 @@ def test_a_browser_puts_an_image_straight_into_the_bucket_of_that_type_and_size_
 
 def test_a_backfill_runs_beside_the_gateway_with_the_refusals_of_the_command(api: str, fleet: Any) -> None:
     fleet.put("list.csv", b"uri\ns3://photos/astronaut.jpg\ns3://photos/coffee.jpg\ns3://photos/lost.jpg\n")
-    wanted = {"input": "s3://photos/list.csv", "output": "s3://results/cams/list", "shard_rows": 2}
+    wanted = {"input": "s3://photos/list.csv", "output": "s3://results/cams/dataset", "shard_rows": 2}
     wanted |= {"network": "efficientnet_lite0", "target": {"top_n": 1}}
     started = httpx.post(f"{api}/v1/backfills", json=wanted, timeout=90)
     assert started.status_code == 202, started.text
@@ -273,6 +273,29 @@ def test_who_goes_away_leaves_nothing_open(place: Any) -> None:
             httpx.post(f"{api}/v1/jobs", json=JOB, headers={"Prefer": "wait=60"}, timeout=1)
         wait_for(lambda: open_requests() == 0, "the end of both", 10)
         assert httpx.get(f"{api}/ready").status_code == 200
+
+
+def test_a_gateway_that_is_to_stop_ends_its_streams_and_waits_at_once(place: Any) -> None:
+    with serving(place, "stopped") as (api, process), httpx.Client() as http:
+        job_id = http.post(f"{api}/v1/jobs", json=JOB).json()["id"]
+        answers: list[int] = []
+
+        def wait() -> None:
+            answer = httpx.post(f"{api}/v1/jobs", json=JOB, headers={"Prefer": "wait=60"}, timeout=60)
+            answers.append(answer.status_code)
+
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        with http.stream("GET", f"{api}/v1/jobs/{job_id}/events") as events:
+            chunks = events.iter_text()
+            next(chunks)
+            time.sleep(1)
+            process.send_signal(signal.SIGTERM)
+            assert "queued" in "".join(chunks), "it is whole, and ends"
+        waiting.join(30)
+        assert answers == [202]
+        assert process.wait(30) == 0
+    assert "exceeded" not in place.log("stopped")
 
 
 def test_nothing_is_lost_when_the_gateway_is_killed_between_accepting_and_answering(place: Any) -> None:

@@ -11,8 +11,6 @@ from gradcam_worker.backfill.registry import BackfillRecord, RedisBackfillRegist
 from gradcam_worker.ledger.ledger import Ledger
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.settings import Settings
-from gradcam_worker.storage.s3 import S3
-from gradcam_worker.storage.stores import Stores
 
 POLL_INTERVAL_S = 0.2
 CANCEL_TIMEOUT_S = 15.0
@@ -34,6 +32,9 @@ class Cancellation:
 
 def open_dataset(output: str, settings: Settings) -> DatasetDir:
     """Open the folder of a dataset. Raises OutputNotAllowed."""
+    from gradcam_worker.storage.s3 import S3  # 30 MB, which a gateway without backfills does not need
+    from gradcam_worker.storage.stores import Stores
+
     return DatasetDir(Stores(settings, S3(settings)).open(output))
 
 

@@ -6,6 +6,7 @@ gets what is newer; after the final document it gets 204, which ends a stock Eve
 
 import asyncio
 import time
+from asyncio import FIRST_COMPLETED
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, aclosing
 from http import HTTPStatus
@@ -78,19 +79,21 @@ async def events(
         await entered.enter_async_context(gateway.access.stream(caller))
         await entered.enter_async_context(gateway.open_requests.hold())
         held = entered.pop_all()
-    return EventStream(_stream(client, caller, job_id, seen, until), held)
+    closing = gateway.open_requests.closing
+    return EventStream(_stream(client, caller, job_id, seen, until, closing), held)
 
 
 async def _stream(
-    client: AsyncGradcamClient, caller: Caller, job_id: str, seen: int, until: Until
+    client: AsyncGradcamClient, caller: Caller, job_id: str, seen: int, until: Until, closing: asyncio.Event
 ) -> AsyncGenerator[bytes, None]:
     yield PADDING + b"retry: %d\n\n" % (RETRY_MS if until == "final" else RETRY_MS // 10)
     end = time.monotonic() + MAX_STREAM_S
     async with aclosing(client.stream(job_id)) as documents:
+        closed = asyncio.ensure_future(closing.wait())
         following = asyncio.ensure_future(anext(documents))
         try:
-            while time.monotonic() < end:
-                await asyncio.wait({following}, timeout=HEARTBEAT_S)
+            while time.monotonic() < end and not closing.is_set():
+                await asyncio.wait({following, closed}, timeout=HEARTBEAT_S, return_when=FIRST_COMPLETED)
                 if not following.done():
                     yield b": heartbeat\n\n"
                     if until == "event":
@@ -104,13 +107,12 @@ async def _stream(
                 if document.final:
                     return
                 following = asyncio.ensure_future(anext(documents))
-        except (StopAsyncIteration, asyncio.CancelledError):
-            raise
         except GradcamError as error:
             yield b"event: problem\ndata: " + bytes(problem_response(error).body) + b"\n\n"
         finally:
-            following.cancel()
-            await asyncio.gather(following, return_exceptions=True)
+            for task in (following, closed):
+                task.cancel()
+            await asyncio.gather(following, closed, return_exceptions=True)
 
 
 def _event(document: StatusDocument) -> bytes:

@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import json
 import re
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from http import HTTPStatus
 from typing import Annotated, Any
 
@@ -15,7 +15,7 @@ from starlette.responses import Response
 from gradcam_worker.client import results
 from gradcam_worker.client.async_client import AsyncGradcamClient
 from gradcam_worker.client.job_fields import without_short_forms
-from gradcam_worker.errors import InvalidRequest, UnsupportedMediaType, WaitTimeout
+from gradcam_worker.errors import GradcamError, InvalidRequest, UnsupportedMediaType, WaitTimeout
 from gradcam_worker.gateway import bodies
 from gradcam_worker.gateway.access import Caller
 from gradcam_worker.gateway.artifacts import artifacts_json
@@ -70,11 +70,15 @@ async def submit(
         await gateway.objects.put(upload.uri, upload.data, upload.media_type)
     client = gateway.client_of(caller)
     wait_s = requested_wait_s(prefer)
-    document = await client.calls.enter(job)
-    if wait_s and not document.final:
-        request.state.waited = True
-        async with gateway.open_requests.hold(), gateway.access.stream(caller):
-            document = await _wait(client, request, document.id, wait_s)
+    async with AsyncExitStack() as held:
+        if wait_s:  # it is counted before the job is accepted
+            await held.enter_async_context(gateway.access.stream(caller))
+            await held.enter_async_context(gateway.open_requests.hold())
+        document = await client.calls.enter(job)
+        if wait_s and not document.final:
+            request.state.waited = True
+            closing = gateway.open_requests.closing
+            document = await _wait(client, request, document, wait_s, closing)
     status = HTTPStatus.OK if wait_s and document.final else HTTPStatus.ACCEPTED
     response = await job_response(gateway, caller, document, status, with_urls=bool(wait_s))
     response.headers["Location"] = f"/v1/jobs/{document.id}"
@@ -245,20 +249,31 @@ def _with_key(job: Job, header: str | None) -> Job:
     return job.model_copy(update={"idempotency_key": key})
 
 
-async def _wait(client: AsyncGradcamClient, request: Request, job_id: str, wait_s: float) -> StatusDocument:
-    """The job's document when it is final, when time is up, or when the caller has gone."""
-    waiting = asyncio.ensure_future(client.wait(job_id, wait_s))
-    gone = asyncio.ensure_future(_disconnect(request))
+async def _wait(
+    client: AsyncGradcamClient,
+    request: Request,
+    document: StatusDocument,
+    wait_s: float,
+    closing: asyncio.Event,
+) -> StatusDocument:
+    """The job's document when it is final, when time is up, or when the caller goes or the server stops.
+
+    Where the ledger cannot be reached meanwhile, it is the one before: the job is accepted.
+    """
+    waiting = asyncio.ensure_future(client.wait(document.id, wait_s))
+    others = [asyncio.ensure_future(_disconnect(request)), asyncio.ensure_future(closing.wait())]
     try:
-        await asyncio.wait({waiting, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if waiting.done():
-            with suppress(WaitTimeout):
-                return waiting.result()
-        return await client.status(job_id)
+        await asyncio.wait({waiting, *others}, return_when=asyncio.FIRST_COMPLETED)
+        with suppress(GradcamError):
+            if waiting.done():
+                with suppress(WaitTimeout):
+                    return waiting.result()
+            return await client.status(document.id)
+        return document
     finally:
-        for task in (waiting, gone):
+        for task in (waiting, *others):
             task.cancel()
-        await asyncio.gather(waiting, gone, return_exceptions=True)
+        await asyncio.gather(waiting, *others, return_exceptions=True)
 
 
 async def _disconnect(request: Request) -> None:

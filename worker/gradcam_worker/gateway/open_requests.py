@@ -1,5 +1,6 @@
 """How many requests are held open at a time: waits and event streams."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -12,6 +13,7 @@ class OpenRequests:
     def __init__(self, limit: int) -> None:
         """`limit`: how many there may be."""
         self._limit, self.count = limit, 0
+        self.closing = asyncio.Event()  # the server stops: they are to end
 
     @asynccontextmanager
     async def hold(self) -> AsyncIterator[None]:

@@ -1,5 +1,9 @@
 """Runs the app with uvicorn."""
 
+import asyncio
+import signal
+from types import FrameType
+
 import uvicorn
 
 from gradcam_worker.gateway.access import Access, is_this_machine
@@ -9,6 +13,19 @@ from gradcam_worker.settings import Settings
 SHUTDOWN_S = 10  # for open requests, after SIGTERM
 IDLE_S = 75  # of a connection without a request: longer than most load balancers keep it
 MAX_HEADER_BYTES = 32 * 1024
+
+
+class _Server(uvicorn.Server):
+    """A server that ends waits and streams when it is to stop: their callers connect again elsewhere."""
+
+    def __init__(self, config: uvicorn.Config, closing: asyncio.Event) -> None:
+        super().__init__(config)
+        self._closing = closing
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stop after a signal, in the thread of the event loop."""
+        self._closing.set()
+        super().handle_exit(sig, frame)
 
 
 def run(settings: Settings, host: str, port: int) -> int:
@@ -23,8 +40,9 @@ def run(settings: Settings, host: str, port: int) -> int:
         The exit code.
     """
     access = Access(settings, loopback=is_this_machine(host))
+    app = create_app(settings, access=access)
     config = uvicorn.Config(
-        create_app(settings, access=access),
+        app,
         host=host,
         port=port,
         log_config=None,
@@ -36,6 +54,7 @@ def run(settings: Settings, host: str, port: int) -> int:
         lifespan="on",
         ws="none",
     )
-    server = uvicorn.Server(config)
+    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again when it has stopped
+    server = _Server(config, app.state.gateway.open_requests.closing)
     server.run()
     return 0 if server.started else 1
