@@ -19,6 +19,7 @@ from gradcam_worker.client.async_client import AsyncGradcamClient
 from gradcam_worker.client.calls import REDIS_RETRIES
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.errors import InvalidJob, LedgerUnavailable, UnknownJob, WaitTimeout
+from gradcam_worker.ledger.ledger import Tenant
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.schemas.ids import new_id
 from gradcam_worker.schemas.job import Job
@@ -405,5 +406,22 @@ def test_a_ledger_that_cannot_push_is_looked_at() -> None:
             await asyncio.sleep(0.01)
             await client.cancel(job_id)
             assert (await waiter).status == "canceled"
+
+    asyncio.run(app())
+
+
+def test_the_client_of_a_tenant_finds_no_other_jobs(client: AsyncGradcamClient) -> None:
+    async def app() -> None:
+        acme, other = client.as_tenant(Tenant("acme")), client.as_tenant(Tenant("other"))
+        job_id = await acme.submit(**FIELDS, idempotency_key="k")
+        assert await other.submit(**FIELDS, idempotency_key="k") != job_id
+        for call in (other.status, other.cancel, other.retry, other.wait, other.result):
+            with pytest.raises(UnknownJob):
+                await call(job_id)
+        assert await other.statuses([job_id]) == {}
+        assert [one.id async for one in acme.list()] == [job_id]
+        assert (await acme.cancel(job_id)).status == "canceled"
+        assert (await acme.wait(job_id, WAIT_S)).final
+        assert (await client.status(job_id)).final, "nobody's client finds all"
 
     asyncio.run(app())

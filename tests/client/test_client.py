@@ -526,6 +526,9 @@ def test_what_an_error_of_redis_means_is_told_apart(settings: Settings, free_por
         (redis.exceptions.ResponseError("NOREPLICAS Not enough good replicas to write."), True, True),
         (redis.exceptions.NoPermissionError("no permissions"), True, False),
         (redis.exceptions.ResponseError("DB index is out of range"), True, False),
+        (redis.exceptions.ResponseError("DENIED Redis is running in protected mode"), True, False),
+        (redis.exceptions.ResponseError("BUSY Redis is busy running a script."), True, True),
+        (redis.exceptions.ConnectionError("[SSL: CERTIFICATE_VERIFY_FAILED] unknown"), False, False),
         (redis.exceptions.TimeoutError("Timeout reading from socket"), False, True),
         (redis.exceptions.ConnectionError("Connection closed by server."), False, True),
         (

@@ -450,8 +450,9 @@ def test_who_is_refused_from_the_start_is_told_at_once_and_who_was_let_in_waits(
     refused = LedgerUnavailable("Wrong password.", retryable=False)
     listener = Subscription(job.id, lambda: None)
     listener.notify(refused)
-    with pytest.raises(LedgerUnavailable, match="Wrong password"):
+    with pytest.raises(LedgerUnavailable, match="Wrong password") as told:
         listener.pop()
+    assert not told.value.retryable
     listener.notify(MemoryLedger().submit(job))
     assert listener.pop()
     listener.notify(refused)

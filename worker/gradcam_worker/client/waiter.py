@@ -100,9 +100,9 @@ class Subscription:
 
     def _unreachable_error(self) -> LedgerUnavailable:
         waited_s = time.monotonic() - self._started_s
-        why = self._outage[1] if self._outage else ""
+        why = self._outage[1] if self._outage else LedgerUnavailable()
         what = f"Job {self.job_id} was waited for in vain, for {waited_s:.1f} s: it may have ended."
-        return LedgerUnavailable(f"{what} {why}")
+        return LedgerUnavailable(f"{what} {why}", retryable=why.retryable)
 
 
 class JobWaiter:

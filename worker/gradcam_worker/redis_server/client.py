@@ -32,7 +32,8 @@ ACCESS_ERRORS = (
     redis.exceptions.AuthorizationError,
     redis.exceptions.NoPermissionError,
 )
-INVALID_DATABASE = "DB index"  # begins the message of the one such error that has no class of its own
+REFUSED_PREFIXES = ("DB index", "DENIED")  # of such errors that have no class of their own
+UNTRUSTED = "CERTIFICATE_VERIFY_FAILED"  # another try finds the same certificate
 
 # The command changed nothing: a server that answers so refuses the first write of a script.
 UNCHANGED_ERRORS = (
@@ -41,7 +42,7 @@ UNCHANGED_ERRORS = (
     redis.exceptions.OutOfMemoryError,
     redis.exceptions.ReadOnlyError,
 )
-UNCHANGED_PREFIXES = ("NOREPLICAS", "MISCONF")
+UNCHANGED_PREFIXES = ("NOREPLICAS", "MISCONF", "BUSY ")
 
 # Only a node of a Redis Cluster answers so: the key is in another slot, or the keys are in several.
 CLUSTER_ERRORS = (redis.exceptions.ClusterError, redis.exceptions.MovedError, redis.exceptions.AskError)
@@ -254,7 +255,7 @@ class RedisClients:
             something.
         """
         text = str(error)
-        refused = isinstance(error, ACCESS_ERRORS) or text.startswith(INVALID_DATABASE)
+        refused = isinstance(error, ACCESS_ERRORS) or text.startswith(REFUSED_PREFIXES)
         cluster = isinstance(error, CLUSTER_ERRORS) or any(part in text for part in CLUSTER_TEXTS)
         problem = f"cannot be reached ({text})"
         if isinstance(error, redis.exceptions.OutOfMemoryError):
@@ -265,8 +266,9 @@ class RedisClients:
             problem = f"{NO_CLUSTER} ({text}): {ONE_SERVER}"
         unchanged = refused or isinstance(error, UNCHANGED_ERRORS) or text.startswith(UNCHANGED_PREFIXES)
         unchanged = unchanged or UNSENT in getattr(error, "__notes__", ())
+        hopeless = refused or cluster or UNTRUSTED in text
         return self._unavailable(
-            f"{self._server} {problem}.", retryable=not (refused or cluster), changed_nothing=unchanged
+            f"{self._server} {problem}.", retryable=not hopeless, changed_nothing=unchanged
         )
 
 
