@@ -8,11 +8,11 @@ import pytest
 
 from gradcam_worker.artifacts import artifacts
 from gradcam_worker.errors import AttemptFenced, JobTimeout, StorageUnavailable
-from gradcam_worker.gradcam.catalog import CATALOG, ModelFile, NetworkRow
+from gradcam_worker.gradcam.catalog import CATALOG, Head, ModelFile, NetworkRow
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.schemas.job import Job
-from gradcam_worker.schemas.manifest import InputRecord, Manifest, MethodRecord, NetworkRecord
-from gradcam_worker.schemas.status import ManifestRef
+from gradcam_worker.schemas.manifest import ColorRecord, InputRecord, Manifest, MethodRecord, NetworkRecord
+from gradcam_worker.schemas.status import ClassScore, ManifestRef
 from gradcam_worker.storage.stores import FolderStore, Store
 from gradcam_worker.testing import MemoryStore
 
@@ -145,6 +145,43 @@ def test_the_manifest_of_other_weights_of_a_registered_network_is_ignored(job: J
         )
         artifacts.write_manifest(store, job.id, written.model_copy(update={"network": network}), Deadline(30))
         assert (find(store, job, row) is not None) is is_found
+
+
+@pytest.mark.parametrize(
+    ("row", "why"),
+    [
+        (replace(ROW, labels=("cat", "dog")), None),
+        (replace(ROW, labels=("dog", "cat")), "with other labels: class 1 was 'dog'"),
+        (replace(ROW, labels=("cat",)), "with other labels: class 1 was 'dog'"),
+        (replace(ROW, labels=()), None),
+        (replace(ROW, head=Head("softmax")), None),
+        (replace(ROW, head=Head("probabilities")), "with the head softmax"),
+    ],
+)
+def test_the_manifest_of_other_labels_or_of_another_head_is_ignored_and_logged(
+    row: NetworkRow, why: str | None, job: Job, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, logger="gradcam")
+    store, written = MemoryStore(), manifest(job)
+    dog = ClassScore(rank=1, id=1, wnid="", name="dog", probability=0.5)
+    artifacts.write_manifest(store, job.id, written.model_copy(update={"predictions": (dog,)}), Deadline(30))
+    assert (find(store, job, row) is None) == bool(why)
+    assert (why or "") in caplog.text
+
+
+def test_a_manifest_whose_colours_were_converted_is_ignored_by_a_worker_that_converts_none(
+    job: Job, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, logger="gradcam")
+    store, written = MemoryStore(), manifest(job)
+    image = written.input.model_copy(update={"converted_from": ColorRecord(kind="icc", name="Display P3")})
+    artifacts.write_manifest(store, job.id, written.model_copy(update={"input": image}), Deadline(30))
+    for converts in (True, False):
+        found = artifacts.find_manifest(
+            store, job.id, job, DIGEST, ROW, Deadline(30), convert_colors=converts
+        )
+        assert (found is not None) == converts
+    assert "its colours were converted from Display P3" in caplog.text
 
 
 def test_a_storage_error_is_not_taken_for_a_missing_manifest(job: Job, tmp_path: Path) -> None:

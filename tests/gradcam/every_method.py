@@ -23,12 +23,13 @@ from gradcam_worker.gradcam.network import Method, Network
 
 PHOTO, CLASSES = "astronaut", (812, 560)
 SMALL = (20, 24)  # height, width
-# Of the deep network, whose passes take seconds to compile: one method for each kind of gradient that is
-# computed (means, all values, none).
-DEEP = [*map(Method, ("gradcam", "gradcam++", "eigencam"))]
-FEW = [*map(Method, cam.METHODS), Method(flip=True), Method(score="probability"), Method(integrated.NAME)]
-ALL = [Method(name, flip=flip) for name in cam.METHODS for flip in (False, True)]
-ALL += [Method(name, score="probability") for name in cam.METHODS if name != "notebook"]
+# One method for each kind of gradient that is computed (means, all values, none): what is compiled, which
+# takes seconds for the deep network, is the same for the others but for their formula.
+KINDS = ("gradcam", "gradcam++", "eigencam")
+DEEP = [*map(Method, KINDS)]
+FEW = [*DEEP, Method(score="probability"), Method(integrated.NAME)]
+ALL = [*map(Method, cam.METHODS), *(Method(name, flip=True) for name in KINDS)]
+ALL += [Method(name, score="probability") for name in KINDS]
 ALL += [Method(integrated.NAME), Method(integrated.NAME, against=(4,)), Method(against=(4, 5))]
 
 

@@ -35,6 +35,14 @@ def test_what_is_not_given_is_the_default_or_constant() -> None:
     }
 
 
+def test_a_default_that_is_an_integer_is_shown_as_it_is() -> None:
+    """An int of Python 3.11 has no `is_integer`."""
+    age, blood = NetworkInput("age", default=61), NetworkInput("blood", shape=(2,), default=(1, 2.5))
+    values = resolve((age, blood), {}, "moles")
+    assert {name: as_given(value) for name, value in values.items()} == {"age": 61, "blood": (1, 2.5)}
+    assert age.describe() == "age (number, default 61)"
+
+
 @pytest.mark.parametrize("given", [61, 61.0, "61", " 61.0 "])
 def test_a_number_may_be_a_text_as_in_a_table(given: Any) -> None:
     assert resolve((AGE,), {"age": given}, "moles") == {"age": 61}

@@ -212,6 +212,13 @@ BICUBIC = Sizing("bicubic_antialias")
 
 
 class TestAdvice:
+    def test_ways_that_are_equally_near_are_all_named(self) -> None:
+        """OpenCV and TensorFlow compute the same but for rounding."""
+        ways = [SIZINGS[name] for name in ("tf.image.resize", "opencv")]
+        near = [outcome(way, 16, 16, (level,) * 3) for way, level in zip(ways, (0.0004, 0.0003), strict=True)]
+        advice = advise([outcome(AREA, 16, 16, (0.1, 0.2, 0.38)), *near])
+        assert "your own probabilities with opencv or tf.image.resize (median" in advice.text
+
     @pytest.mark.parametrize(
         ("area", "nearest", "expected", "better"),
         [

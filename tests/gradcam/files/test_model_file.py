@@ -77,6 +77,11 @@ def test_only_a_model_that_is_at_hand_can_be_saved_again() -> None:
         (b"\n<!DOCTYPE html><title>Sign in</title>", "is a web page, an error or a login perhaps"),
         (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "is a web page, an error"),
         (b'\xef\xbb\xbf{"class_name": "Functional"}', "holds an architecture without weights"),
+        (
+            b'{"cats": 0, "dogs": 1}',
+            "is JSON without a network: names of classes are named as `labels` beside",
+        ),
+        (b'["cats", "dogs"]', "is JSON without a network"),
         (b"\x1c\0\0\0TFL3\0", "is of TensorFlow Lite: convert it with `gradcam convert model.keras NAME"),
         (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", "is a pickle"),
         (struct.pack("<Q", 300) + b'{"__metadata__":{}', "holds arrays without their network"),

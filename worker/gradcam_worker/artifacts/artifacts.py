@@ -17,7 +17,7 @@ attempt wrote the same key. Then an artifact can differ from the sha256 in the m
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -277,14 +277,21 @@ def job_fingerprint(job: Job) -> str:
 
 
 def find_manifest(
-    store: Store, folder: str, job: Job, image_sha256: str | None, row: NetworkRow, deadline: Deadline
+    store: Store,
+    folder: str,
+    job: Job,
+    image_sha256: str | None,
+    row: NetworkRow,
+    deadline: Deadline,
+    *,
+    convert_colors: bool = True,
 ) -> tuple[Manifest, ManifestRef] | None:
     """Find the manifest that an earlier attempt at this job wrote. All artifacts that it names exist.
 
     A manifest counts only if it was made for the same job, the same bytes of the image and the same version
-    of the network. Anything else under its key, also a manifest of an earlier version that lacks these facts,
-    is
-    ignored: this attempt writes its own manifest over it.
+    of the network, with the labels and the head of its row, and if the worker treats colours as it did.
+    Anything else under its key, also a manifest of an earlier version that lacks these facts, is ignored:
+    this attempt writes its own manifest over it.
 
     Args:
         store: The job's output.
@@ -294,6 +301,8 @@ def find_manifest(
             then the manifest may be of any bytes.
         row: The network as it is described now.
         deadline: The job's deadline.
+        convert_colors: Whether this worker converts colours. A manifest says which colours were converted,
+            but not that some were left as they are.
 
     Returns:
         The manifest and the reference to it, or None.
@@ -312,7 +321,10 @@ def find_manifest(
     except ValidationError as error:
         log.warning("manifest_replaced", uri=store.uri(key), reason="not a manifest", error=str(error)[:200])
         return None
-    if mismatch := _mismatch(manifest, job, image_sha256, row):
+    mismatch = _mismatch(manifest, job, image_sha256, row)
+    if manifest.input.converted_from and not convert_colors:
+        mismatch = mismatch or f"its colours were converted from {manifest.input.converted_from.name}"
+    if mismatch:
         log.warning("manifest_replaced", uri=store.uri(key), reason=mismatch)
         return None
     return manifest, ManifestRef(
@@ -328,6 +340,13 @@ def _mismatch(manifest: Manifest, job: Job, image_sha256: str | None, row: Netwo
         return "it is of a different job with this id"
     if image_sha256 not in {None, manifest.input.sha256}:
         return f"it is of an image with sha256 {manifest.input.sha256}"
+    if manifest.inputs != _inputs(row.inputs, job):
+        return f"it is of {row.name} with other inputs, {manifest.inputs}"
+    return _network_mismatch(manifest, row)
+
+
+def _network_mismatch(manifest: Manifest, row: NetworkRow) -> str | None:
+    """Describe what differs between the network of a manifest and the one that there is now."""
     network = manifest.network
     version = network.weights_sha256, network.preprocessing, network.sizing
     if row.file and version != (row.file.sha256, row.preprocessing.name, row.sizing.describe()):
@@ -335,6 +354,17 @@ def _mismatch(manifest: Manifest, job: Job, image_sha256: str | None, row: Netwo
             f"it is of a different version of {row.name}, with weights {network.weights_sha256}, "
             f"preprocessing {network.preprocessing} and sizing {network.sizing}"
         )
-    if manifest.inputs != _inputs(row.inputs, job):
-        return f"it is of {row.name} with other inputs, {manifest.inputs}"
+    if row.head.kind not in {None, network.head}:
+        return f"it is of {row.name} with the head {network.head}"
+    for number, name in _names(manifest):
+        if row.labels and row.labels[number : number + 1] != (name,):
+            return f"it is of {row.name} with other labels: class {number} was {name!r}"
     return None
+
+
+def _names(manifest: Manifest) -> Iterator[tuple[int, str]]:
+    """The ids and names of all classes in a manifest."""
+    for score in manifest.predictions:
+        yield score.id, score.name
+    for label in (*(one.class_ for one in manifest.explanations), *manifest.against):
+        yield label.id, label.name

@@ -138,7 +138,10 @@ def _find_result(
     if context.attempt == 1:
         return None
     row = services.networks.find(job.network)
-    match = artifacts.find_manifest(store, folder, job, image_sha256, row, context.deadline)
+    converts = services.limits.convert_colors
+    match = artifacts.find_manifest(
+        store, folder, job, image_sha256, row, context.deadline, convert_colors=converts
+    )
     return _job_result(job, *match) if match else None
 
 

@@ -218,7 +218,7 @@ def as_given(value: InputValue) -> float | str | tuple[float, ...]:
 
 
 def _whole(number: float) -> float:
-    return int(number) if number.is_integer() and abs(number) <= MAX_INTEGER else number
+    return int(number) if float(number).is_integer() and abs(number) <= MAX_INTEGER else number
 
 
 def _as_number(value: Any) -> float | None:

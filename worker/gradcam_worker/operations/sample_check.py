@@ -325,6 +325,10 @@ def _by_probabilities(
     if best is configured:
         text += f", as it is configured ({_differences(best)})."
     else:
+        equal = [
+            one.name for one in nearest if one.names and one.mean <= best.mean + SAME and one is not best
+        ]
+        text += "".join(f" or {name}" for name in equal)
         text += (
             f" ({_differences(best)}), not with {configured.name}, as it is configured "
             f"({_differences(configured)}): set {setting(best.sizing)}."

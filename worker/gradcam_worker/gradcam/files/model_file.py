@@ -72,6 +72,10 @@ BY_ENDING = {
     ".gz": "is compressed: unpack it, and name the .keras file that is in it",
     "": f"looks like a folder, {SAVED_MODEL}",
 }
+NO_NETWORK = (
+    "is JSON without a network: names of classes are named as `labels` beside the model, in the registry or "
+    "to wrap_model"
+)
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 PAGE_STARTS = (b"<!doctype", b"<html", b"<?xml", b"<head", b"<error")
 GIT_LFS_START = b"version https://git-lfs.github.com/spec/"
@@ -141,6 +145,8 @@ def refusal_by_content(path: Path, name: str) -> str | None:
         return "is a pointer of git-lfs, not the file itself: fetch that with `git lfs pull`"
     if text.startswith(PAGE_STARTS):
         return "is a web page, an error or a login perhaps, not a model: download the file itself"
+    if text.startswith((b"{", b'["')) and b'"class_name"' not in text:
+        return NO_NETWORK
     for ending, starts in (
         (".json", text.startswith(b"{")),
         (".tflite", head[4:8] == b"TFL3"),
