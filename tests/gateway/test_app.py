@@ -1,12 +1,14 @@
 """What holds for every answer."""
 
+import socket
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 
 from gradcam_worker import errors
-from gradcam_worker.errors import GradcamError, InternalError
+from gradcam_worker.errors import GradcamError, InternalError, InvalidSettings
+from gradcam_worker.gateway import server
 from gradcam_worker.gateway.app import create_app
 from gradcam_worker.gateway.problems import status_of
 from gradcam_worker.observability.definitions import OPERATIONS, OTHER
@@ -97,3 +99,10 @@ def test_only_so_many_requests_are_held_open(eager: TestClient) -> None:
     open_requests.count = 0
     assert eager.get(f"/v1/jobs/{job_id}/events").status_code == 200
     assert open_requests.count == 0
+
+
+def test_an_address_where_nothing_can_be_served_is_told_in_a_sentence() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(InvalidSettings, match=f"--host 127.0.0.1 --port {port}: nothing can be served"):
+            server.run(Settings(), "127.0.0.1", port)

@@ -23,6 +23,7 @@ log = EventLogger("gradcam")
 
 READ_TIMEOUT_S = 3.0  # for a manifest, beside a status that is known: then it is answered without artifacts
 EXPIRES_S = 3600
+MAX_HEATMAP_BYTES = 16 * 1024**2  # in a viewer's document; larger ones the browser reads from the bucket
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
@@ -141,7 +142,8 @@ async def viewer(gateway: GatewayOf, caller: Reader, job_id: JobIdOf) -> Respons
     """
     found = await gateway.client_of(caller).result(job_id, expires_s=EXPIRES_S)
     record = heatmaps_record(found.manifest)
-    heatmaps = await gateway.objects.read(record.uri) if record else None
+    fits = record is not None and record.bytes <= MAX_HEATMAP_BYTES
+    heatmaps = await gateway.objects.read(record.uri) if record and fits else None
     photo = await _photo_url(gateway, caller, found.manifest.input.uri)
     document = viewer_document(found.manifest, heatmaps, found.urls, photo)
     return JSONResponse(document, headers={"Cache-Control": "no-store"})

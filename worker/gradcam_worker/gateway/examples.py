@@ -52,6 +52,7 @@ PROBLEM: dict[str, Any] = {
     "title": "The message is not a job, or asks for something no job may ask for",
     "status": 422,
     "detail": "This request cannot be carried out as it was made. Trying it again does not help.",
+    "public_message": "This request cannot be carried out as it was made. Trying it again does not help.",
     "code": "invalid_job",
     "retryable": False,
     "errors": [

@@ -62,6 +62,8 @@ class RequestProblem(ResponseModel):
     title: str
     status: int
     detail: str
+    public_message: str
+    """the same, under the name that it has in status documents"""
     code: str
     retryable: bool
     errors: tuple[Finding, ...] = ()

@@ -72,6 +72,7 @@ def problem_response(error: GradcamError) -> Response:
         "title": (type(error).__doc__ or error.code).split("\n")[0].rstrip("."),
         "status": status.value,
         "detail": error.public_message,
+        "public_message": error.public_message,
         "code": error.code,
         "retryable": error.retryable,
     }
@@ -140,6 +141,7 @@ def add_handlers(app: FastAPI, routers: Sequence[APIRouter]) -> None:
             "title": status.phrase,
             "status": status.value,
             "detail": status.description or status.phrase,
+            "public_message": status.description or status.phrase,
             "code": code,
             "retryable": False,
         }

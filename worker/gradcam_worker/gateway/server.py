@@ -2,17 +2,23 @@
 
 import asyncio
 import signal
+import socket
 from types import FrameType
 
 import uvicorn
 
+from gradcam_worker.errors import InvalidSettings
 from gradcam_worker.gateway.access import Access, is_this_machine
 from gradcam_worker.gateway.app import create_app
 from gradcam_worker.settings import Settings
+from gradcam_worker.text.log_events import EventLogger
+
+log = EventLogger("gradcam")
 
 SHUTDOWN_S = 10  # for open requests, after SIGTERM
 IDLE_S = 75  # of a connection without a request: longer than most load balancers keep it
 MAX_HEADER_BYTES = 32 * 1024
+BACKLOG = 2048  # connections that wait to be accepted
 
 
 class _Server(uvicorn.Server):
@@ -38,14 +44,17 @@ def run(settings: Settings, host: str, port: int) -> int:
 
     Returns:
         The exit code.
+
+    Raises:
+        InvalidSettings: The address cannot be listened at.
     """
+    listener = _listen(host, port)
     access = Access(settings, loopback=is_this_machine(host))
     app = create_app(settings, access=access)
     config = uvicorn.Config(
         app,
-        host=host,
-        port=port,
         log_config=None,
+        log_level="warning",
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=SHUTDOWN_S,
@@ -56,5 +65,17 @@ def run(settings: Settings, host: str, port: int) -> int:
     )
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again when it has stopped
     server = _Server(config, app.state.gateway.open_requests.closing)
-    server.run()
+    log.info("gateway_started", host=host, port=port)
+    server.run([listener])
+    log.info("gateway_stopped")
     return 0 if server.started else 1
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Listen at an address. Raises InvalidSettings."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except (OSError, OverflowError) as error:
+        message = f"--host {host} --port {port}: nothing can be served there ({error})."
+        raise InvalidSettings(message) from error
