@@ -155,13 +155,20 @@ def test_jobs_are_explained_and_kept_and_nothing_is_left_running(
         assert client.status(document.id) == document
 
 
-def test_a_port_in_use_is_named(silent_port: int, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [PROGRAMS / "gradcam", "dev", "--port", str(silent_port)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 1
-    assert f"Port {silent_port} of 127.0.0.1 is in use: choose another one with --port." in done.stderr
+def test_a_port_or_a_folder_in_use_is_named(development: Development, silent_port: int) -> None:
+    for words, said in (
+        (["--port", str(silent_port)], f"Port {silent_port} of 127.0.0.1 is in use: choose another one"),
+        (
+            ["gradcam-dev", "--port", str(servers.free_port())],
+            "Another gradcam dev uses gradcam-dev/: choose",
+        ),
+    ):
+        done = subprocess.run(
+            [PROGRAMS / "gradcam", "dev", *words],
+            cwd=development.folder,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 1
+        assert said in done.stderr

@@ -4,6 +4,7 @@ A Valkey server, an S3 server, a worker and the HTTP API, each in its own proces
 stop when this process ends, however it ends.
 """
 
+import fcntl
 import json
 import secrets
 import shlex
@@ -59,7 +60,7 @@ def run(port: int, folder: Path | None) -> int:
         Nothing: it is left by Ctrl-C or SIGTERM.
 
     Raises:
-        InvalidSettings: The port is in use, a package is missing, or a setting is wrong.
+        InvalidSettings: The port or the folder is in use, a package is missing, or a setting is wrong.
         WorkerLost: One of the processes has ended.
     """
     with extras.required(
@@ -73,6 +74,7 @@ def run(port: int, folder: Path | None) -> int:
     with ExitStack() as stack:
         place = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gradcam-dev-")))
         place.mkdir(parents=True, exist_ok=True)
+        _lock(stack, place)
         settings = _start_servers(stack, place, port, keep=folder is not None)
         _copy_samples(place / "buckets" / BUCKETS[0])
         processes = {}
@@ -120,6 +122,16 @@ def _start_servers(stack: ExitStack, place: Path, port: int, *, keep: bool) -> S
         preload=comma_lists.join(given.preload or (NETWORK,)),
         shutdown_timeout_s=str(SHUTDOWN_TIMEOUT_S),
     )
+
+
+def _lock(stack: ExitStack, place: Path) -> None:
+    """Keep a folder for this process: two Valkey servers would spoil each other's files."""
+    file = stack.enter_context((place / "lock").open("wb"))
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        message = f"Another gradcam dev uses {place}/: choose another folder, or stop it."
+        raise InvalidSettings(message) from error
 
 
 def _keys(place: Path) -> dict[str, str]:
