@@ -59,7 +59,7 @@ The lists
     has changed, is in the wrong list until this version changes it, and is left out there.
 
     usage:<tenant>:<day>            the number of a tenant's jobs that ended on a day, counted from the epoch,
-                                    and their milliseconds on the device; kept for 400 days
+                                    and their microseconds on the device; kept for 400 days
 
 The outbox
     A recipient is one webhook of a job, or a sink that receives the events of every job. The recipients at

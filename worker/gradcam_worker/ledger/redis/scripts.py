@@ -63,7 +63,7 @@ class ReplaceDocument(LuaScript[int | list[str]], file="replace_document"):
     only_if_due: bool
     status_before: str
     created_us: int
-    device_ms: int
+    device_us: int
     in_turn: bool
 
 

@@ -159,7 +159,7 @@ class RedisLedger(Ledger):
             only_if_due=only_if_due,
             status_before=before.status,
             created_us=listing.position_of(after)[0],
-            device_ms=int(device_s_of(after) * 1000) if after.final else 0,
+            device_us=round(device_s_of(after) * 1e6) if after.final else 0,
             in_turn=False,
         )
 
@@ -272,11 +272,11 @@ class RedisLedger(Ledger):
         listed = latest_days(days)
         prefix = f"{self.server.prefix}usage:{tenant}:"
         found = await self.server.ask_each(
-            [("HMGET", f"{prefix}{(day - EPOCH).days}", "jobs", "device_ms") for day in listed]
+            [("HMGET", f"{prefix}{(day - EPOCH).days}", "jobs", "device_us") for day in listed]
         )
         return [
-            UsageDay(day, int(jobs or 0), int(device_ms or 0) / 1000)
-            for day, (jobs, device_ms) in zip(listed, found, strict=True)
+            UsageDay(day, int(jobs or 0), int(device_us or 0) / 1e6)
+            for day, (jobs, device_us) in zip(listed, found, strict=True)
         ]
 
     def find_dead_letters(self) -> list[tuple[str, float]]:

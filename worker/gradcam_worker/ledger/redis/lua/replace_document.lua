@@ -22,7 +22,7 @@ local lease_ms = tonumber(ARGV[17])
 local only_if_due = ARGV[18] == '1' -- replace only if the lease or the pause is over
 local status_before = ARGV[19]
 local created_us = ARGV[20]
-local device_ms = ARGV[21] -- for which a job that has ended used the device
+local device_us = ARGV[21] -- for which a job that has ended used the device
 local in_turn = ARGV[22] == '1' -- a claim for a message of this job; a queued job waits for its turn
 
 -- include: clock
@@ -103,7 +103,7 @@ if cancel_requested then
 end
 if place == '' or place == 'dead' then
   begin_retention(job_id, idempotency, retention_ms, keyed_retention_ms, route, status)
-  if tenant ~= '' then pcall(count_usage, tenant, device_ms) end
+  if tenant ~= '' then pcall(count_usage, tenant, device_us) end
 end
 if status ~= status_before and route ~= 'shard' then
   local longest_ms = math.max(retention_ms, keyed_retention_ms)
