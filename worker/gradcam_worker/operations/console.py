@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -46,10 +46,12 @@ def print_json(value: Any) -> None:
 
 
 def table(*columns: str, title: str | None = None, numbers: Sequence[str] = ()) -> Table:
-    """Make an empty table; the columns named in `numbers` are right-aligned."""
+    """Make an empty table; the columns named in `numbers` are right-aligned, and keep their width."""
     empty = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
     for column in columns:
-        empty.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
+        is_number = column in numbers
+        justify: Literal["right", "left"] = "right" if is_number else "left"
+        empty.add_column(column, justify=justify, overflow="fold", no_wrap=is_number)
     return empty
 
 
