@@ -21,6 +21,7 @@ from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.errors import InvalidJob, LedgerUnavailable, UnknownJob, WaitTimeout
 from gradcam_worker.ledger.ledger import Tenant
 from gradcam_worker.ledger.redis.store import RedisLedger
+from gradcam_worker.redis_server.async_client import Addresses
 from gradcam_worker.schemas.ids import new_id
 from gradcam_worker.schemas.job import Job
 from gradcam_worker.schemas.status import WorkerRef
@@ -425,3 +426,21 @@ def test_the_client_of_a_tenant_finds_no_other_jobs(client: AsyncGradcamClient) 
         assert (await client.status(job_id)).final, "nobody's client finds all"
 
     asyncio.run(app())
+
+
+def test_a_name_is_found_again_after_no_thread_could_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    addresses, start = Addresses(), threading.Thread.start
+
+    def refuse(_: threading.Thread) -> None:
+        message = "can't start new thread"
+        raise RuntimeError(message)
+
+    async def find() -> list[str]:
+        async with asyncio.timeout(30):
+            return await addresses.find("localhost", 6379)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(OSError, match="new thread"):
+        asyncio.run(find())
+    monkeypatch.setattr(threading.Thread, "start", start)
+    assert asyncio.run(find())

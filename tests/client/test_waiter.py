@@ -17,6 +17,7 @@ from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.client.poller import StatusPoller, StatusUpdate
 from gradcam_worker.client.waiter import Subscription
 from gradcam_worker.errors import LedgerUnavailable, UnknownJob, WaitTimeout
+from gradcam_worker.ledger.ledger import Tenant
 from gradcam_worker.ledger.redis import pubsub
 from gradcam_worker.ledger.redis.pubsub import RedisJobUpdates
 from gradcam_worker.ledger.redis.store import RedisLedger
@@ -475,7 +476,7 @@ class Gone:
     """Who waited in an event loop that is closed by now."""
 
     def __init__(self, job_id: str) -> None:
-        self.job_id, self.told = job_id, 0
+        self.job_id, self.told, self.unchecked_owner = job_id, 0, None
 
     def notify(self, _: StatusUpdate) -> None:
         self.told += 1
@@ -497,3 +498,28 @@ def test_who_is_gone_is_told_once_and_keeps_nothing_from_the_others(job: Job) ->
     waits_until(lambda: (taken := listener.pop()) and taken.final, "the end of the job")
     watching.close()
     assert gone.told == 1
+
+
+def test_a_tenant_learns_nothing_of_a_foreign_job_when_the_first_look_fails(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = MemoryLedger()
+    ledger.submit(job, tenant=Tenant("acme"))
+    read, fails = ledger.read, iter([True, False])
+
+    def look(job_id: str, tenant: str | None = None) -> StatusDocument:
+        if next(fails, False):
+            raise LedgerUnavailable
+        return read(job_id, tenant)
+
+    with GradcamClient(ledger=ledger, publish=RecordingPublisher()) as client:
+        for name, seen in (("other", False), ("acme", True)):
+            fails = iter([True, False])
+            monkeypatch.setattr(ledger, "read", look)
+            stream = client.as_tenant(Tenant(name)).stream(job.id, WAIT_S)
+            if seen:
+                assert next(stream).id == job.id
+            else:
+                with pytest.raises(UnknownJob):
+                    next(stream)
+            stream.close()

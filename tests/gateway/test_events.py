@@ -44,3 +44,10 @@ def test_the_events_of_an_unknown_job_are_not_found(waiting: TestClient) -> None
     assert waiting.get("/v1/jobs/01890a5d-ac96-774b-bcce-b302099a8057/events").status_code == 404
     assert waiting.get("/v1/jobs/../events").status_code == 404
     assert waiting.get("/v1/jobs/x:y/events").json()["code"] == "unknown_job"
+
+
+def test_an_event_id_that_is_no_revision_is_none(waiting: TestClient) -> None:
+    job_id = waiting.post("/v1/jobs", json=FIELDS).json()["id"]
+    for given in ("9" * 5000, "-1", "x"):
+        answer = waiting.get(f"/v1/jobs/{job_id}/events?until=event", headers={"Last-Event-ID": given})
+        assert [event["data"]["status"] for event in read_events(answer.text)] == ["queued"]

@@ -1,11 +1,16 @@
 """Images that come with a request, and those that a browser puts into the bucket."""
 
 import base64
+import gc
 
 import cv2
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
+
+from gradcam_worker.client.results import Upload
+from gradcam_worker.gateway import jobs
+from gradcam_worker.schemas.status import StatusDocument
 
 RED = cv2.imencode(".png", np.full((32, 32, 3), (0, 0, 255), np.uint8))[1].tobytes()
 FORM = {"network": "vgg16", "top_n": "2"}
@@ -94,3 +99,18 @@ def test_a_browser_gets_a_url_for_exactly_the_image_that_it_names(waiting: TestC
 )
 def test_another_upload_is_refused(waiting: TestClient, body: object, code: str) -> None:
     assert waiting.post("/v1/uploads", json=body).json()["code"] == code
+
+
+def test_the_bytes_of_an_image_are_not_kept_while_a_request_waits(
+    waiting: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = []
+
+    async def look(_: object, __: object, document: StatusDocument, *___: object) -> StatusDocument:
+        gc.collect()
+        kept.append([one for one in gc.get_objects() if isinstance(one, Upload)])
+        return document
+
+    monkeypatch.setattr(jobs, "_wait", look)
+    waiting.post("/v1/jobs", data=FORM, files={"image": RED}, headers={"Prefer": "wait=20"})
+    assert kept == [[]]

@@ -184,3 +184,16 @@ def test_the_time_on_the_device_is_counted_for_each_tenant_and_day(ledger: Ledge
     assert today.day - yesterday.day == timedelta(days=1)
     (others,) = ledger.read_usage("other", 1)
     assert (others.jobs, round(others.device_s, 6)) == (4, 0.001)
+
+
+def test_a_list_lasts_for_a_week_longer_than_the_latest_job_that_entered_it(
+    settings: Settings, job: Job
+) -> None:
+    ledger = RedisLedger(settings)
+    server, prefix = ledger.server.redis, settings.key_prefix
+    enter(ledger, job, ACME, metadata={"customer": "42"})
+    lists = [str(key) for key in server.keys(f"{prefix}listed:*")]
+    for key in lists:
+        server.pexpire(key, 60_000)  # a minute is left of the first job's
+    enter(ledger, job, ACME, metadata={"customer": "42"})
+    assert {key for key in lists if server.pttl(key) < settings.retention_s * 1000} == set()

@@ -545,3 +545,14 @@ def test_an_event_that_this_version_cannot_read_does_not_delay_others(
     assert [one.document.id for one in setup.claim()] == [jobs[1].id]
     assert f"outbox_delivery_unreadable recipient={jobs[0].id}:hook1" in caplog.text
     assert server.redis.llen(key) == 1, "it waits for a worker that can"
+
+
+def test_a_webhook_of_a_job_that_is_gone_receives_what_a_tenant_sees(
+    redis_setup: Setup, settings: Settings
+) -> None:
+    job = redis_setup.submit("https://a.example/x", events=("job.failed",))
+    error = Problem.of(StorageUnavailable("s3://others is not there."), stage="upload", attempt=1)
+    failed = redis_setup.ledger.finish(redis_setup.start(job), status="failed", error=error)
+    RedisLedger(settings).server.redis.delete(f"{settings.key_prefix}job:{job.id}")
+    (told,) = redis_setup.claim()
+    assert told.document == failed.for_tenant()

@@ -218,7 +218,7 @@ class AsyncGradcamClient:
         """See `GradcamClient.stream`. To leave the loop early, use `contextlib.aclosing`."""
         loop, woken = asyncio.get_running_loop(), asyncio.Event()
         wake = functools.partial(loop.call_soon_threadsafe, woken.set)
-        subscription = Subscription(job_id, wake, timeout_s)
+        subscription = Subscription(job_id, wake, timeout_s, self.calls.owner)
         subscription.notify(await self.calls.read_update(subscription.job_id))
         try:
             with closing(self.client.waiter.follow(subscription)) as steps:

@@ -35,6 +35,8 @@ class Subscriber(Protocol):
     """Receives the updates of one job: a `gradcam_worker.client.waiter.Subscription`."""
 
     job_id: str
+    unchecked_owner: str | None
+    """the tenant whose job it must be, as long as that is not known; None: anybody's"""
 
     def notify(self, update: StatusUpdate) -> None:
         """Receive an update. Raises RuntimeError where the receiver is gone."""
@@ -78,10 +80,10 @@ class StatusPoller:
         self._closing = False
         self._failures, self._resubscribe_at = 0, 0.0  # of the subscription; used by the thread alone
 
-    def read(self, job_id: str) -> StatusUpdate:
-        """Read a job once, in the calling thread."""
+    def read(self, job_id: str, owner: str | None = None) -> StatusUpdate:
+        """Read a job once, in the calling thread. `owner`: the tenant that may read it."""
         try:
-            return self._ledger.read(job_id)
+            return self._ledger.read(job_id, owner)
         except Exception as error:  # noqa: BLE001  # it is raised where the job is waited for
             return error
 
@@ -237,6 +239,8 @@ class StatusPoller:
             if any_due:
                 self._next_due = min((watched.due for watched in self._watched.values()), default=math.inf)
         for subscriber, update in deliveries:
+            if subscriber.unchecked_owner is not None and isinstance(update, StatusDocument):
+                update = self.read(subscriber.job_id, subscriber.unchecked_owner)  # noqa: PLW2901
             self._deliver(subscriber, subscriber.notify, update)
 
     def _read(self, ids: list[str]) -> dict[str, StatusUpdate]:

@@ -30,15 +30,22 @@ MAX_SLEEP_S = 3600.0  # sleeps take no infinity
 class Subscription:
     """The updates of one job, from the thread of a `StatusPoller` to the thread or task that waits."""
 
-    def __init__(self, job_id: str, wake: Callable[[], object], timeout_s: float | None = None) -> None:
+    def __init__(
+        self,
+        job_id: str,
+        wake: Callable[[], object],
+        timeout_s: float | None = None,
+        owner: str | None = None,
+    ) -> None:
         """The timeout runs from now.
 
         Args:
             job_id: The job.
             wake: Called, in any thread, when there is something to `pop`.
             timeout_s: Seconds to wait; None: for ever.
+            owner: The tenant that may read it; None: everybody. The first document tells that it may.
         """
-        self.job_id = str(job_id)
+        self.job_id, self.unchecked_owner = str(job_id), owner
         self._wake, self._timeout_s, self._started_s = wake, timeout_s, time.monotonic()
         self._updates: deque[StatusUpdate] = deque(maxlen=1)  # a later update replaces one not popped yet
         self._revision = -1
@@ -61,7 +68,7 @@ class Subscription:
         if isinstance(update, StatusDocument):
             if update.revision <= self._revision and not update.final:
                 return
-            self._revision = update.revision
+            self._revision, self.unchecked_owner = update.revision, None
         self._deliver(update)
 
     def end(self, error: Exception) -> None:
@@ -118,7 +125,7 @@ class JobWaiter:
     ) -> Iterator[StatusDocument]:
         """See `gradcam_worker.client.client.GradcamClient.stream`."""
         woken = threading.Event()
-        subscription = Subscription(job_id, woken.set, timeout_s)
+        subscription = Subscription(job_id, woken.set, timeout_s, owner)
         subscription.notify(run_blocking(read_update(self._ledger, subscription.job_id, owner)))
         try:
             with closing(self.follow(subscription)) as steps:

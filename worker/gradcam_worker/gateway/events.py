@@ -5,6 +5,7 @@ gets what is newer; after the final document it gets 204, which ends a stock Eve
 """
 
 import asyncio
+import re
 import time
 from asyncio import FIRST_COMPLETED
 from collections.abc import AsyncGenerator
@@ -24,6 +25,7 @@ from gradcam_worker.gateway.context import GatewayOf, JobIdOf, Reader
 from gradcam_worker.gateway.problems import problem_response
 from gradcam_worker.schemas.status import StatusDocument
 
+REVISION = re.compile("[0-9]{1,15}")
 HEARTBEAT_S = 15.0  # proxies end a response that is silent for 30 to 60 s
 MAX_STREAM_S = 1800.0  # then the caller connects again, and its key is checked again
 RETRY_MS = 2000  # before an EventSource connects again
@@ -71,7 +73,7 @@ async def events(
     be none. A comment is sent every 15 s. If something fails, an event `problem` is the last.
     """
     client = gateway.client_of(caller)
-    seen = int(last_event_id) if last_event_id and last_event_id.isdecimal() else -1
+    seen = int(last_event_id) if last_event_id and REVISION.fullmatch(last_event_id) else -1
     document = await client.status(job_id)
     if document.final and document.revision == seen:
         return Response(status_code=HTTPStatus.NO_CONTENT)

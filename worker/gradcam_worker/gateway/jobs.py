@@ -56,18 +56,7 @@ async def submit(
     job is final, with a URL of each artifact that is valid for an hour. The fields of a form are `image` (the
     file), those of a job, `top_n` and `classes`.
     """
-    bodies.require_media_type(request, JSON, FORM)
-    fields: object
-    if bodies.media_type_of(request) == FORM:
-        async with bodies.read_form(request, gateway.settings.max_image_bytes) as form:
-            fields, upload = await _read_form(form, gateway, caller)
-    else:
-        read = bodies.parse_json(await bodies.read_body(request, gateway.settings.max_message_bytes))
-        fields, upload = read, None
-    job = caller.check_job(_with_key(_checked(Job.parse(without_short_forms(fields))), idempotency_key))
-    await gateway.access.admit_jobs(caller, 1, job.idempotency_key)
-    if upload:
-        await gateway.objects.put(upload.uri, upload.data, upload.media_type)
+    job = await _receive(request, gateway, caller, idempotency_key)
     client = gateway.client_of(caller)
     wait_s = requested_wait_s(prefer)
     async with AsyncExitStack() as held:
@@ -188,6 +177,26 @@ def requested_wait_s(prefer: str | None) -> float:
     """The seconds of `Prefer: wait=20` (RFC 7240); 0 without it. What cannot be read is no preference."""
     found = re.search(r"(?:^|[,;])\s*wait\s*=\s*\"?([0-9]{1,6})\"?\s*(?:$|[,;])", prefer or "", re.IGNORECASE)
     return min(float(found[1]), MAX_WAIT_S) if found else 0
+
+
+async def _receive(request: Request, gateway: Gateway, caller: Caller, idempotency_key: str | None) -> Job:
+    """Read a job, check and count it, and store its image: none is in memory afterwards."""
+    bodies.require_media_type(request, JSON, FORM)
+    async with AsyncExitStack() as received:
+        fields: object
+        upload = None
+        if bodies.media_type_of(request) == FORM:
+            reading = bodies.read_form(request, gateway.settings.max_image_bytes)
+            form = await received.enter_async_context(reading)
+            await received.enter_async_context(gateway.objects.images)
+            fields, upload = await _read_form(form, gateway, caller)
+        else:
+            fields = bodies.parse_json(await bodies.read_body(request, gateway.settings.max_message_bytes))
+        job = caller.check_job(_with_key(_checked(Job.parse(without_short_forms(fields))), idempotency_key))
+        await gateway.access.admit_jobs(caller, 1, job.idempotency_key)
+        if upload:
+            await gateway.objects.put(upload.uri, upload.data, upload.media_type)
+    return job
 
 
 async def _read_form(

@@ -26,6 +26,9 @@ class GatewayObjects:
         """No thread is started yet."""
         self._objects = objects
         self._threads = ThreadPoolExecutor(THREADS, "gradcam-objects")
+        self.images = asyncio.Semaphore(
+            THREADS
+        )  # held while a form's image is in memory: those after wait on disk
 
     async def read(self, uri: str) -> bytes:
         """Read an object. Raises StorageUnavailable."""

@@ -44,7 +44,11 @@ class Addresses:
         future, key = Future[list[str] | OSError](), (os.getpid(), host, port)
         running = self._running.setdefault(key, future)
         if running is future:
-            Thread(target=self._look_up, args=(key, future), name="gradcam-resolver", daemon=True).start()
+            thread = Thread(target=self._look_up, args=(key, future), name="gradcam-resolver", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:  # this process can have no more of them just now
+                self._answer(key, future, OSError(str(error)))
         found = await asyncio.shield(asyncio.wrap_future(running))
         if isinstance(found, OSError):
             raise copy(found)  # others raise it, too
@@ -57,6 +61,11 @@ class Addresses:
             found = [*dict.fromkeys(str(address[0]) for *_, address in infos)]
         except (OSError, UnicodeError) as error:
             found = error if isinstance(error, OSError) else OSError(str(error))
+        self._answer(key, future, found)
+
+    def _answer(
+        self, key: tuple[int, str, int], future: "Future[list[str] | OSError]", found: list[str] | OSError
+    ) -> None:
         self._running.pop(key, None)
         future.set_result(found)
 

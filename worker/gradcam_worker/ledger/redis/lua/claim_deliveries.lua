@@ -1,6 +1,6 @@
 -- Claim due deliveries, of the destination that has been due longest first. Returns for each: destination,
 -- recipient, its first event, 'tries since' (failed tries, and when it was first due), now, the lease
--- token, and the job's tenant.
+-- token, and the job's tenant ('?' where the job is gone, and may have been a tenant's).
 -- include: records
 local prefix = ARGV[1]
 local limit = tonumber(ARGV[2])
@@ -51,7 +51,8 @@ local function claim(destination, max_claims)
       redis.call('ZADD', key, lease_token, recipient)
       local tried = redis.call('HGET', prefix .. 'waiting', recipient) or '0 ' .. whole(now)
       local job_id = string.match(recipient, '^[^:]*')
-      local tenant = redis.call('HGET', prefix .. 'job:' .. job_id, 'tenant') or ''
+      local tenant, attempt = unpack(redis.call('HMGET', prefix .. 'job:' .. job_id, 'tenant', 'attempt'))
+      tenant = tenant or attempt and '' or '?'
       deliveries[#deliveries + 1] = {destination, recipient, first, tried, whole(now), lease_token, tenant}
     end
   end

@@ -12,8 +12,8 @@ local TIDY_EACH = 32 -- jobs that enter a list: it costs more than to enter one
 -- no job enters any more expires.
 local function list_jobs(key, scored, retention_ms)
   redis.call('ZADD', key, unpack(scored))
-  if #scored == 2 and redis.call('ZCARD', key) % TIDY_EACH ~= 1 then return end
   redis.call('PEXPIRE', key, retention_ms + 604800000) -- a week in which a job may wait
+  if #scored == 2 and redis.call('ZCARD', key) % TIDY_EACH ~= 1 then return end
   local old_us = whole((now - retention_ms) * 1000)
   for _, old_id in ipairs(redis.call('ZRANGE', key, '-inf', old_us, 'BYSCORE', 'LIMIT', 0, #scored + 2 * TIDY_EACH)) do
     if redis.call('EXISTS', prefix .. 'job:' .. old_id) == 0 then redis.call('ZREM', key, old_id) end

@@ -1,0 +1,40 @@
+"""The processes of backfills that a gateway starts."""
+
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from subprocess import PIPE, Popen
+from threading import Barrier, BrokenBarrierError
+
+import pytest
+
+from gradcam_worker.errors import ServerBusy
+from gradcam_worker.gateway.backfill_processes import MAX_RUNNING_OF_TENANT, BackfillProcesses
+from gradcam_worker.runtime import parent_watch
+from gradcam_worker.settings import Settings
+
+
+def test_requests_at_the_same_time_start_no_more_backfills_than_may_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    all_asked = Barrier(6)
+
+    def spawn(*_: object, **__: object) -> Popen[bytes]:
+        with suppress(BrokenBarrierError):
+            all_asked.wait(0.2)  # as long as it takes: others ask meanwhile
+        return Popen(["sleep", "60"], stdin=PIPE)
+
+    monkeypatch.setattr(parent_watch, "spawn", spawn)
+    processes = BackfillProcesses()
+
+    def start(_: int) -> bool:
+        try:
+            processes.start([], Settings(), tmp_path / "log", "acme")
+        except ServerBusy:
+            return False
+        return True
+
+    with ThreadPoolExecutor(6) as threads:
+        started = [*threads.map(start, range(6))]
+    processes.close()
+    assert started.count(True) == MAX_RUNNING_OF_TENANT
