@@ -475,8 +475,10 @@ def test_a_final_document_is_news_though_a_restored_ledger_counts_from_before(jo
 class Gone:
     """Who waited in an event loop that is closed by now."""
 
+    unchecked_owner: str | None = None
+
     def __init__(self, job_id: str) -> None:
-        self.job_id, self.told, self.unchecked_owner = job_id, 0, None
+        self.job_id, self.told = job_id, 0
 
     def notify(self, _: StatusUpdate) -> None:
         self.told += 1
@@ -522,4 +524,3 @@ def test_a_tenant_learns_nothing_of_a_foreign_job_when_the_first_look_fails(
             else:
                 with pytest.raises(UnknownJob):
                     next(stream)
-            stream.close()

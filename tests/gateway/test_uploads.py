@@ -114,3 +114,10 @@ def test_the_bytes_of_an_image_are_not_kept_while_a_request_waits(
     monkeypatch.setattr(jobs, "_wait", look)
     waiting.post("/v1/jobs", data=FORM, files={"image": RED}, headers={"Prefer": "wait=20"})
     assert kept == [[]]
+
+
+@pytest.mark.parametrize("field", ["top_n", "target", "timeout_s"])
+def test_a_field_of_a_form_that_is_nested_too_deeply_is_refused(waiting: TestClient, field: str) -> None:
+    form = {"network": "vgg16", field: "[" * 60_000}
+    answer = waiting.post("/v1/jobs", data=form, files={"image": RED})
+    assert answer.status_code in {400, 422}

@@ -2,7 +2,6 @@
 
 import asyncio
 import hashlib
-import json
 import re
 from contextlib import AsyncExitStack, suppress
 from http import HTTPStatus
@@ -229,13 +228,11 @@ async def _read_form(
 
 def _json_value(name: str, text: str) -> Any:
     """The value of a form's field, as JSON; a text that is no JSON stands for itself."""
-    if name not in JSON_FIELDS:
-        with suppress(ValueError):
-            return json.loads(text)
-        return text
     try:
         return bodies.parse_json(text.encode())
     except InvalidRequest as error:
+        if name not in JSON_FIELDS:
+            return text
         detail = "this field of a form is JSON"
         raise InvalidRequest.at(detail, pointer=pointer((name,))) from error
 
