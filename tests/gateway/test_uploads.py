@@ -2,14 +2,18 @@
 
 import base64
 import gc
+import threading
+from collections.abc import Callable
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
+from gradcam_worker.client import results
 from gradcam_worker.client.results import Upload
-from gradcam_worker.gateway import jobs
+from gradcam_worker.gateway import artifacts, jobs
 from gradcam_worker.schemas.status import StatusDocument
 
 RED = cv2.imencode(".png", np.full((32, 32, 3), (0, 0, 255), np.uint8))[1].tobytes()
@@ -121,3 +125,25 @@ def test_a_field_of_a_form_that_is_nested_too_deeply_is_refused(waiting: TestCli
     form = {"network": "vgg16", field: "[" * 60_000}
     answer = waiting.post("/v1/jobs", data=form, files={"image": RED})
     assert answer.status_code in {400, 422}
+
+
+def test_what_takes_long_for_a_large_image_is_not_computed_in_the_event_loop(
+    eager: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = []
+
+    def noting(call: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*args: Any) -> Any:
+            threads.append(threading.current_thread().name.rpartition("_")[0])
+            return call(*args)
+
+        return noted
+
+    monkeypatch.setattr(results, "prepare_upload", noting(results.prepare_upload))
+    monkeypatch.setattr(artifacts, "_encode", noting(artifacts._encode))
+    job_id = eager.post("/v1/jobs", data=FORM, files={"image": RED}).json()["id"]
+    packed = eager.get(f"/v1/jobs/{job_id}/viewer")
+    plain = eager.get(f"/v1/jobs/{job_id}/viewer", headers={"Accept-Encoding": "identity"})
+    assert threads == ["gradcam-objects"] * 3
+    assert (packed.headers["content-encoding"], packed.json()) == ("gzip", plain.json())
+    assert "content-encoding" not in plain.headers

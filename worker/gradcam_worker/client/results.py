@@ -17,6 +17,7 @@ from urllib.parse import unquote
 from pydantic import ValidationError
 
 from gradcam_worker import extras
+from gradcam_worker.artifacts.viewer import heatmaps_record
 from gradcam_worker.errors import (
     ImageNotFound,
     ImageTooLarge,
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from gradcam_worker.storage.s3 import S3
     from gradcam_worker.storage.stores import S3Store
 
-ARRAYS = {"application/x-npz", "application/x-npy"}
 MAX_EXPIRES_S = 7 * 86_400  # of a presigned URL (AWS Signature Version 4)
 # How a file of each format begins: the key of an upload, with its suffix, depends on its bytes alone.
 FORMATS = {
@@ -190,14 +190,13 @@ class Result:
         """
         with extras.required("Result.heatmaps, for which numpy alone is enough,"):
             import numpy as np
-        found = (file for file in self._of_kind("heatmap") if file.record.media_type in ARRAYS)
-        if (file := next(found, None)) is None:
+        if (record := heatmaps_record(self.manifest)) is None:
             message = (
                 f"Job {self.manifest.job_id} has left no heatmaps as numbers: its artifacts must contain "
                 '"heatmap", as they do by default.'
             )
             raise NoResult(message)
-        loaded = np.load(BytesIO(file.read()), allow_pickle=False)
+        loaded = np.load(BytesIO(self._objects.read(record.uri)), allow_pickle=False)
         heatmaps: NDArray[np.float32] = loaded if isinstance(loaded, np.ndarray) else loaded["heatmaps"]
         return heatmaps
 

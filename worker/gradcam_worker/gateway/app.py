@@ -87,7 +87,7 @@ def create_app(
     for router in routers:
         app.include_router(router)
     app.openapi = lambda: openapi.build(app)  # type: ignore[method-assign]  # as FastAPI's documentation says
-    app.add_middleware(GZipMiddleware, minimum_size=MIN_GZIP_BYTES, compresslevel=5)
+    app.add_middleware(GZipMiddleware, minimum_size=MIN_GZIP_BYTES, compresslevel=artifacts.GZIP_LEVEL)
     if settings.serve_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -1,12 +1,15 @@
 """What a job that succeeded has left: artifacts, presigned URLs, the document of the viewer."""
 
 import asyncio
+import gzip
+import json
 from datetime import datetime, timedelta
-from typing import Annotated
+from functools import partial
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Query, Request
 from pydantic import Field, TypeAdapter
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from gradcam_worker.artifacts.viewer import heatmaps_record, viewer_document
 from gradcam_worker.client import results
@@ -23,7 +26,10 @@ log = EventLogger("gradcam")
 
 READ_TIMEOUT_S = 3.0  # for a manifest, beside a status that is known: then it is answered without artifacts
 EXPIRES_S = 3600
-MAX_HEATMAP_BYTES = 16 * 1024**2  # in a viewer's document; larger ones the browser reads from the bucket
+# In a viewer's document; larger ones the browser reads from the bucket. JSON of 16 MB would hold up everybody
+# for a fifth of a second.
+MAX_HEATMAP_BYTES = 4 * 1024**2
+GZIP_LEVEL = 5
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
@@ -134,7 +140,7 @@ async def result(
 
 
 @router.get("/{job_id}/viewer", operation_id="job_viewer")
-async def viewer(gateway: GatewayOf, caller: Reader, job_id: JobIdOf) -> Response:
+async def viewer(request: Request, gateway: GatewayOf, caller: Reader, job_id: JobIdOf) -> Response:
     """Read what the element `<gradcam-viewer>` shows: manifest, heatmaps, URLs, and where the photo is.
 
     The heatmaps are in the answer, so that the bucket need not allow the page's origin to read (CORS). The
@@ -146,7 +152,18 @@ async def viewer(gateway: GatewayOf, caller: Reader, job_id: JobIdOf) -> Respons
     heatmaps = await gateway.objects.read(record.uri) if record and fits else None
     photo = await _photo_url(gateway, caller, found.manifest.input.uri)
     document = viewer_document(found.manifest, heatmaps, found.urls, photo)
-    return JSONResponse(document, headers={"Cache-Control": "no-store"})
+    headers = {"Cache-Control": "no-store", "Vary": "Accept-Encoding"}
+    takes_gzip = "gzip" in request.headers.get("accept-encoding", "")
+    if takes_gzip:
+        headers["Content-Encoding"] = "gzip"
+    body = await gateway.objects.call(partial(_encode, document, takes_gzip))
+    return Response(body, headers=headers, media_type="application/json")
+
+
+def _encode(document: dict[str, Any], takes_gzip: bool) -> bytes:
+    """A viewer's document as JSON, which takes too long for the event loop."""
+    text = json.dumps(document, separators=(",", ":")).encode()
+    return gzip.compress(text, GZIP_LEVEL) if takes_gzip else text
 
 
 async def _photo_url(gateway: Gateway, caller: Caller, uri: str) -> str | None:

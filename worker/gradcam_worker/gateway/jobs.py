@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import re
 from contextlib import AsyncExitStack, suppress
+from functools import partial
 from http import HTTPStatus
 from typing import Annotated, Any
 
@@ -212,7 +213,8 @@ async def _read_form(
     if not any(data.startswith(start) for start in results.FORMATS):
         message = "The field image is none of JPEG, PNG, WebP, GIF and BMP."
         raise UnsupportedMediaType(message)
-    upload = results.prepare_upload(data, root, gateway.settings.max_image_bytes)
+    max_bytes = gateway.settings.max_image_bytes
+    upload = await gateway.objects.call(partial(results.prepare_upload, data, root, max_bytes))
     fields: dict[str, Any] = {"image": {"uri": upload.uri, "sha256": upload.sha256}}
     for name in {*form.keys()} - {"image"}:
         values = [str(value) for value in form.getlist(name)]

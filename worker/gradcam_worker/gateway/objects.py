@@ -26,29 +26,29 @@ class GatewayObjects:
         """No thread is started yet."""
         self._objects = objects
         self._threads = ThreadPoolExecutor(THREADS, "gradcam-objects")
-        self.images = asyncio.Semaphore(
-            THREADS
-        )  # held while a form's image is in memory: those after wait on disk
+        # Held while the image of a form is in memory; until then it waits on disk.
+        self.images = asyncio.Semaphore(THREADS)
 
     async def read(self, uri: str) -> bytes:
         """Read an object. Raises StorageUnavailable."""
-        return await self._call(lambda: self._objects.read(uri))
+        return await self.call(lambda: self._objects.read(uri))
 
     async def put(self, uri: str, data: bytes, media_type: str) -> None:
         """Write an object. Raises StorageUnavailable."""
-        await self._call(lambda: self._objects.put(uri, data, media_type))
+        await self.call(lambda: self._objects.put(uri, data, media_type))
 
     async def url(self, uri: str, expires_s: int) -> str:
         """A URL from which a browser can read an object. Raises StorageUnavailable."""
-        return await self._call(lambda: self._objects.url(uri, expires_s))
+        return await self.call(lambda: self._objects.url(uri, expires_s))
 
     async def upload_url(self, uri: str, media_type: str, size: int, expires_s: int) -> str:
         """A URL to which a browser can put one object of this type and size. Raises StorageUnavailable."""
-        return await self._call(lambda: self._objects.upload_url(uri, media_type, size, expires_s))
+        return await self.call(lambda: self._objects.upload_url(uri, media_type, size, expires_s))
 
     def close(self) -> None:
         """End the threads after the calls that run."""
         self._threads.shutdown(wait=False)
 
-    async def _call(self, method: Callable[[], R]) -> R:
+    async def call(self, method: Callable[[], R]) -> R:
+        """Make a call in one of the threads: also one that only computes, for longer than others may wait."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, method)

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 from pydantic import Field
 from starlette.responses import Response
 
+from gradcam_worker.client import results
 from gradcam_worker.errors import ImageTooLarge, InvalidSettings
 from gradcam_worker.gateway.access import Caller
 from gradcam_worker.gateway.bodies import read_json
@@ -17,13 +18,7 @@ from gradcam_worker.schemas.ids import utc_now
 from gradcam_worker.schemas.model import RequestModel, ResponseModel
 
 EXPIRES_S = 900  # of a URL to upload to: slow phones upload for minutes
-SUFFIXES = {
-    "image/jpeg": ".jpg",
-    "image/png": ".png",
-    "image/webp": ".webp",
-    "image/gif": ".gif",
-    "image/bmp": ".bmp",
-}
+SUFFIXES = {media_type: suffix for suffix, media_type in results.FORMATS.values()}
 MAX_BODY_BYTES = 4096
 
 router = APIRouter(prefix="/v1/uploads", tags=["uploads"])

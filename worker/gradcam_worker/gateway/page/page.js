@@ -3,6 +3,7 @@
 const HISTORY = 20;  // jobs that are asked for at once
 const POLL_MS = 2500;  // between two looks at jobs that are not final
 const RECONNECT_MS = 2000;
+const PASSING = [429, 502, 503, 504];  // too many requests, or a server that stops or starts
 const UPLOADS_AT_ONCE = 3;
 const KEY = "gradcam-api-key";  // in sessionStorage: of this tab alone
 const FINAL = ["succeeded", "failed", "canceled", "expired"];
@@ -65,7 +66,7 @@ async function* follow(id, signal) {
         if (FINAL.includes(job.status)) return;
       }
     } catch (error) {
-      if (error.name === "AbortError" || (error instanceof Problem && error.status)) throw error;
+      if (error.name === "AbortError" || (error.status && !PASSING.includes(error.status))) throw error;
     }
     await new Promise((resolve) => setTimeout(resolve, RECONNECT_MS));
     signal.throwIfAborted();
