@@ -353,6 +353,15 @@ def test_submitting_many_again_with_their_keys_finds_the_first_ones(client: Grad
     assert client.submit_many(jobs) == ids
 
 
+def test_metadata_and_inputs_may_come_in_any_order(
+    client: GradcamClient, published: RecordingPublisher
+) -> None:
+    tables = ({"b": "2", "a": "1"}, {"a": "1", "b": "2"})
+    jobs = [{**FIELDS, "idempotency_key": "k", "metadata": one, "inputs": one} for one in tables]
+    assert len({client.submit(**jobs[0]), *client.submit_many(jobs)}) == 1
+    assert {job.fingerprint() for job in published.jobs} == {Job.parse(jobs[1]).fingerprint()}
+
+
 @pytest.mark.usefixtures("hasty")
 def test_many_are_accepted_though_the_broker_is_out_of_reach_and_it_is_waited_for_once(
     ledger: MemoryLedger, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from starlette.types import Message
 
 from gradcam_worker import errors
 from gradcam_worker.errors import GradcamError, InternalError, InvalidSettings
@@ -67,6 +68,56 @@ def test_a_final_document_is_sent_once_to_whoever_has_it(eager: TestClient) -> N
     again = eager.get(f"/v1/jobs/{job_id}", headers={"If-None-Match": f'W/"other", {etag}'})
     assert (again.status_code, again.content, again.headers["etag"]) == (304, b"", etag)
     assert eager.get(f"/v1/jobs/{job_id}", headers={"If-None-Match": 'W/"other"'}).status_code == 200
+    strong = {"If-None-Match": etag.removeprefix("W/")}
+    assert eager.get(f"/v1/jobs/{job_id}", headers=strong).status_code == 304
+
+
+def test_a_caller_who_goes_while_the_body_is_read_is_no_failure(
+    waiting: TestClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    def sent(content_type: str, start: bytes) -> list[Message]:
+        messages: list[Message] = [{"type": "http.request", "body": start, "more_body": True}]
+        answered: list[Message] = []
+
+        async def receive() -> Message:
+            return messages.pop() if messages else {"type": "http.disconnect"}
+
+        async def send(message: Message) -> None:
+            answered.append(message)
+
+        headers = [(b"host", b"testserver"), (b"content-type", content_type.encode())]
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": "/v1/jobs",
+            "query_string": b"",
+            "headers": headers,
+        }
+        portal = waiting.portal
+        assert portal
+        portal.call(waiting.app, scope, receive, send)
+        return answered
+
+    assert sent("application/json", b'{"image') == []
+    assert sent("multipart/form-data; boundary=x", b"--x\r\n") == []
+    assert not [one for one in caplog.records if one.levelname in {"WARNING", "ERROR"}]
+    metrics = waiting.get("/metrics").text
+    assert 'http_requests_total{operation="submit_job",status="5xx"} 0.0' in metrics
+    assert 'http_requests_total{operation="submit_job",status="4xx"} 2.0' in metrics
+
+
+def test_a_slash_too_many_is_not_found_as_a_redirect_would_name_the_scheme_behind_a_proxy(
+    waiting: TestClient,
+) -> None:
+    answer = waiting.post("/v1/jobs/", json=FIELDS, follow_redirects=False)
+    assert (answer.status_code, answer.json()["code"]) == (404, "not_found")
+
+
+@pytest.mark.parametrize("path", ["/", "/live", "/ready", "/static/page.js", "/openapi.json"])
+def test_monitors_may_ask_without_a_body(waiting: TestClient, path: str) -> None:
+    head, whole = waiting.head(path), waiting.get(path)
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-type"] == whole.headers["content-type"]
 
 
 def test_other_origins_may_call_only_where_they_are_listed(waiting: TestClient) -> None:

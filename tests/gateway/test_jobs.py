@@ -30,6 +30,21 @@ def test_the_same_idempotency_key_is_the_same_job(waiting: TestClient) -> None:
     assert other.json()["code"] == "idempotency_conflict"
 
 
+def test_a_job_is_the_same_in_whatever_order_its_metadata_is_written(waiting: TestClient) -> None:
+    key = {"Idempotency-Key": "k"}
+    tables = ({"b": "2", "a": "1"}, {"a": "1", "b": "2"})
+    answers = [waiting.post("/v1/jobs", json={**FIELDS, "metadata": one}, headers=key) for one in tables]
+    assert len({answer.json()["id"] for answer in answers}) == 1
+
+
+def test_two_idempotency_keys_are_refused(waiting: TestClient) -> None:
+    refused = waiting.post(
+        "/v1/jobs", json=FIELDS, headers=[("Idempotency-Key", "a"), ("Idempotency-Key", "b")]
+    )
+    assert refused.status_code == 400
+    assert refused.json()["errors"] == [{"header": "Idempotency-Key", "detail": "it is there more than once"}]
+
+
 def test_who_prefers_to_wait_gets_the_final_document(eager: TestClient) -> None:
     answer = eager.post("/v1/jobs", json=FIELDS, headers={"Prefer": "wait=20"})
     assert answer.status_code == 200

@@ -96,6 +96,8 @@ def test_a_browser_gets_a_url_for_exactly_the_image_that_it_names(waiting: TestC
     [
         ({"media_type": "text/html", "bytes": 12}, "invalid_request"),
         ({"media_type": "image/png", "bytes": 0}, "invalid_request"),
+        ({"media_type": "image/png", "bytes": "12"}, "invalid_request"),
+        ({"media_type": "image/png", "bytes": True}, "invalid_request"),
         ({"media_type": "image/png", "bytes": 12, "key": "../x"}, "invalid_request"),
         ({"media_type": "image/png", "bytes": 2**30}, "image_too_large"),
         ([], "invalid_request"),

@@ -141,7 +141,7 @@ class ClientCalls:
     async def enter(self, job: Job, *, retry_failed: bool = False) -> StatusDocument:
         """Submit a job, and return its document: that of an earlier one, if it is the same job."""
         with self._traces.start_span("submit", job.traceparent, kind="PRODUCER", job_id=job.id):
-            return await self._submit(_with_trace(job), retry_failed=retry_failed)
+            return await self._submit(_with_trace(_in_order(job)), retry_failed=retry_failed)
 
     async def _submit(self, job: Job, *, retry_failed: bool) -> StatusDocument:
         self._check(job)
@@ -191,7 +191,7 @@ class ClientCalls:
         size = 0
         try:
             for job_or_fields in left:
-                job = _with_trace(as_job(job_or_fields))
+                job = _with_trace(_in_order(as_job(job_or_fields)))
                 size += self._check(job)
                 chunk.append(job)
                 if len(chunk) >= CHUNK or size >= CHUNK_BYTES:
@@ -348,6 +348,14 @@ class ClientCalls:
         await awaited(self._ledger.close)
         if isinstance(self._publish, Publisher):
             await awaited(self._publish.close)
+
+
+def _in_order(job: Job) -> Job:
+    """The job with its metadata and inputs sorted by name: JSON objects that are equal make equal jobs."""
+    tables: dict[str, Mapping[str, Any]] = {"metadata": job.metadata, "inputs": job.inputs}
+    unsorted = {name: table for name, table in tables.items() if [*table] != sorted(table)}
+    ordered = {name: dict(sorted(table.items())) for name, table in unsorted.items()}
+    return job.model_copy(update=ordered) if ordered else job
 
 
 def _with_trace(job: Job) -> Job:

@@ -78,7 +78,12 @@ def create_app(
         await gateway.access.close()
 
     app = FastAPI(
-        title="gradcam-worker", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None
+        title="gradcam-worker",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,  # it names the scheme and host of the request, which a proxy has changed
     )
     app.state.gateway = gateway
     modules = (jobs, events, artifacts, uploads, fleet, backfills, health, page_routes)

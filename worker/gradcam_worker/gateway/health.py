@@ -19,12 +19,14 @@ NOT_KEPT = {"Cache-Control": "no-store"}
 router = APIRouter(tags=["service"])
 
 
+@router.head("/live", include_in_schema=False)
 @router.get("/live", operation_id="live")
 async def live() -> Response:
     """200 while the process answers."""
     return JSONResponse({"status": "ok"}, headers=NOT_KEPT)
 
 
+@router.head("/ready", include_in_schema=False)
 @router.get("/ready", operation_id="ready")
 async def ready(gateway: GatewayOf) -> Response:
     """200 while the ledger answers, else 503."""

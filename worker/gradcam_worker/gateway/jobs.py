@@ -20,6 +20,7 @@ from gradcam_worker.gateway import bodies
 from gradcam_worker.gateway.access import Caller
 from gradcam_worker.gateway.artifacts import artifacts_json
 from gradcam_worker.gateway.context import Gateway, GatewayOf, JobIdOf, Reader, Submitter
+from gradcam_worker.gateway.etags import is_held
 from gradcam_worker.gateway.problems import pointer
 from gradcam_worker.gateway.uploads import check_size, uploads_root
 from gradcam_worker.schemas.job import Job, describe_missing_scheme
@@ -127,7 +128,7 @@ async def read(
     document = await gateway.client_of(caller).status(job_id)
     response = await job_response(gateway, caller, document)
     etag = response.headers.get("etag")
-    if etag and if_none_match and {etag, "*"} & {one.strip() for one in if_none_match.split(",")}:
+    if etag and is_held(etag, if_none_match):
         return Response(status_code=HTTPStatus.NOT_MODIFIED, headers={"ETag": etag, "Cache-Control": CACHED})
     return response
 
@@ -182,6 +183,9 @@ def requested_wait_s(prefer: str | None) -> float:
 async def _receive(request: Request, gateway: Gateway, caller: Caller, idempotency_key: str | None) -> Job:
     """Read a job, check and count it, and store its image: none is in memory afterwards."""
     bodies.require_media_type(request, JSON, FORM)
+    if len(request.headers.getlist("idempotency-key")) > 1:
+        detail = "it is there more than once"
+        raise InvalidRequest.at(detail, header="Idempotency-Key")
     async with AsyncExitStack() as received:
         fields: object
         upload = None

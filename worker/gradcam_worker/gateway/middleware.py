@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from starlette.datastructures import MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gradcam_worker.errors import GradcamError, InternalError
@@ -21,6 +22,7 @@ SECURITY: Mapping[str, str] = {
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
+ABANDONED = 499  # as nginx counts a request whose caller has gone: it is no failure of the server
 
 
 class Edge:
@@ -51,6 +53,9 @@ class Edge:
 
         try:
             await self._app(scope, receive, send_with_headers)
+        except ClientDisconnect:  # while its body was read: nobody is there to be answered
+            log.debug("request_abandoned", path=scope["path"])
+            self._metrics.request_answered(operation_of(scope), ABANDONED, None)
         except Exception as error:
             if status:
                 log.exception("response_failed", path=scope["path"])

@@ -10,6 +10,7 @@ from typing import Annotated
 from fastapi import APIRouter, Header
 from starlette.responses import Response
 
+from gradcam_worker.gateway.etags import is_held
 from gradcam_worker.gradcam.classes import DATA
 
 PAGE = Path(__file__).with_name("page")
@@ -39,7 +40,7 @@ class StaticFile:
     def response(self, if_none_match: str | None, headers: dict[str, str] | None = None) -> Response:
         """The answer to a request: 304 where the browser has it."""
         all_headers = {"ETag": self.etag, "Cache-Control": "no-cache", **(headers or {})}
-        if if_none_match and self.etag in {one.strip() for one in if_none_match.split(",")}:
+        if is_held(self.etag, if_none_match):
             return Response(status_code=HTTPStatus.NOT_MODIFIED, headers=all_headers)
         return Response(self.content, headers=all_headers, media_type=self.media_type)
 
@@ -50,6 +51,7 @@ def _read(path: Path, media_type: str) -> StaticFile:
     return StaticFile(content, media_type, f'W/"{hashlib.blake2b(content, digest_size=12).hexdigest()}"')
 
 
+@router.head("/")
 @router.get("/")
 async def page(if_none_match: Annotated[str | None, Header()] = None) -> Response:
     """The page."""
@@ -61,6 +63,7 @@ def _serve(name: str) -> None:
     async def file(if_none_match: Annotated[str | None, Header()] = None) -> Response:
         return _read(*FILES[name]).response(if_none_match)
 
+    router.head(f"/static/{name}")(file)
     router.get(f"/static/{name}", name=name)(file)
 
 

@@ -28,7 +28,7 @@ class UploadRequest(RequestModel):
     """The image that is to be uploaded. The URL takes exactly this type and this number of bytes."""
 
     media_type: Literal["image/jpeg", "image/png", "image/webp", "image/gif", "image/bmp"]
-    bytes: Annotated[int, Field(ge=1)]
+    bytes: Annotated[int, Field(ge=1, strict=True)]
 
 
 class UploadTarget(ResponseModel):
