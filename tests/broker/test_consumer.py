@@ -500,7 +500,7 @@ def test_rubbish_among_the_unacknowledged_keeps_no_other_message_there(reception
 
 
 def asking(settings: Settings) -> Any:
-    """An app as Flower has it: see docker/flower_app.py."""
+    """An app of Celery that only asks workers, with kombu's own transport."""
     app = broker.make_app(settings)
     app.conf.broker_transport = None
     return app

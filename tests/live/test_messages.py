@@ -382,11 +382,11 @@ def test_a_worker_survives_what_a_stranger_may_send_and_answers_where_it_can(
         stranger.lpush(queue, b"x" * 50_000_000)  # `proto-max-bulk-len`
     job_id = client.submit(image="s3://photos/coffee.jpg", network=NETWORK, target={"top_n": 1})
     assert client.wait(job_id, WAIT_S).status == "succeeded"
-    flower = app.make_app(guarded.settings.model_copy(update={"broker_url": admins_url(port)}))
-    flower.conf.broker_transport = None
-    flower.control.cancel_consumer(publisher.INTERACTIVE)
-    flower.control.shutdown()
-    (answer,) = flower.control.ping(timeout=WAIT_S, limit=1)
+    asking = app.make_app(guarded.settings.model_copy(update={"broker_url": admins_url(port)}))
+    asking.conf.broker_transport = None
+    asking.control.cancel_consumer(publisher.INTERACTIVE)
+    asking.control.shutdown()
+    (answer,) = asking.control.ping(timeout=WAIT_S, limit=1)
     assert [*answer.values()] == [{"ok": "pong"}]
     job_id = client.submit(image="s3://photos/coffee.jpg", network=NETWORK, target={"top_n": 1})
     assert client.wait(job_id, WAIT_S).status == "succeeded"
