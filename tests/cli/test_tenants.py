@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from gradcam_worker.cli.main import main
-from gradcam_worker.gateway.api_keys import FORM, ApiKeys, read_prefix
-from gradcam_worker.gateway.tenants import Tenants
+from gradcam_worker.gateway.access.api_keys import FORM, ApiKeys, read_prefix
+from gradcam_worker.gateway.access.tenants import Tenants
 from gradcam_worker.ledger.ledger import Tenant
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.redis_server.client import RedisServer

@@ -11,7 +11,7 @@ from fastapi.testclient import TestClient
 
 from gradcam_worker.client.async_client import AsyncGradcamClient
 from gradcam_worker.client.client import GradcamClient
-from gradcam_worker.gateway.access import Access, Caller
+from gradcam_worker.gateway.access.caller import Access, Caller
 from gradcam_worker.gateway.app import create_app
 from gradcam_worker.settings import Settings
 from gradcam_worker.testing import MemoryLedger, MemoryObjects, MemoryStore, RecordingPublisher, eager_client

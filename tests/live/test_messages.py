@@ -19,9 +19,9 @@ from gradcam_worker.backfill.registry import RedisBackfillRegistry
 from gradcam_worker.broker import app, publisher
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.errors import LedgerUnavailable
-from gradcam_worker.gateway.access import Access
-from gradcam_worker.gateway.api_keys import ApiKey, ApiKeys
-from gradcam_worker.gateway.tenants import TenantPolicy, Tenants
+from gradcam_worker.gateway.access.api_keys import ApiKey, ApiKeys
+from gradcam_worker.gateway.access.caller import Access
+from gradcam_worker.gateway.access.tenants import TenantPolicy, Tenants
 from gradcam_worker.ledger.ledger import Tenant
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.operations import servers

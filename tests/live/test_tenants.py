@@ -7,8 +7,8 @@ from typing import Any
 import httpx
 import pytest
 
-from gradcam_worker.gateway.api_keys import ApiKey, ApiKeys
-from gradcam_worker.gateway.tenants import SCOPES, TenantPolicy, Tenants
+from gradcam_worker.gateway.access.api_keys import ApiKey, ApiKeys
+from gradcam_worker.gateway.access.tenants import SCOPES, TenantPolicy, Tenants
 from gradcam_worker.ledger.redis.store import RedisLedger
 from tests.live.test_gateway import serving, wait_for
 

@@ -15,7 +15,7 @@ import pytest
 import uvicorn
 
 from gradcam_worker.client.async_client import AsyncGradcamClient
-from gradcam_worker.gateway.access import Access
+from gradcam_worker.gateway.access.caller import Access
 from gradcam_worker.gateway.app import create_app
 from gradcam_worker.operations import servers
 from gradcam_worker.redis_server.client import RedisServer

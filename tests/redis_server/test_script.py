@@ -15,7 +15,7 @@ import pytest
 import gradcam_worker
 from gradcam_worker.backfill import registry
 from gradcam_worker.broker import transport
-from gradcam_worker.gateway import limits
+from gradcam_worker.gateway.access import limits
 from gradcam_worker.ledger.redis import outbox_scripts, scripts
 from gradcam_worker.redis_server import script
 from gradcam_worker.redis_server.client import RedisServer

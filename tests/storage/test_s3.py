@@ -533,8 +533,8 @@ class TestRefusals:
     def test_each_is_an_error_of_its_kind_and_what_is_permanent_is_so_with_the_servers_sentence(
         self, http_server: Any, answer: Any
     ) -> None:
-        s3 = local(http_server, fetch_timeout_s=0.6)
         for (status, code), kind in self.KINDS.items():
+            s3 = local(http_server, fetch_timeout_s=2 if kind is ImageFetchFailed else 10)
             http_server.url("/photos/a.jpg", answer(status, page(code, "As I say")))
             with pytest.raises(kind) as caught:
                 s3.read_image("photos", "a.jpg", 10, Deadline(10))

@@ -23,7 +23,7 @@ from gradcam_worker.text.visible import counted
 
 if TYPE_CHECKING:  # slow to import
     from gradcam_worker.backfill.plan import Plan
-    from gradcam_worker.gateway.tenants import TenantPolicy
+    from gradcam_worker.gateway.access.tenants import TenantPolicy
     from gradcam_worker.ledger.redis.store import RedisLedger
     from gradcam_worker.schemas.shard import Row
 
@@ -231,7 +231,7 @@ def run(
 
 def _policy(tenant: str | None, ledger: "RedisLedger") -> "TenantPolicy | None":
     """What a tenant may do; None: it is nobody's backfill. Raises UnknownTenant."""
-    from gradcam_worker.gateway.tenants import Tenants
+    from gradcam_worker.gateway.access.tenants import Tenants
 
     return Tenants(ledger.server).get(tenant) if tenant is not None else None
 

@@ -6,8 +6,8 @@ import click
 
 from gradcam_worker.cli.options import json_option, parse_duration
 from gradcam_worker.errors import UnknownTenant
-from gradcam_worker.gateway.api_keys import MARK, ApiKey, ApiKeys, expiry
-from gradcam_worker.gateway.tenants import SCOPES, TenantPolicy, Tenants
+from gradcam_worker.gateway.access.api_keys import MARK, ApiKey, ApiKeys, expiry
+from gradcam_worker.gateway.access.tenants import SCOPES, TenantPolicy, Tenants
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.operations import console
 from gradcam_worker.schemas.ids import utc_now

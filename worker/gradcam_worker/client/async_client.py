@@ -31,10 +31,10 @@ from gradcam_worker.client.waiter import Subscription
 from gradcam_worker.client.webhooks import Webhooks
 from gradcam_worker.errors import WaitTimeout
 from gradcam_worker.ledger.ledger import Tenant
-from gradcam_worker.schemas.fleet import NetworkOffer, WorkerReport
 from gradcam_worker.schemas.job import Job
 from gradcam_worker.schemas.listing import MAX_PAGE, JobQuery
 from gradcam_worker.schemas.status import StatusDocument
+from gradcam_worker.schemas.worker_report import NetworkOffer, WorkerReport
 from gradcam_worker.settings import Settings
 
 THREADS = 8  # for S3 and files
@@ -91,11 +91,11 @@ class AsyncGradcamClient:
 
     async def networks(self) -> tuple[NetworkOffer, ...]:
         """See `GradcamClient.networks`."""
-        return (await self.calls.fleet()).networks
+        return (await self.calls.live_workers()).networks
 
     async def workers(self) -> tuple[WorkerReport, ...]:
         """See `GradcamClient.workers`."""
-        return (await self.calls.fleet()).workers
+        return (await self.calls.live_workers()).workers
 
     @overload
     async def submit(

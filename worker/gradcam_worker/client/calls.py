@@ -13,8 +13,8 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 from gradcam_worker.broker import envelope
 from gradcam_worker.broker.publisher import Publisher
 from gradcam_worker.client import results
-from gradcam_worker.client.fleet import Fleet, read_fleet
 from gradcam_worker.client.job_fields import as_job
+from gradcam_worker.client.live_workers import LiveWorkers, read_live_workers
 from gradcam_worker.client.poller import StatusUpdate
 from gradcam_worker.client.results import Objects, Result
 from gradcam_worker.client.turns import Turns, no_turn
@@ -331,9 +331,9 @@ class ClientCalls:
         """See `GradcamClient.list_page`."""
         return await self._retried(lambda: awaited(self._ledger.list_jobs, query, self.owner))
 
-    async def fleet(self) -> Fleet:
+    async def live_workers(self) -> LiveWorkers:
         """The live workers and their networks: see `GradcamClient.workers`."""
-        return read_fleet(await self._retried(lambda: awaited(self._ledger.find_workers)))
+        return read_live_workers(await self._retried(lambda: awaited(self._ledger.find_workers)))
 
     async def read_update(self, job_id: str) -> StatusUpdate:
         """Read a job once, for `client.waiter`: its document, or why it could not be read."""

@@ -23,10 +23,10 @@ from gradcam_worker.client.webhooks import Webhooks
 from gradcam_worker.ledger.ledger import Ledger, Tenant
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.resilience.blocking import run_blocking
-from gradcam_worker.schemas.fleet import NetworkOffer, WorkerReport
 from gradcam_worker.schemas.job import Job
 from gradcam_worker.schemas.listing import MAX_PAGE, JobPage, JobQuery
 from gradcam_worker.schemas.status import StatusDocument
+from gradcam_worker.schemas.worker_report import NetworkOffer, WorkerReport
 from gradcam_worker.settings import Settings
 
 TIMEOUT_S = 2  # for one answer of Redis: a web request is waiting
@@ -396,7 +396,7 @@ class GradcamClient:
             >>> [network.name for network in client.networks()]
             ['efficientnet_lite0', 'vgg16']
         """
-        return run_blocking(self.calls.fleet()).networks
+        return run_blocking(self.calls.live_workers()).networks
 
     def workers(self) -> tuple[WorkerReport, ...]:
         """The workers that live: they have reported within the last seconds.
@@ -412,7 +412,7 @@ class GradcamClient:
             >>> any(not worker.trouble for worker in client.workers())
             True
         """
-        return run_blocking(self.calls.fleet()).workers
+        return run_blocking(self.calls.live_workers()).workers
 
     def is_upload(self, uri: str, *others: str) -> bool:
         """Whether a URI lies below GRADCAM_UPLOADS, or below one of `others`.

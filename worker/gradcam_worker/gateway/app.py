@@ -14,15 +14,15 @@ from gradcam_worker.gateway import (
     artifacts,
     backfills,
     events,
-    fleet,
     health,
     jobs,
     openapi,
     page_routes,
     problems,
     uploads,
+    workers,
 )
-from gradcam_worker.gateway.access import Access
+from gradcam_worker.gateway.access.caller import Access
 from gradcam_worker.gateway.context import Gateway
 from gradcam_worker.gateway.middleware import Edge
 from gradcam_worker.gateway.objects import GatewayObjects, UploadObjects
@@ -86,7 +86,7 @@ def create_app(
         redirect_slashes=False,  # it names the scheme and host of the request, which a proxy has changed
     )
     app.state.gateway = gateway
-    modules = (jobs, events, artifacts, uploads, fleet, backfills, health, page_routes)
+    modules = (jobs, events, artifacts, uploads, workers, backfills, health, page_routes)
     routers = [module.router for module in modules]
     problems.add_handlers(app, routers)
     for router in routers:

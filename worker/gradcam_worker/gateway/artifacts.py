@@ -14,7 +14,7 @@ from starlette.responses import Response
 from gradcam_worker.artifacts.viewer import heatmaps_record, viewer_document
 from gradcam_worker.client import results
 from gradcam_worker.errors import GradcamError
-from gradcam_worker.gateway.access import Caller
+from gradcam_worker.gateway.access.caller import Caller
 from gradcam_worker.gateway.context import Gateway, GatewayOf, JobIdOf, Reader
 from gradcam_worker.schemas.ids import utc_now
 from gradcam_worker.schemas.manifest import ArtifactRecord, Manifest

@@ -34,7 +34,7 @@ from gradcam_worker.errors import (
     error_class,
 )
 from gradcam_worker.gateway import bodies
-from gradcam_worker.gateway.access import Caller
+from gradcam_worker.gateway.access.caller import Caller
 from gradcam_worker.gateway.context import CallerWith, Gateway, GatewayOf
 from gradcam_worker.gateway.problems import findings_of
 from gradcam_worker.ledger.redis.store import RedisLedger

@@ -20,7 +20,7 @@ from starlette.types import Scope as AsgiScope
 
 from gradcam_worker.client.async_client import AsyncGradcamClient
 from gradcam_worker.errors import GradcamError
-from gradcam_worker.gateway.access import Caller
+from gradcam_worker.gateway.access.caller import Caller
 from gradcam_worker.gateway.context import GatewayOf, JobIdOf, Reader
 from gradcam_worker.gateway.problems import problem_response
 from gradcam_worker.schemas.status import StatusDocument

@@ -8,7 +8,7 @@ from fastapi import APIRouter
 from starlette.responses import JSONResponse, Response
 
 from gradcam_worker.errors import GradcamError
-from gradcam_worker.gateway.access import Caller
+from gradcam_worker.gateway.access.caller import Caller
 from gradcam_worker.gateway.context import CallerWith, GatewayOf
 from gradcam_worker.observability.prometheus import CONTENT_TYPE
 

@@ -17,7 +17,7 @@ from gradcam_worker.client.async_client import AsyncGradcamClient
 from gradcam_worker.client.job_fields import without_short_forms
 from gradcam_worker.errors import GradcamError, InvalidRequest, UnsupportedMediaType, WaitTimeout
 from gradcam_worker.gateway import bodies
-from gradcam_worker.gateway.access import Caller
+from gradcam_worker.gateway.access.caller import Caller
 from gradcam_worker.gateway.artifacts import artifacts_json
 from gradcam_worker.gateway.context import Gateway, GatewayOf, JobIdOf, Reader, Submitter
 from gradcam_worker.gateway.etags import is_held

@@ -28,8 +28,8 @@ from gradcam_worker.gateway.examples import (
     UPLOAD_TARGET,
     WORKERS,
 )
-from gradcam_worker.gateway.fleet import NetworkList, WorkerList
 from gradcam_worker.gateway.uploads import UploadRequest, UploadTarget
+from gradcam_worker.gateway.workers import NetworkList, WorkerList
 from gradcam_worker.schemas.job import Job
 from gradcam_worker.schemas.listing import JobPage
 from gradcam_worker.schemas.model import ResponseModel

@@ -9,7 +9,7 @@ from types import FrameType
 import uvicorn
 
 from gradcam_worker.errors import InvalidSettings
-from gradcam_worker.gateway.access import Access, is_this_machine
+from gradcam_worker.gateway.access.caller import Access, is_this_machine
 from gradcam_worker.gateway.app import create_app
 from gradcam_worker.settings import Settings
 from gradcam_worker.text.log_events import EventLogger

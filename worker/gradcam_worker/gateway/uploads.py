@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from gradcam_worker.client import results
 from gradcam_worker.errors import ImageTooLarge, InvalidSettings
-from gradcam_worker.gateway.access import Caller
+from gradcam_worker.gateway.access.caller import Caller
 from gradcam_worker.gateway.bodies import read_json
 from gradcam_worker.gateway.context import Gateway, GatewayOf, Submitter
 from gradcam_worker.schemas.ids import utc_now

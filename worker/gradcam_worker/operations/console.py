@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gradcam_worker.gateway.api_keys import MARK, ApiKey
-from gradcam_worker.gateway.tenants import TenantPolicy
+from gradcam_worker.gateway.access.api_keys import MARK, ApiKey
+from gradcam_worker.gateway.access.tenants import TenantPolicy
 from gradcam_worker.gradcam.catalog import NetworkRow
 from gradcam_worker.gradcam.classes import DATA, percent
 from gradcam_worker.gradcam.files import weights

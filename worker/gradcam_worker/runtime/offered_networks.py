@@ -9,7 +9,7 @@ from gradcam_worker.gradcam.catalog import NetworkRow
 from gradcam_worker.gradcam.files import weights
 from gradcam_worker.gradcam.files.label_file import IMAGENET_CLASSES
 from gradcam_worker.gradcam.registry.registry import Registry
-from gradcam_worker.schemas.fleet import OfferedNetworks, OwnNetwork
+from gradcam_worker.schemas.worker_report import OfferedNetworks, OwnNetwork
 from gradcam_worker.settings import Settings
 
 REFRESH_S = 15.0  # between two searches for weights
@@ -26,7 +26,7 @@ class NetworkReport:
         self._found_at_s, self._report = float("-inf"), dict[str, Any]()
 
     def read(self) -> dict[str, Any]:
-        """The fields of `gradcam_worker.schemas.fleet.OfferedNetworks` that are not empty."""
+        """The fields of `gradcam_worker.schemas.worker_report.OfferedNetworks` that are not empty."""
         if isinstance(self._networks, Registry) and time.monotonic() - self._found_at_s > REFRESH_S:
             self._found_at_s = time.monotonic()
             self._report = self._find(self._networks.rows())

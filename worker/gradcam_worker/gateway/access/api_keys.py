@@ -20,7 +20,7 @@ from string import ascii_lowercase, ascii_uppercase, digits
 from pydantic import AwareDatetime, ValidationError
 
 from gradcam_worker.errors import InvalidApiKey
-from gradcam_worker.gateway.tenants import DEFAULT_SCOPES, Scope
+from gradcam_worker.gateway.access.tenants import DEFAULT_SCOPES, Scope
 from gradcam_worker.redis_server.client import RedisServer
 from gradcam_worker.resilience.blocking import blocking, run_blocking
 from gradcam_worker.schemas.ids import utc_now

@@ -11,7 +11,7 @@ import hashlib
 from dataclasses import dataclass
 
 from gradcam_worker.errors import QuotaExceeded, RateLimited
-from gradcam_worker.gateway.tenants import TenantPolicy
+from gradcam_worker.gateway.access.tenants import TenantPolicy
 from gradcam_worker.redis_server.script import LuaScript
 
 MICROSECONDS = 1_000_000

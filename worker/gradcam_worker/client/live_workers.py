@@ -8,20 +8,20 @@ from pydantic import ValidationError
 
 from gradcam_worker.gradcam.catalog import CATALOG
 from gradcam_worker.gradcam.files.label_file import IMAGENET_CLASSES
-from gradcam_worker.schemas.fleet import NetworkOffer, OfferedNetworks, WorkerReport
+from gradcam_worker.schemas.worker_report import NetworkOffer, OfferedNetworks, WorkerReport
 
 UNREADABLE = "It reports its health in a form that this version cannot read."
 
 
 @dataclass(frozen=True)
-class Fleet:
+class LiveWorkers:
     """The live workers, and the networks that they offer."""
 
     workers: tuple[WorkerReport, ...]
     networks: tuple[NetworkOffer, ...]
 
 
-def read_fleet(reports: Mapping[str, str]) -> Fleet:
+def read_live_workers(reports: Mapping[str, str]) -> LiveWorkers:
     """Read the health reports of workers.
 
     Args:
@@ -42,7 +42,7 @@ def read_fleet(reports: Mapping[str, str]) -> Fleet:
             workers.append(WorkerReport(id=name, trouble=UNREADABLE))
         else:
             offers += found
-    return Fleet(tuple(workers), _merged(offers))
+    return LiveWorkers(tuple(workers), _merged(offers))
 
 
 def _of_catalog(names: Iterable[str]) -> Iterable[NetworkOffer]:

@@ -23,10 +23,10 @@ from gradcam_worker.errors import (
     ScopeMissing,
     UriNotAllowed,
 )
-from gradcam_worker.gateway import api_keys, limits
-from gradcam_worker.gateway.api_keys import MARK, ApiKey, ApiKeys
-from gradcam_worker.gateway.tenants import SCOPES, Scope, TenantPolicy, Tenants
-from gradcam_worker.gateway.uri_prefixes import DEFAULT_PORTS, INLINE, UriPrefix
+from gradcam_worker.gateway.access import api_keys, limits
+from gradcam_worker.gateway.access.api_keys import MARK, ApiKey, ApiKeys
+from gradcam_worker.gateway.access.tenants import SCOPES, Scope, TenantPolicy, Tenants
+from gradcam_worker.gateway.access.uri_prefixes import DEFAULT_PORTS, INLINE, UriPrefix
 from gradcam_worker.ledger.ledger import Tenant
 from gradcam_worker.redis_server.async_client import AsyncRedisServer
 from gradcam_worker.redis_server.client import RedisServer

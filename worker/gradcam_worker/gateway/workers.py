@@ -5,10 +5,10 @@ from typing import Annotated
 from fastapi import APIRouter
 from starlette.responses import Response
 
-from gradcam_worker.gateway.access import Caller
+from gradcam_worker.gateway.access.caller import Caller
 from gradcam_worker.gateway.context import CallerWith, GatewayOf, Reader
-from gradcam_worker.schemas.fleet import NetworkOffer, WorkerReport
 from gradcam_worker.schemas.model import ResponseModel
+from gradcam_worker.schemas.worker_report import NetworkOffer, WorkerReport
 
 router = APIRouter(prefix="/v1", tags=["workers"])
 

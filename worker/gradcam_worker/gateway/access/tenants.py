@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, Field, StringConstraints, ValidationError
 
 from gradcam_worker.errors import InvalidPolicy, UnknownTenant
-from gradcam_worker.gateway.uri_prefixes import DEFAULT_PORTS, EVERYTHING, INLINE, UriPrefix, is_below
+from gradcam_worker.gateway.access.uri_prefixes import DEFAULT_PORTS, EVERYTHING, INLINE, UriPrefix, is_below
 from gradcam_worker.ledger.ledger import MAX_SHARE, MIN_SHARE, TENANT_PATTERN, Tenant
 from gradcam_worker.net import allowlist
 from gradcam_worker.redis_server.client import RedisServer

@@ -21,11 +21,11 @@ from gradcam_worker.errors import (
     UnknownTenant,
     UriNotAllowed,
 )
-from gradcam_worker.gateway import access as access_module
-from gradcam_worker.gateway import api_keys
-from gradcam_worker.gateway.access import Access, Caller, is_this_machine
-from gradcam_worker.gateway.api_keys import ApiKey, ApiKeys
-from gradcam_worker.gateway.tenants import TenantPolicy, Tenants
+from gradcam_worker.gateway.access import api_keys
+from gradcam_worker.gateway.access import caller as caller_module
+from gradcam_worker.gateway.access.api_keys import ApiKey, ApiKeys
+from gradcam_worker.gateway.access.caller import Access, Caller, is_this_machine
+from gradcam_worker.gateway.access.tenants import TenantPolicy, Tenants
 from gradcam_worker.ledger.ledger import Tenant
 from gradcam_worker.redis_server.client import RedisServer
 from gradcam_worker.schemas.job import Job
@@ -138,7 +138,7 @@ def test_no_other_text_than_a_key_is_one(access: Access, make_key: Callable[...,
         with pytest.raises(InvalidApiKey) as caught:
             asyncio.run(access.authenticate(header))
         texts.add(str(caught.value))
-    assert texts == {access_module.WRONG_KEY}, "nothing tells a known prefix from an unknown one"
+    assert texts == {caller_module.WRONG_KEY}, "nothing tells a known prefix from an unknown one"
     assert bearer(access, key).tenant_name == "acme"
     assert asyncio.run(access.authenticate(f"bearer  {key} ")).tenant_name == "acme"
 
@@ -160,14 +160,14 @@ def test_an_expired_and_a_revoked_key_say_so_to_whoever_has_them_whole(
 def test_a_revoked_key_and_a_changed_policy_count_when_the_cache_is_over(
     access: Access, server: RedisServer, make_key: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(access_module, "CACHE_S", 3600)
+    monkeypatch.setattr(caller_module, "CACHE_S", 3600)
     key = make_key()
     assert bearer(access, key).scopes == {"read", "submit"}
     record = ApiKeys(server).find(api_keys.read_prefix(key) or "")
     assert record
     Tenants(server).store(ACME.model_copy(update={"scopes": ("read",)}))
     assert bearer(access, key).scopes == {"read", "submit"}, "from the cache"
-    monkeypatch.setattr(access_module, "CACHE_S", 0)
+    monkeypatch.setattr(caller_module, "CACHE_S", 0)
     assert bearer(access, key).scopes == {"read"}
     ApiKeys(server).revoke(record)
     with pytest.raises(InvalidApiKey):
@@ -255,7 +255,7 @@ def test_whoever_listens_for_others_needs_a_key_and_so_does_everybody_once_there
     assert asyncio.run(access.authenticate(None, host=HOST)).policy is None
     _, record = ApiKey.make("acme")
     ApiKeys(server).revoke(record)  # stored: also one that is not valid counts
-    monkeypatch.setattr(access_module, "CACHE_S", 0)
+    monkeypatch.setattr(caller_module, "CACHE_S", 0)
     access._keyless_until = 0
     with pytest.raises(InvalidApiKey):
         asyncio.run(access.authenticate(None, host=HOST))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gradcam_worker.gateway.uri_prefixes import UriPrefix, is_below
+from gradcam_worker.gateway.access.uri_prefixes import UriPrefix, is_below
 
 BELOW = [
     ("s3://photos", "s3://photos/1.jpg"),
