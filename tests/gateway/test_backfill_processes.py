@@ -7,9 +7,12 @@ from subprocess import PIPE, Popen
 from threading import Barrier, BrokenBarrierError
 
 import pytest
+from fastapi.testclient import TestClient
 
-from gradcam_worker.errors import ServerBusy
+from gradcam_worker.client import backfills
+from gradcam_worker.errors import BackfillConflict, ServerBusy
 from gradcam_worker.gateway.backfill_processes import MAX_RUNNING_OF_TENANT, BackfillProcesses
+from gradcam_worker.gateway.backfills import backfill_id
 from gradcam_worker.runtime import parent_watch
 from gradcam_worker.settings import Settings
 
@@ -38,3 +41,18 @@ def test_requests_at_the_same_time_start_no_more_backfills_than_may_run(
         started = [*threads.map(start, range(6))]
     processes.close()
     assert started.count(True) == MAX_RUNNING_OF_TENANT
+
+
+def test_all_requests_for_states_share_one_client_of_the_storage(
+    waiting: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def read_status(_: str, __: Settings, s3: object) -> dict[str, object]:
+        seen.append(s3)
+        raise BackfillConflict
+
+    monkeypatch.setattr(backfills, "read_status", read_status)
+    for output in ("s3://out/a", "s3://out/b"):
+        assert waiting.get(f"/v1/backfills/{backfill_id(output)}").status_code == 404
+    assert seen[0] is seen[1] is not None

@@ -165,7 +165,7 @@ async def cancel(gateway: GatewayOf, caller: Starter, backfill_id: str) -> Respo
     """Stop a backfill, and cancel its shards in flight. What is done is kept, and it can be resumed."""
     output = _output_of(caller, backfill_id)
     try:
-        end = await asyncio.to_thread(backfills.cancel, output, gateway.settings)
+        end = await asyncio.to_thread(lambda: backfills.cancel(output, gateway.settings, gateway.s3))
     except (BackfillConflict, OutputNotAllowed) as error:
         raise _unknown() from error
     answer = BackfillEnd(
@@ -208,7 +208,7 @@ def _may_see(caller: Caller, output: str) -> bool:
 
 async def _status(gateway: Gateway, output: str, status: HTTPStatus = HTTPStatus.OK) -> Response:
     try:
-        facts = await asyncio.to_thread(backfills.read_status, output, gateway.settings)
+        facts = await asyncio.to_thread(lambda: backfills.read_status(output, gateway.settings, gateway.s3))
     except (BackfillConflict, OutputNotAllowed) as error:
         raise _unknown() from error
     last = _public(facts["last"]) if facts["last"] else None

@@ -2,7 +2,8 @@
 
 import re
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import Depends, Path, Request
 
@@ -18,6 +19,9 @@ from gradcam_worker.observability.prometheus import Metrics
 from gradcam_worker.schemas.job import ID_PATTERN
 from gradcam_worker.settings import Settings
 
+if TYPE_CHECKING:
+    from gradcam_worker.storage.s3 import S3
+
 
 @dataclass(frozen=True)
 class Gateway:
@@ -31,6 +35,13 @@ class Gateway:
     metrics: Metrics = field(default_factory=lambda: Metrics(role="gateway"))
     artifact_lists: ArtifactLists = field(default_factory=ArtifactLists)
     backfills: BackfillProcesses = field(default_factory=BackfillProcesses)
+
+    @cached_property
+    def s3(self) -> "S3":
+        """The storage of the datasets of backfills. It is made in a thread: that takes long."""
+        from gradcam_worker.storage.s3 import S3  # 30 MB, which a gateway without backfills does not need
+
+        return S3(self.settings)
 
     def client_of(self, caller: Caller) -> AsyncGradcamClient:
         """The client that sees the caller's jobs alone."""
