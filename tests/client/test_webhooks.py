@@ -57,6 +57,12 @@ CHANGES: list[tuple[str, Callable[[], dict[str, Any]], str]] = [
     ),
     ("a body written again", lambda: {"body": json.dumps(json.loads(BODY))}, "byte for byte"),
     ("one byte more", lambda: {"body": BODY.encode() + b" "}, "byte for byte"),
+    ("no text", lambda: {"headers": {**sent(SECRET), "webhook-signature": "v1,\udce9"}}, "No signature"),
+    (
+        "no text anywhere",
+        lambda: {"headers": {**sent(SECRET), "webhook-id": "\udce9"}, "body": "\udce9"},
+        "No signature",
+    ),
     (
         "no signature",
         lambda: {"headers": sent()},

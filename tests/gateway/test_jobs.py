@@ -77,6 +77,16 @@ def test_an_invalid_job_is_refused_with_each_field_that_is_wrong(waiting: TestCl
     assert [one["pointer"] for one in problem["errors"]] == ["#/target/top_n", "#/colour"]
 
 
+@pytest.mark.parametrize("header", ["Content-Encoding", "Content-Type"])
+def test_a_body_in_another_form_is_refused_by_its_header(waiting: TestClient, header: str) -> None:
+    headers = {"Content-Type": "application/json", header: "gzip"}
+    refused = waiting.post("/v1/jobs", content=b"{}", headers=headers)
+    assert (refused.status_code, refused.json()["code"]) == (415, "unsupported_request_type")
+    (finding,) = refused.json()["errors"]
+    assert finding["header"] == header
+    assert finding["detail"].endswith("(received 'gzip')")
+
+
 def test_an_unknown_job_is_not_found(waiting: TestClient) -> None:
     missing = waiting.get("/v1/jobs/01890a5d-ac96-774b-bcce-b302099a8057")
     assert missing.status_code == 404

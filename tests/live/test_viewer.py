@@ -160,6 +160,38 @@ def test_the_photo_of_a_manifest_may_be_named_beside_it(site: Site, photo: NDArr
     assert "alone" not in site.text("marks")
 
 
+def test_a_photo_that_the_browser_does_not_turn_is_not_shown_below_the_heatmaps(
+    site: Site, photo: NDArray[np.uint8]
+) -> None:
+    manifest, objects = explained(photo)
+    site.put("/sideways.png", encode(np.rot90(photo), "png"))
+    site.put("/viewer.json", viewer_document(manifest, objects["heatmaps.npz"], photo="/sideways.png"))
+    site.open("/viewer.json")
+    WebDriverWait(site.driver, 20).until(lambda _: "on its side" in site.text("marks"))
+    assert site.run(f"{VIEWER}.panes[0].photo.hidden")
+    assert_allclose(site.colors().astype(int), in_colors(photo, heatmaps_of(objects)[0]), atol=ROUNDING)
+
+
+def test_what_is_given_last_is_shown_though_the_photo_before_it_was_not_there_yet(
+    site: Site, photo: NDArray[np.uint8]
+) -> None:
+    manifest, objects = explained(photo)
+    for name in ("/first", "/last"):
+        site.put(name, encode(photo, "png"))
+    first, last = (
+        viewer_document(manifest, objects["heatmaps.npz"], photo=name) for name in ("/first", "/last")
+    )
+    site.put("/viewer.json", last)
+    site.open("/viewer.json")
+    give = """const [viewer, first, last, done] = [document.querySelector("gradcam-viewer"), ...arguments];
+        viewer.addEventListener("gradcam-load", () => setTimeout(done, 100), { once: true });
+        viewer.data = first;
+        setTimeout(() => { viewer.data = last; });"""
+    site.driver.execute_async_script(give, first, last)
+    assert not site.run(f"{VIEWER}.panes[0].photo.hidden")
+    assert "cannot be shown" not in site.text("marks")
+
+
 def test_heatmaps_without_scale_and_as_npy_are_drawn_as_the_server_does(
     site: Site, photo: NDArray[np.uint8]
 ) -> None:

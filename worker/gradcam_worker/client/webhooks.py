@@ -54,7 +54,7 @@ class Webhooks:
             ('gradcam.job.succeeded', '01979f5c-...', 'succeeded')
         """
         keys = _keys_of([secrets] if isinstance(secrets, str) else list(secrets))
-        body = body.encode() if isinstance(body, str) else body
+        body = body.encode(errors=webhook_signing.ANY_TEXT) if isinstance(body, str) else body
         found = {name.lower(): value for name, value in headers.items() if name.lower() in HEADERS}
         if missing := [name for name in HEADERS if not found.get(name)]:
             message = f"The request has no header {', '.join(missing)}: {_WHY_UNSIGNED}"

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from fastapi import Request
 from pydantic import ValidationError
@@ -18,6 +18,7 @@ from gradcam_worker.schemas.model import RequestModel, describe
 
 READ_TIMEOUT_S = 60.0  # for a whole body: a phone uploads a photo in that time
 FORM_FIELDS, FORM_FIELD_BYTES = 40, 64 * 1024
+AS_IT_IS = "identity"  # the Content-Encoding of a body that is not compressed
 FORM_OVERHEAD_BYTES = FORM_FIELDS * FORM_FIELD_BYTES  # beside the file
 Model = TypeVar("Model", bound=RequestModel)
 
@@ -85,10 +86,19 @@ def parse_json(body: bytes) -> object:
 
 
 def require_media_type(request: Request, *allowed: str) -> None:
-    """Raise UnsupportedRequestType for a body of another media type."""
-    if media_type_of(request) not in allowed:
-        message = f"The media type is {media_type_of(request)!r}; it must be {' or '.join(allowed)}."
-        raise UnsupportedRequestType(message)
+    """Raise UnsupportedRequestType for a body of another media type, or one that is compressed."""
+    given, encoding = media_type_of(request), request.headers.get("content-encoding", AS_IT_IS)
+    if given not in allowed:
+        _refuse("Content-Type", given, " or ".join(allowed))
+    if encoding != AS_IT_IS:
+        _refuse("Content-Encoding", encoding, f"{AS_IT_IS}, or left out")
+
+
+def _refuse(header: str, given: str, right: str) -> NoReturn:
+    detail = f"it must be {right} (received {given[:80]!r})"
+    error = UnsupportedRequestType(f"{header}: {detail}.")
+    error.findings = ({"header": header, "detail": detail},)
+    raise error
 
 
 @asynccontextmanager

@@ -12,6 +12,7 @@ const DEFAULT_COLORMAP = "viridis";
 const DEFAULT_OPACITY = 50;  // percent
 const MAX_HEAT_PIXELS = 1_500_000;  // of the layer that is drawn; the browser enlarges it over a larger photo
 const MAX_ZOOM = 32;
+const SAME_SHAPE = 0.03;  // of the logarithms of two ratios of the sides: a smaller photo is rounded to pixels
 const MIN_CELL_PX = 5;  // on the screen; lines closer than this would hide the photo
 const ENCODED_ONE = 65_535;  // how 1 is encoded in `maps`
 const LOW_PROBABILITY = 0.01;  // a class below it is no answer of the network
@@ -438,6 +439,12 @@ function make(tag, properties = {}, ...children) {
   return element;
 }
 
+// Whether a browser shows a photo on its side: few turn a WebP by its EXIF data, as the worker does.
+function isTurned({ naturalWidth, naturalHeight }, width, height) {
+  const isNear = (ratio) => Math.abs(Math.log(ratio * naturalHeight / naturalWidth)) < SAME_SHAPE;
+  return isNear(height / width) && !isNear(width / height);
+}
+
 // One photo with one heatmap over it.
 class Pane {
   constructor(viewer, label) {
@@ -671,7 +678,8 @@ class GradcamViewer extends HTMLElement {
     this.viewer.hidden = !hasMaps;
     this.$("overlays").hidden = hasMaps;
     if (!hasMaps) return this.#showOverlays();
-    const size = await this.#loadPhoto();
+    const size = await this.#loadPhoto(view);
+    if (view !== this.#view) return;  // others were given meanwhile
     const finer = Math.max(1, view.columns / size[0], view.rows / size[1]);  // than the photo is the map
     const scale = Math.min(finer, Math.sqrt(MAX_HEAT_PIXELS / (size[0] * size[1])));
     this.#drawnSize = size.map((side) => Math.max(Math.round(side * scale), 1));
@@ -691,23 +699,28 @@ class GradcamViewer extends HTMLElement {
   }
 
   // The photo's size in pixels; without a photo, the shape that its manifest says.
-  async #loadPhoto() {
-    const { photo, width, height } = this.#view, [{ photo: image }] = this.panes;
-    this.lost = "";
+  async #loadPhoto(view) {
+    const { photo, width, height } = view, [{ photo: image }] = this.panes;
+    let lost = "";
     if (photo) {
       for (const pane of this.panes) pane.photo.src = photo;
       try {
         await image.decode();
+        if (isTurned(image, width, height)) {
+          lost = "The browser shows this photo on its side, though its data say how to turn it: the heatmaps are shown alone.";
+        }
       } catch {
-        this.lost = "The photo cannot be shown here: its address has expired, or the browser does not know its format.";
+        lost = "The photo cannot be shown here: its address has expired, or the browser does not know its format.";
       }
-    } else this.lost = "The photo is not part of these data: the heatmaps are shown alone.";
+    } else lost = "The photo is not part of these data: the heatmaps are shown alone.";
+    if (view !== this.#view) return null;
+    this.lost = lost;
     for (const pane of this.panes) {
-      pane.photo.hidden = Boolean(this.lost);
+      pane.photo.hidden = Boolean(lost);
       if (!photo) pane.photo.removeAttribute("src");
-      pane.frame.classList.toggle("plain", Boolean(this.lost));
+      pane.frame.classList.toggle("plain", Boolean(lost));
     }
-    if (!this.lost) return [image.naturalWidth, image.naturalHeight];
+    if (!lost) return [image.naturalWidth, image.naturalHeight];
     const scale = Math.min(1, 1000 / Math.max(width, height));
     return width > 1 ? [width * scale, height * scale] : [this.#view.columns * 24, this.#view.rows * 24];
   }
