@@ -3,7 +3,7 @@
 import base64
 import gc
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import cv2
@@ -52,6 +52,22 @@ def test_the_fields_of_a_form_are_those_of_a_job(waiting: TestClient) -> None:
     answer = waiting.post("/v1/jobs", data=form, files={"image": RED})
     assert answer.status_code == 202
     assert answer.json()["metadata"] == {"patient": "7"}
+
+
+def test_a_form_that_is_cut_off_is_refused_wherever_it_is_cut(waiting: TestClient) -> None:
+    request = waiting.build_request(
+        "POST", "/v1/jobs", data={**FORM, "priority": "high"}, files={"image": RED}
+    )
+    body = request.read()
+    whole = len(body.rstrip())
+    for cut in [*range(0, whole, 7), whole - 1]:
+        answer = waiting.post("/v1/jobs", content=body[:cut], headers=request.headers)
+        assert answer.json()["code"] == "invalid_request", body[:cut]
+
+    def pieces() -> Iterator[bytes]:
+        yield from (body[at : at + 5] for at in range(0, whole, 5))
+
+    assert waiting.post("/v1/jobs", content=pieces(), headers=request.headers).status_code == 202
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,10 @@ from typing import NoReturn, TypeVar
 
 from fastapi import Request
 from pydantic import ValidationError
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData
 from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException
 from starlette.types import Message
 
 from gradcam_worker.errors import InvalidRequest, RequestTooLarge, UnsupportedRequestType
@@ -118,14 +120,21 @@ async def read_form(request: Request, max_file_bytes: int) -> AsyncIterator[Form
     """
     max_bytes = max_file_bytes + FORM_OVERHEAD_BYTES
     _check_declared(request, max_bytes)
-    received = 0
+    end = b"--%b--" % parse_options_header(request.headers.get("content-type"))[1].get(b"boundary", b"")
+    received, latest, ended = 0, b"", False
 
     async def receive() -> Message:
-        nonlocal received
+        nonlocal received, latest, ended
         message = await request.receive()
-        received += len(message.get("body", b""))
+        chunk = message.get("body", b"")
+        received += len(chunk)
         if received > max_bytes:
             raise _too_large(max_bytes)
+        latest = latest[1 - len(end) :] + chunk  # the end may come in two chunks
+        ended = ended or end in latest
+        if not ended and message["type"] == "http.request" and not message.get("more_body"):
+            why = "It is cut off: it has no last boundary."  # the parser leaves out the field that is cut
+            raise MultiPartException(why)
         return message
 
     counted = Request(request.scope, receive)
