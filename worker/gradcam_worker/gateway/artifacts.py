@@ -15,6 +15,7 @@ from gradcam_worker.artifacts.viewer import heatmaps_record, viewer_document
 from gradcam_worker.client import results
 from gradcam_worker.errors import GradcamError
 from gradcam_worker.gateway.access.caller import Caller
+from gradcam_worker.gateway.answers import JSON, NOT_KEPT, json_answer
 from gradcam_worker.gateway.context import Gateway, GatewayOf, JobIdOf, Reader
 from gradcam_worker.schemas.ids import utc_now
 from gradcam_worker.schemas.manifest import ArtifactRecord, Manifest
@@ -134,9 +135,7 @@ async def result(
     until = utc_now() + timedelta(seconds=expires_s)
     found = await gateway.client_of(caller).result(job_id, expires_s=expires_s)
     answer = JobResult(manifest=found.manifest, urls=found.urls, expires_at=until)
-    return Response(
-        answer.model_dump_json(), headers={"Cache-Control": "no-store"}, media_type="application/json"
-    )
+    return json_answer(answer)
 
 
 @router.get("/{job_id}/viewer", operation_id="job_viewer")
@@ -152,12 +151,12 @@ async def viewer(request: Request, gateway: GatewayOf, caller: Reader, job_id: J
     heatmaps = await gateway.objects.read(record.uri) if record and fits else None
     photo = await _photo_url(gateway, caller, found.manifest.input.uri)
     document = viewer_document(found.manifest, heatmaps, found.urls, photo)
-    headers = {"Cache-Control": "no-store", "Vary": "Accept-Encoding"}
+    headers = {**NOT_KEPT, "Vary": "Accept-Encoding"}
     takes_gzip = "gzip" in request.headers.get("accept-encoding", "")
     if takes_gzip:
         headers["Content-Encoding"] = "gzip"
     body = await gateway.objects.call(partial(_encode, document, takes_gzip))
-    return Response(body, headers=headers, media_type="application/json")
+    return Response(body, headers=headers, media_type=JSON)
 
 
 def _encode(document: dict[str, Any], takes_gzip: bool) -> bytes:

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
 from pydantic import Field, StringConstraints, ValidationError
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from gradcam_worker import extras
 from gradcam_worker.backfill.plan import SPEC_FIELDS, Plan
@@ -35,6 +35,7 @@ from gradcam_worker.errors import (
 )
 from gradcam_worker.gateway import bodies
 from gradcam_worker.gateway.access.caller import Caller
+from gradcam_worker.gateway.answers import json_answer
 from gradcam_worker.gateway.context import CallerWith, Gateway, GatewayOf
 from gradcam_worker.gateway.problems import findings_of
 from gradcam_worker.ledger.redis.store import RedisLedger
@@ -151,7 +152,7 @@ async def list_running(gateway: GatewayOf, caller: Starter) -> Response:
         for facts in await asyncio.to_thread(registry.running)
         if _may_see(caller, str(facts.get("output")))
     ]
-    return JSONResponse({"backfills": shown}, headers={"Cache-Control": "no-store"})
+    return json_answer(BackfillList(backfills=tuple(shown)))
 
 
 @router.get("/{backfill_id}", operation_id="read_backfill")
@@ -176,7 +177,7 @@ async def cancel(gateway: GatewayOf, caller: Starter, backfill_id: str) -> Respo
         shards_canceled=end.canceled,
         shards_unfinished=end.unfinished,
     )
-    return Response(answer.model_dump_json(), 200, {"Cache-Control": "no-store"}, "application/json")
+    return json_answer(answer)
 
 
 def backfill_id(output: str) -> str:
@@ -213,8 +214,7 @@ async def _status(gateway: Gateway, output: str, status: HTTPStatus = HTTPStatus
         raise _unknown() from error
     last = _public(facts["last"]) if facts["last"] else None
     answer = BackfillStatus.model_validate({**facts, "id": backfill_id(output), "last": last})
-    headers = {"Cache-Control": "no-store", "Location": f"/v1/backfills/{answer.id}"}
-    return Response(answer.model_dump_json(), status.value, headers, "application/json")
+    return json_answer(answer, status, {"Location": f"/v1/backfills/{answer.id}"})
 
 
 def _public(facts: dict[str, Any]) -> dict[str, Any]:

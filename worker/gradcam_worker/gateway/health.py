@@ -9,12 +9,12 @@ from starlette.responses import JSONResponse, Response
 
 from gradcam_worker.errors import GradcamError
 from gradcam_worker.gateway.access.caller import Caller
+from gradcam_worker.gateway.answers import NOT_KEPT
 from gradcam_worker.gateway.context import CallerWith, GatewayOf
 from gradcam_worker.observability.prometheus import CONTENT_TYPE
 
 READY_TIMEOUT_S = 3.0  # for an answer of the ledger
 NO_JOB = "00000000-0000-0000-0000-000000000000"
-NOT_KEPT = {"Cache-Control": "no-store"}
 
 router = APIRouter(tags=["service"])
 

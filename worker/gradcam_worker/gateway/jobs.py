@@ -18,6 +18,7 @@ from gradcam_worker.client.job_fields import without_short_forms
 from gradcam_worker.errors import GradcamError, InvalidRequest, UnsupportedMediaType, WaitTimeout
 from gradcam_worker.gateway import bodies
 from gradcam_worker.gateway.access.caller import Caller
+from gradcam_worker.gateway.answers import JSON, NOT_KEPT, json_answer
 from gradcam_worker.gateway.artifacts import artifacts_json
 from gradcam_worker.gateway.context import Gateway, GatewayOf, JobIdOf, Reader, Submitter
 from gradcam_worker.gateway.etags import is_held
@@ -29,7 +30,7 @@ from gradcam_worker.schemas.status import Status, StatusDocument
 
 MAX_WAIT_S = 120.0  # of `Prefer: wait`; proxies often end a request after 60 s
 MAX_KEY_LENGTH = 256
-JSON, FORM = "application/json", "multipart/form-data"
+FORM = "multipart/form-data"
 TEXT_FIELDS = {"network", "priority", "output", "idempotency_key"}  # of a form, as in a job
 JSON_FIELDS = {"target", "method", "artifacts", "metrics", "inputs", "webhooks", "metadata"}
 
@@ -111,7 +112,7 @@ async def list_jobs(
     )
     page = await gateway.client_of(caller).list_page(query)
     shown = page.model_copy(update={"jobs": tuple(map(caller.visible, page.jobs))})
-    return Response(shown.model_dump_json(), 200, {"Cache-Control": "no-store"}, JSON)
+    return json_answer(shown)
 
 
 @router.get("/{job_id}", operation_id="read_job")
@@ -167,7 +168,7 @@ async def job_response(
     artifacts = await artifacts_json(gateway, caller, document, with_urls=with_urls)
     if artifacts is not None:
         body = body[:-1] + b',"artifacts":' + artifacts + b"}"
-    headers = {"Cache-Control": "no-store"}
+    headers = dict(NOT_KEPT)
     if document.final and not with_urls and (artifacts is not None or document.status != "succeeded"):
         etag = hashlib.blake2b(body, digest_size=12).hexdigest()
         headers = {"Cache-Control": CACHED, "ETag": f'W/"{etag}"'}

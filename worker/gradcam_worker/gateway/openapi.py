@@ -16,6 +16,7 @@ from pydantic.json_schema import models_json_schema
 
 from gradcam_worker import __version__
 from gradcam_worker.gateway import problems
+from gradcam_worker.gateway.answers import JSON
 from gradcam_worker.gateway.artifacts import JobResource, JobResult, ViewerDocument
 from gradcam_worker.gateway.backfills import BackfillEnd, BackfillList, BackfillRequest, BackfillStatus
 from gradcam_worker.gateway.examples import (
@@ -36,7 +37,7 @@ from gradcam_worker.schemas.model import ResponseModel
 from gradcam_worker.schemas.options import ArtifactKind, MethodName
 
 REFERENCE = "#/components/schemas/{model}"
-JSON, FORM, EVENTS, TEXT = "application/json", "multipart/form-data", "text/event-stream", "text/plain"
+FORM, EVENTS, TEXT = "multipart/form-data", "text/event-stream", "text/plain"
 DESCRIPTION = """\
 Explain image classifiers with Grad-CAM: submit a job, wait for it or follow its events, read its result.
 

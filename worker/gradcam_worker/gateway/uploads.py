@@ -12,6 +12,7 @@ from starlette.responses import Response
 from gradcam_worker.client import results
 from gradcam_worker.errors import ImageTooLarge, InvalidSettings
 from gradcam_worker.gateway.access.caller import Caller
+from gradcam_worker.gateway.answers import json_answer
 from gradcam_worker.gateway.bodies import read_json
 from gradcam_worker.gateway.context import Gateway, GatewayOf, Submitter
 from gradcam_worker.schemas.ids import utc_now
@@ -58,8 +59,7 @@ async def create_upload(request: Request, gateway: GatewayOf, caller: Submitter)
         headers={"Content-Type": wanted.media_type},
         expires_at=(utc_now() + timedelta(seconds=EXPIRES_S)).isoformat(timespec="seconds"),
     )
-    headers = {"Cache-Control": "no-store"}
-    return Response(target.model_dump_json(), HTTPStatus.CREATED, headers, "application/json")
+    return json_answer(target, HTTPStatus.CREATED)
 
 
 def uploads_root(caller: Caller) -> str:

@@ -6,6 +6,7 @@ from fastapi import APIRouter
 from starlette.responses import Response
 
 from gradcam_worker.gateway.access.caller import Caller
+from gradcam_worker.gateway.answers import json_answer
 from gradcam_worker.gateway.context import CallerWith, GatewayOf, Reader
 from gradcam_worker.schemas.model import ResponseModel
 from gradcam_worker.schemas.worker_report import NetworkOffer, WorkerReport
@@ -32,15 +33,11 @@ async def list_networks(gateway: GatewayOf, caller: Reader) -> Response:
     A job may name any network of the catalog: a worker with access to the internet fetches its weights.
     """
     del caller  # the networks are the same for all
-    return _answer(NetworkList(networks=await gateway.client.networks()))
+    return json_answer(NetworkList(networks=await gateway.client.networks()))
 
 
 @router.get("/workers", operation_id="list_workers")
 async def list_workers(gateway: GatewayOf, caller: Annotated[Caller, CallerWith("operate")]) -> Response:
     """List the live workers: their device, what they run, and why they take no jobs just now, if so."""
     del caller
-    return _answer(WorkerList(workers=await gateway.client.workers()))
-
-
-def _answer(model: ResponseModel) -> Response:
-    return Response(model.model_dump_json(), 200, {"Cache-Control": "no-store"}, "application/json")
+    return json_answer(WorkerList(workers=await gateway.client.workers()))
