@@ -14,6 +14,7 @@ from fastapi.testclient import TestClient
 from gradcam_worker.client import results
 from gradcam_worker.client.results import Upload
 from gradcam_worker.gateway import artifacts, jobs
+from gradcam_worker.gateway.context import MAX_FORMS
 from gradcam_worker.schemas.status import StatusDocument
 
 RED = cv2.imencode(".png", np.full((32, 32, 3), (0, 0, 255), np.uint8))[1].tobytes()
@@ -165,3 +166,14 @@ def test_what_takes_long_for_a_large_image_is_not_computed_in_the_event_loop(
     assert threads == ["gradcam-objects"] * 3
     assert (packed.headers["content-encoding"], packed.json()) == ("gzip", plain.json())
     assert "content-encoding" not in plain.headers
+
+
+def test_no_more_forms_are_received_at_a_time_than_there_is_room_for(waiting: TestClient) -> None:
+    forms = waiting.app.state.gateway.forms  # type: ignore[attr-defined]
+    forms.count = MAX_FORMS
+    refused = waiting.post("/v1/jobs", data=FORM, files={"image": RED})
+    assert (refused.status_code, refused.json()["code"]) == (503, "server_busy")
+    assert "Retry-After" in refused.headers
+    forms.count = MAX_FORMS - 1
+    assert waiting.post("/v1/jobs", data=FORM, files={"image": RED}).status_code == 202
+    assert forms.count == MAX_FORMS - 1

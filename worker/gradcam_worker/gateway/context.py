@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from gradcam_worker.storage.s3 import S3
 
 
+MAX_FORMS = 200  # at a time: each is a connection and a file of up to GRADCAM_MAX_IMAGE_BYTES
+
+
 @dataclass(frozen=True)
 class Gateway:
     """What every route needs; `app.state.gateway`."""
@@ -33,6 +36,7 @@ class Gateway:
     objects: GatewayObjects
     open_requests: OpenRequests
     metrics: Metrics = field(default_factory=lambda: Metrics(role="gateway"))
+    forms: OpenRequests = field(default_factory=lambda: OpenRequests(MAX_FORMS, "forms are received"))
     artifact_lists: ArtifactLists = field(default_factory=ArtifactLists)
     backfills: BackfillProcesses = field(default_factory=BackfillProcesses)
 

@@ -191,6 +191,7 @@ async def _receive(request: Request, gateway: Gateway, caller: Caller, idempoten
         fields: object
         upload = None
         if bodies.media_type_of(request) == FORM:
+            await received.enter_async_context(gateway.forms.hold())
             reading = bodies.read_form(request, gateway.settings.max_image_bytes)
             form = await received.enter_async_context(reading)
             await received.enter_async_context(gateway.objects.images)
