@@ -162,6 +162,9 @@ def test_jobs_are_listed_by_their_labels_page_by_page(client: GradcamClient) -> 
     assert [one.id for one in page.jobs] == ids[:-3:-1]
     with pytest.raises(InvalidQuery, match="label"):
         client.list(label="n")
+    paged: dict[str, Any] = {"limit": 2}
+    with pytest.raises(InvalidQuery, match="list_page takes a limit"):
+        client.list(**paged)
 
     async def app() -> list[str]:
         return [one.id async for one in AsyncGradcamClient(client=client).list(network="vgg16")]

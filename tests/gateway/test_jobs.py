@@ -114,9 +114,30 @@ def test_jobs_are_listed_in_pages(waiting: TestClient) -> None:
 
 @pytest.mark.parametrize(
     "query",
-    ["limit=0", "limit=201", "status=lost", "label=x", "cursor=!", "created_after=noon", "created_after=1"],
+    [
+        "limit=0",
+        "limit=201",
+        "status=lost",
+        "label=x",
+        "cursor=!",
+        "created_after=noon",
+        "created_after=1",
+        "created_after=2026-01-31T12:00:00",
+    ],
 )
-def test_a_list_that_cannot_be_made_is_refused(waiting: TestClient, query: str) -> None:
+def test_a_list_that_cannot_be_made_is_refused_with_what_was_received(
+    waiting: TestClient, query: str
+) -> None:
     refused = waiting.get(f"/v1/jobs?{query}")
     assert refused.status_code == 400
-    assert refused.json()["errors"]
+    name, _, received = query.partition("=")
+    (finding,) = refused.json()["errors"]
+    assert finding["parameter"] == name
+    assert received in finding["detail"]
+
+
+@pytest.mark.parametrize("address", ["/v1/jobs?stauts=failed", "/v1/networks?x=1", "/v1/jobs/7/result?a=b"])
+def test_a_parameter_that_an_operation_does_not_have_is_refused(waiting: TestClient, address: str) -> None:
+    refused = waiting.get(address)
+    assert refused.status_code == 400
+    assert "unknown parameter" in refused.json()["errors"][0]["detail"]

@@ -71,12 +71,26 @@ def test_a_form_that_is_cut_off_is_refused_wherever_it_is_cut(waiting: TestClien
     assert waiting.post("/v1/jobs", content=pieces(), headers=request.headers).status_code == 202
 
 
+@pytest.mark.parametrize("classes", ["red,blue", '["red", "blue"]', ["red", "blue"]])
+def test_the_classes_of_a_form_are_a_list(eager: TestClient, classes: object) -> None:
+    form = {"network": "vgg16", "classes": classes}
+    answer = eager.post("/v1/jobs", data=form, files={"image": RED}, headers={"Prefer": "wait=20"})
+    overlays = [one["class_name"] for one in answer.json()["artifacts"] if one["kind"] == "overlay"]
+    assert overlays == ["red", "blue"]
+
+
 @pytest.mark.parametrize(
     ("form", "code", "status"),
     [
         ({"data": FORM, "files": {"image": b"GARBAGE"}}, "unsupported_media_type", 415),
         ({"data": FORM, "files": {"photo": RED}}, "invalid_request", 400),
         ({"data": {**FORM, "metadata": "{"}, "files": {"image": RED}}, "invalid_request", 400),
+        ({"data": {**FORM, "artifacts": "report"}, "files": {"image": RED}}, "invalid_request", 400),
+        (
+            {"data": {"network": "vgg16", "classes": '["red"'}, "files": {"image": RED}},
+            "invalid_request",
+            400,
+        ),
         ({"data": {**FORM, "colour": "red"}, "files": {"image": RED}}, "invalid_job", 422),
         ({"data": FORM, "files": {"image": RED + bytes(2**25)}}, "image_too_large", 413),
         ({"data": FORM, "files": {"image": RED + bytes(2**26)}}, "request_too_large", 413),
@@ -95,6 +109,7 @@ def test_a_form_that_is_no_job_is_refused(
 ) -> None:
     refused = waiting.post("/v1/jobs", **form)  # type: ignore[arg-type]  # the arguments of httpx
     assert (refused.json()["code"], refused.status_code) == (code, status)
+    assert code == "unsupported_media_type" or refused.json()["errors"], "it says what would be right"
     assert refused.headers["content-type"] == "application/problem+json"
 
 

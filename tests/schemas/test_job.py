@@ -99,8 +99,8 @@ def test_the_example_of_the_contract_is_a_job() -> None:
         ({"target": {"top_n": 5000}}, "less than or equal to 1000 (received 5000)"),
         ({"target": {"top_n": 5, "classes": [1]}}, "exactly one of top_n and classes is needed, both given"),
         ({"target": {}}, "neither given"),
-        ({"target": {"classes": []}}, "at least 1 item"),
-        ({"target": {"top_n": 1, "against": []}}, "at least 1 item"),
+        ({"target": {"classes": []}}, "needs 1 or more entries"),
+        ({"target": {"top_n": 1, "against": []}}, "needs 1 or more entries"),
         ({"target": {"top_n": 1, "against": "dog"}}, "target.against: against is a list, as in ['dog']"),
         (
             {"method": {"name": "gradcam", "steps": 64}},

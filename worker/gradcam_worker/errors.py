@@ -86,7 +86,7 @@ the same for every error of a class, and so holds no setting, host, bucket, path
 """
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, TypeVar
+from typing import ClassVar, Self, TypeVar
 
 
 class GradcamError(Exception):
@@ -235,7 +235,7 @@ class UriNotAllowed(ImageError, PermanentError):
     """The operator does not allow this scheme, host, bucket or folder."""
 
     code = "uri_not_allowed"
-    public_message = "Images cannot be taken from this address. Please use another one."
+    public_message = "This address may not be used. Please use another one."
 
 
 class ImageNotFound(ImageError, PermanentError):
@@ -577,21 +577,21 @@ class RequestError(GradcamError):
 
     public_message = "This request cannot be carried out."
 
+    def __init__(self, message: str = "", findings: Sequence[Mapping[str, str]] = ()) -> None:
+        super().__init__(message)
+        self.findings = tuple(findings)
+
+    @classmethod
+    def at(cls, detail: str, **place: str) -> Self:
+        """What is wrong in one place: a `pointer` into the body, or the name of a `parameter` or `header`."""
+        return cls(f"{' '.join(place.values())}: {detail}.", [{**place, "detail": detail}])
+
 
 class InvalidRequest(RequestError, LocalError):
     """A header, a parameter or the body of a request is not what it should be."""
 
     code = "invalid_request"
     public_message = "This request cannot be carried out as it was made. Trying it again does not help."
-
-    def __init__(self, message: str = "", findings: Sequence[Mapping[str, str]] = ()) -> None:
-        super().__init__(message)
-        self.findings = tuple(findings)
-
-    @classmethod
-    def at(cls, detail: str, **place: str) -> "InvalidRequest":
-        """What is wrong in one place: a `pointer` into the body, or the name of a `parameter` or `header`."""
-        return cls(f"{' '.join(place.values())}: {detail}.", [{**place, "detail": detail}])
 
 
 class RequestTooLarge(RequestError, LocalError):

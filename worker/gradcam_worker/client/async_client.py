@@ -32,7 +32,7 @@ from gradcam_worker.client.webhooks import Webhooks
 from gradcam_worker.errors import WaitTimeout
 from gradcam_worker.ledger.ledger import Tenant
 from gradcam_worker.schemas.job import Job
-from gradcam_worker.schemas.listing import MAX_PAGE, JobQuery
+from gradcam_worker.schemas.listing import JobQuery
 from gradcam_worker.schemas.status import StatusDocument
 from gradcam_worker.schemas.worker_report import NetworkOffer, WorkerReport
 from gradcam_worker.settings import Settings
@@ -187,7 +187,7 @@ class AsyncGradcamClient:
 
     async def list(self, **conditions: Unpack[ListConditions]) -> AsyncGenerator[StatusDocument, None]:
         """See `GradcamClient.list`."""
-        query = JobQuery.parse(**conditions, limit=MAX_PAGE)
+        query = JobQuery.of_all(**conditions)
         while True:
             page = await self.list_page(query)
             for document in page.jobs:

@@ -24,7 +24,7 @@ from gradcam_worker.ledger.ledger import Ledger, Tenant
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.resilience.blocking import run_blocking
 from gradcam_worker.schemas.job import Job
-from gradcam_worker.schemas.listing import MAX_PAGE, JobPage, JobQuery
+from gradcam_worker.schemas.listing import JobPage, JobQuery
 from gradcam_worker.schemas.status import StatusDocument
 from gradcam_worker.schemas.worker_report import NetworkOffer, WorkerReport
 from gradcam_worker.settings import Settings
@@ -353,7 +353,7 @@ class GradcamClient:
             >>> for document in client.list(status="failed", label="customer=42"):
             ...     client.retry(document.id)
         """
-        return self._pages(JobQuery.parse(**conditions, limit=MAX_PAGE))
+        return self._pages(JobQuery.of_all(**conditions))
 
     def _pages(self, query: JobQuery) -> Iterator[StatusDocument]:
         while True:

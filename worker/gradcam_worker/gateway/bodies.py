@@ -98,9 +98,7 @@ def require_media_type(request: Request, *allowed: str) -> None:
 
 def _refuse(header: str, given: str, right: str) -> NoReturn:
     detail = f"it must be {right} (received {given[:80]!r})"
-    error = UnsupportedRequestType(f"{header}: {detail}.")
-    error.findings = ({"header": header, "detail": detail},)
-    raise error
+    raise UnsupportedRequestType.at(detail, header=header)
 
 
 @asynccontextmanager
@@ -170,4 +168,4 @@ def _check_declared(request: Request, max_bytes: int) -> None:
 
 
 def _too_large(max_bytes: int) -> RequestTooLarge:
-    return RequestTooLarge(f"The body has more than {max_bytes:,} bytes.")
+    return RequestTooLarge.at(f"the body may have at most {max_bytes:,} bytes", pointer="#")

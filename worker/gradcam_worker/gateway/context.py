@@ -15,6 +15,7 @@ from gradcam_worker.gateway.artifact_lists import ArtifactLists
 from gradcam_worker.gateway.backfill_processes import BackfillProcesses
 from gradcam_worker.gateway.objects import GatewayObjects
 from gradcam_worker.gateway.open_requests import OpenRequests
+from gradcam_worker.gateway.problems import refuse_unknown_parameters
 from gradcam_worker.observability.prometheus import Metrics
 from gradcam_worker.schemas.job import ID_PATTERN
 from gradcam_worker.settings import Settings
@@ -77,6 +78,8 @@ def CallerWith(scope: Scope) -> Any:  # noqa: N802  # it reads as a type where i
             headers.get("authorization"), host=headers.get("host"), origin=headers.get("origin")
         )
         caller.check_scope(scope)
+        if request.query_params and request.url.path.startswith("/v1/"):
+            refuse_unknown_parameters(request)
         await gateway.access.admit(caller)
         return caller
 

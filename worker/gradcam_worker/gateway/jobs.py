@@ -26,6 +26,7 @@ from gradcam_worker.gateway.problems import pointer
 from gradcam_worker.gateway.uploads import check_size, uploads_root
 from gradcam_worker.schemas.job import Job, describe_missing_scheme
 from gradcam_worker.schemas.listing import MAX_PAGE, JobQuery
+from gradcam_worker.schemas.model import EXAMPLES
 from gradcam_worker.schemas.status import Status, StatusDocument
 
 MAX_WAIT_S = 120.0  # of `Prefer: wait`; proxies often end a request after 60 s
@@ -90,7 +91,6 @@ async def list_jobs(
     created_after: Annotated[
         str | None,
         Query(
-            pattern=r"^\d{4}-\d\d-\d\d[Tt ]",  # pydantic also takes seconds since the epoch
             description="Only jobs created later, in RFC 3339 with a zone.",
             json_schema_extra={"format": "date-time"},
         ),
@@ -213,7 +213,7 @@ async def _read_form(
     if not isinstance(image, UploadFile):
         detail = "a form needs the field image, with a file; an image with an address is submitted as JSON"
         raise InvalidRequest.at(detail, pointer="#/image")
-    check_size(image.size or 0, gateway)
+    check_size(image.size or 0, gateway, "image")
     root = uploads_root(caller)
     data = await image.read()
     if not any(data.startswith(start) for start in results.FORMATS):
@@ -225,7 +225,7 @@ async def _read_form(
     for name in {*form.keys()} - {"image"}:
         values = [str(value) for value in form.getlist(name)]
         if name in {"classes", "against"}:
-            fields[name] = [part for value in values for part in value.split(",")]
+            fields[name] = _list_value(name, values)
         elif len(values) > 1:
             detail = "a form names this field once"
             raise InvalidRequest.at(detail, pointer=pointer((name,)))
@@ -241,8 +241,24 @@ def _json_value(name: str, text: str) -> Any:
     except InvalidRequest as error:
         if name not in JSON_FIELDS:
             return text
-        detail = "this field of a form is JSON"
+        example = f", as in {EXAMPLES[name]}" if name in EXAMPLES else ""
+        detail = f"this field of a form is JSON{example} (received {text[:60]!r})"
         raise InvalidRequest.at(detail, pointer=pointer((name,))) from error
+
+
+def _list_value(name: str, values: list[str]) -> list[str | int]:
+    """The entries of a form's list: one or several with commas in each field, or JSON."""
+    entries: list[str | int] = []
+    for value in values:
+        if not value.lstrip().startswith("["):
+            entries += value.split(",")
+            continue
+        found = _json_value(name, value)
+        if not isinstance(found, list):
+            detail = f"a list is written as tabby,285 or as JSON (received {value[:60]!r})"
+            raise InvalidRequest.at(detail, pointer=pointer((name,)))
+        entries += found
+    return entries
 
 
 def _checked(job: Job) -> Job:

@@ -41,6 +41,7 @@ STATUS_OF: Mapping[type[GradcamError], HTTPStatus] = {  # of the nearest class
     errors.JobNotFailed: HTTPStatus.CONFLICT,
     errors.IdempotencyConflict: HTTPStatus.CONFLICT,
     errors.BackfillConflict: HTTPStatus.CONFLICT,
+    errors.InvalidInput: HTTPStatus.UNPROCESSABLE_ENTITY,
     errors.ImageTooLarge: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     errors.UnsupportedMediaType: HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
     errors.RedisUnavailable: HTTPStatus.SERVICE_UNAVAILABLE,
@@ -122,6 +123,19 @@ def _methods(routers: Sequence[APIRouter], request: Request) -> set[str]:
     return {method for route in found for method in getattr(route, "methods", None) or ()}
 
 
+def refuse_unknown_parameters(request: Request) -> None:
+    """Raise InvalidRequest if the address has a parameter that its operation does not, as a misspelt one."""
+    dependant = getattr(request.scope["route"], "dependant", None)
+    known = [field.alias for field in dependant.query_params] if dependant else []
+    if unknown := [name for name in request.query_params if name not in known]:
+        would_be = f"there are {', '.join(known)}" if known else "there are none here"
+        findings = [
+            {"parameter": name[:60], "detail": f"unknown parameter: {would_be}"} for name in unknown[:8]
+        ]
+        message = "The address has unknown parameters."
+        raise errors.InvalidRequest(message, findings)
+
+
 def add_handlers(app: FastAPI, routers: Sequence[APIRouter]) -> None:
     """Let an app of these routers answer every error with a problem."""
 
@@ -130,7 +144,13 @@ def add_handlers(app: FastAPI, routers: Sequence[APIRouter]) -> None:
 
     async def refuse_parameters(_: Request, error: Exception) -> Response:
         found = error.errors() if isinstance(error, RequestValidationError) else []
-        findings = [{"parameter": str(one["loc"][-1]), "detail": str(one["msg"])} for one in found]
+        findings = [
+            {
+                "parameter": str(one["loc"][-1]),
+                "detail": f"{one['msg']} (received {str(one['input'])[:60]!r})",
+            }
+            for one in found
+        ]
         return problem_response(errors.InvalidRequest("A parameter is not valid.", findings))
 
     async def refuse_route(request: Request, error: Exception) -> Response:

@@ -50,7 +50,7 @@ async def create_upload(request: Request, gateway: GatewayOf, caller: Submitter)
     must allow the page's origin to PUT (CORS).
     """
     wanted = await read_json(request, UploadRequest, MAX_BODY_BYTES)
-    check_size(wanted.bytes, gateway)
+    check_size(wanted.bytes, gateway, "bytes")
     uri = f"{uploads_root(caller)}/{uuid.uuid4()}{SUFFIXES[wanted.media_type]}"
     url = await gateway.objects.upload_url(uri, wanted.media_type, wanted.bytes, EXPIRES_S)
     target = UploadTarget(
@@ -70,9 +70,11 @@ def uploads_root(caller: Caller) -> str:
     return caller.uploads.rstrip("/")
 
 
-def check_size(size: int, gateway: Gateway) -> None:
-    """Raise ImageTooLarge for an image of too many bytes."""
+def check_size(size: int, gateway: Gateway, field: str) -> None:
+    """Raise ImageTooLarge for an image of too many bytes, which this field of the request has or tells."""
     if size > gateway.settings.max_image_bytes:
         allowed = f"at most {gateway.settings.max_image_bytes:,} are allowed"
         message = f"The image has {size:,} bytes; {allowed} (GRADCAM_MAX_IMAGE_BYTES)."
-        raise ImageTooLarge(message)
+        refused = ImageTooLarge(message)
+        refused.findings = ({"pointer": f"#/{field}", "detail": f"the image has {size:,} bytes; {allowed}"},)
+        raise refused

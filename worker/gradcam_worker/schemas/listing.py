@@ -2,9 +2,17 @@
 
 import base64
 import binascii
+import re
 from typing import Annotated, Self
 
-from pydantic import AwareDatetime, Field, StringConstraints, ValidationError, field_validator
+from pydantic import (
+    AwareDatetime,
+    BeforeValidator,
+    Field,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+)
 
 from gradcam_worker.errors import InvalidQuery
 from gradcam_worker.schemas.model import RequestModel, ResponseModel, describe
@@ -17,6 +25,14 @@ MAX_LABEL = 2 * 256 + 1  # characters: one of a job's metadata
 Cursor = tuple[int, str]  # created_at of a job, in microseconds since the epoch, and its id
 
 
+def _check_time(value: object) -> object:
+    """Refuse a text that is no time of RFC 3339: pydantic also takes seconds since the epoch."""
+    if isinstance(value, str) and not re.match(r"\d{4}-\d\d-\d\d[Tt ].*([Zz]|[+-]\d\d:?\d\d)$", value):
+        message = "is a time with its zone, as in 2026-01-31T12:00:00Z"
+        raise ValueError(message)
+    return value
+
+
 class JobQuery(RequestModel):
     """Which jobs to list: those that fulfil all conditions, newest first."""
 
@@ -26,7 +42,7 @@ class JobQuery(RequestModel):
     """only jobs for this network"""
     label: Annotated[str, StringConstraints(max_length=MAX_LABEL)] | None = None
     """only jobs with this entry in their metadata, as `name=value`"""
-    created_after: AwareDatetime | None = None
+    created_after: Annotated[AwareDatetime, BeforeValidator(_check_time)] | None = None
     """only jobs that were created later"""
     cursor: Annotated[str, StringConstraints(max_length=400)] | None = None
     """where to go on: what the previous page ended with"""
@@ -67,6 +83,16 @@ class JobQuery(RequestModel):
         except ValidationError as error:
             message = f"Jobs cannot be listed so: {describe(error)}."
             raise InvalidQuery(message) from error
+
+    @classmethod
+    def of_all(cls, **conditions: object) -> Self:
+        """Make a query for the first page of all jobs that fulfil these conditions. Raises InvalidQuery."""
+        if paged := [name for name in ("cursor", "limit") if name in conditions]:
+            message = (
+                f"Jobs cannot be listed so: {paged[0]}: every job is listed; list_page takes a {paged[0]}."
+            )
+            raise InvalidQuery(message)
+        return cls.parse(**conditions, limit=MAX_PAGE)
 
     def accepts(self, document: StatusDocument) -> bool:
         """Whether a job fulfils the conditions that its document tells: all but the network.

@@ -132,6 +132,8 @@ def describe_each(error: ValidationError) -> Iterator[tuple[tuple[int | str, ...
         if detail["type"] in KINDS:
             example = EXAMPLES.get(re.sub(r"\.\d+$", "", _show_path(location)))
             problem = f"must be {KINDS[detail['type']]}" + (f", as in {example}" if example else "")
+        elif detail["type"] == "too_short":
+            problem = f"needs {detail['ctx']['min_length']} or more entries"
         elif detail["type"] == "union_tag_invalid":
             told = detail["ctx"]
             kind = told["discriminator"].strip("'")

@@ -28,7 +28,7 @@ let polling;
 // ---------------------------------------------------------------- the API
 
 class Problem extends Error {
-  constructor(detail, status = 0) { super(detail); this.status = status; }
+  constructor(detail, status = 0, hopeless = false) { super(detail); Object.assign(this, { status, hopeless }); }
 }
 
 // One request. Raises Problem with a sentence for the visitor.
@@ -46,7 +46,8 @@ async function call(path, { headers, ...options } = {}) {
   const problem = await answer.json().catch(() => ({}));
   if (answer.status === 401) askForKey(key ? problem.detail : "");
   const more = (problem.errors ?? []).map((one) => `${(one.pointer ?? one.parameter ?? "").replace(/^#\//, "")}: ${one.detail}`);
-  throw new Problem([problem.detail ?? `The server answered ${answer.status}.`, ...more].join("\n"), answer.status);
+  const told = more.length ? more.join("\n") : problem.detail ?? `The server answered ${answer.status}.`;
+  throw new Problem(told, answer.status, problem.retryable === false && ![401, 403].includes(answer.status));
 }
 
 const read = async (path, options) => (await call(path, options)).json();
@@ -187,12 +188,12 @@ function wanted() {
       body.append(name, typeof value === "string" ? value : JSON.stringify(value));
     }
     body.append("image", file);
-    return { name: file.name, body, headers: {} };
+    return { name: file.name, file, body, headers: {} };
   });
   const addresses = linesOf("addresses").map((image) => {
     const name = image.split("/").pop() || image;
     const body = JSON.stringify({ ...fields, image, metadata: { name: name.slice(0, 200) } });
-    return { name, body, headers: { "Content-Type": "application/json" } };
+    return { name, address: image, body, headers: { "Content-Type": "application/json" } };
   });
   return [...photos, ...addresses].map((one) => ({ ...one, key: randomKey(), state: "waits to be sent" }));
 }
@@ -208,7 +209,7 @@ $("form").onsubmit = async (event) => {
     return void ($("problem").textContent = "Say which classes, or choose the most probable ones.");
   }
   show(undefined);
-  sending.unshift(...asked);
+  sending.splice(0, sending.length, ...asked, ...sending.filter((one) => !one.problem));
   renderSending();
   $("go").disabled = true;
   const queue = [...asked];
@@ -220,9 +221,9 @@ $("form").onsubmit = async (event) => {
     }
   }));
   $("go").disabled = !networks.length;
-  if (sending.some((one) => asked.includes(one))) return;
-  $("photos").value = $("addresses").value = "";
-  describeChoice();
+  const refused = asked.filter((one) => sending.includes(one));  // they stay to be corrected, no others
+  choose(refused.flatMap(({ file }) => file ?? []));
+  $("addresses").value = refused.flatMap(({ address }) => address ?? []).join("\n");
 };
 
 // Submit one photo; the id of its job, or nothing where it was refused.
@@ -239,6 +240,7 @@ async function send(one) {
   } catch (error) {
     one.state = "refused";
     one.problem = error.message;
+    one.hopeless = error.hopeless;
     if (sending.length === 1 || sending.every((other) => other.problem === one.problem)) $("problem").textContent = error.message;
     return undefined;
   } finally {
@@ -253,7 +255,8 @@ function renderSending() {
     if (one.problem) {
       item.append(make("span", "about", one.problem));
       const buttons = make("span", "about actions", "");
-      for (const [text, act] of [["Try again", () => send(one)], ["Remove", () => { sending.splice(sending.indexOf(one), 1); renderSending(); }]]) {
+      const remove = () => { sending.splice(sending.indexOf(one), 1); renderSending(); };
+      for (const [text, act] of [...(one.hopeless ? [] : [["Try again", () => send(one)]]), ["Remove", remove]]) {
         buttons.append(Object.assign(make("button", "quiet", text), { type: "button", onclick: act }));
       }
       item.append(buttons);
@@ -424,7 +427,8 @@ function render(job) {
   $("told").textContent = [DOING[job.stage] ?? DOING[job.status] ?? "", passes ? `pass ${passes.done} of ${passes.total}` : ""].filter(Boolean).join(", ");
   if (passes?.total) { $("bar").max = passes.total; $("bar").value = passes.done; } else $("bar").removeAttribute("value");
   if (job.status !== "queued") $("waiting").textContent = "";
-  $("job-problem").textContent = job.error && final ? job.error.public_message : "";
+  const said = job.error && final ? [job.error.public_message, job.error.detail] : [];  // a tenant's are the same
+  $("job-problem").textContent = [...new Set(said)].join("\n");
   $("cancel").hidden = final;
   $("cancel").disabled = Boolean(job.cancel_requested_at);
   $("retry").hidden = job.status !== "failed";
