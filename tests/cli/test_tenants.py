@@ -40,7 +40,7 @@ def test_a_tenant_is_made_with_places_of_its_own_and_changed(
     assert "There are no tenants" in run("tenants", "list")[1]
     monkeypatch.setenv("GRADCAM_UPLOADS", "s3://uploads")
     code, output, errors = run("tenants", "set", "acme", "--input", "s3://acme-photos", "--share", "2")
-    assert (code, "gradcam keys create acme" in errors) == (0, True)
+    assert (code, "gradcam keys create acme" in errors, "refuse" in errors) == (0, True, False)
     policy = Tenants(server).get("acme")
     assert json.loads(output) == policy.model_dump(mode="json")
     assert (policy.inputs, policy.output, policy.uploads) == (
@@ -53,6 +53,11 @@ def test_a_tenant_is_made_with_places_of_its_own_and_changed(
     assert (changed.share, changed.inputs, changed.jobs_per_day, changed.scopes) == (2, (), 5, ("read",))
     code, _, errors = run("tenants", "set", "globex", "--input", "s3://uploads")
     assert (code, "invalid_policy" in errors) == (1, True)
+    code, _, errors = run(
+        "tenants", "set", "initech", "--output", "s3://else/initech", "--uploads", "s3://up/i"
+    )
+    assert (code, "GRADCAM_OUTPUT_PREFIXES" in errors) == (0, True)
+    run("tenants", "remove", "initech")
     code, _, errors = run("tenants", "set", "../x")
     assert (code, "name: " in errors) == (1, True)
     assert [one.name for one in Tenants(server).find_all()] == ["acme"]

@@ -198,6 +198,7 @@ def test_a_key_opens_only_the_routes_of_its_scopes(api: Api, route: Route) -> No
     others = tuple(scope for scope in SCOPES if scope != route.scope)
     answer = api.call(route, api.key("acme", scopes=others))
     assert (answer.status_code, answer.json()["code"]) == (403, "scope_missing")
+    assert f"needs the scope {route.scope}" in answer.json()["errors"][0]["detail"]
     assert api.call(route, api.key("acme", scopes=(route.scope,))).status_code not in {401, 403}
 
 

@@ -155,6 +155,7 @@ def test_no_trick_leads_below_a_prefix(prefix: str, uri: str) -> None:
         "s3://photos/../x",
         "s3://photos/a//b",
         "s3://photos/a?b",
+        "s3://photos/*.jpg",
         "s3://user:planted@photos/acme",
         "https://",
         "https://*",

@@ -93,6 +93,12 @@ def set_tenant(name: str, **given: Any) -> int:
     console.err.print(f"Tenant {name} is {'changed' if present else 'made'}.", markup=False)
     if not present:
         console.err.print(f"`gradcam keys create {name}` makes a key for it.", markup=False)
+    allowed = [prefix for prefix in (settings.output, *settings.output_prefixes) if prefix]
+    if not any(f"{policy.output}/".startswith(f"{prefix.rstrip('/')}/") for prefix in allowed):
+        note = (
+            f"Workers refuse its output {policy.output} unless GRADCAM_OUTPUT_PREFIXES allows it there: here"
+        )
+        console.err.print(f"{note} {' and '.join(allowed) or 'nothing'} would be allowed.", markup=False)
     console.print_json(policy.model_dump(mode="json"))
     return 0
 

@@ -77,7 +77,10 @@ class Caller:
         if scope not in self.scopes:
             has = ", ".join(sorted(self.scopes)) or "none"
             message = f"Key {self.key} lacks the scope {scope}: it has {has}."
-            raise ScopeMissing(message)
+            missing = ScopeMissing(message)
+            detail = f"this needs the scope {scope}; the key has {has}"
+            missing.findings = ({"header": "Authorization", "detail": detail},)
+            raise missing
 
     def check_job(self, job: Job) -> Job:
         """Check that a job stays within what the tenant may do.

@@ -70,6 +70,8 @@ class UriPrefix:
         else:
             HostAllowlist([authority.lower()])
         folders = tuple(path.split("/")) if path else ()
+        if not problem and "*" in path:
+            problem = "a prefix has no pattern, and names a whole folder"
         if problem or _is_ambiguous(path) or {"?", "#"} & set(rest) or "" in folders:
             message = f"{without_secrets(text)[:200]!r} is no prefix of URIs: {problem or FORM}"
             raise ValueError(message)
