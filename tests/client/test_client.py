@@ -353,6 +353,14 @@ def test_submitting_many_again_with_their_keys_finds_the_first_ones(client: Grad
     assert client.submit_many(jobs) == ids
 
 
+def test_a_webhook_that_is_no_web_address_is_refused_before_the_job_is_accepted(
+    client: GradcamClient, published: RecordingPublisher
+) -> None:
+    with pytest.raises(InvalidJob, match=r"webhooks\.0\.url: 'ftp://host/x' is no web address: write https"):
+        client.submit(**FIELDS, webhook="ftp://host/x")
+    assert not published.jobs
+
+
 def test_metadata_and_inputs_may_come_in_any_order(
     client: GradcamClient, published: RecordingPublisher
 ) -> None:

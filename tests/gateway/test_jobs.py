@@ -77,6 +77,18 @@ def test_an_invalid_job_is_refused_with_each_field_that_is_wrong(waiting: TestCl
     assert [one["pointer"] for one in problem["errors"]] == ["#/target/top_n", "#/colour"]
 
 
+@pytest.mark.parametrize("url", ["javascript:alert(1)", "ftp://host/path", "https:///path", "host/path", ""])
+def test_a_webhook_that_is_no_web_address_is_refused_before_the_job_is_accepted(
+    waiting: TestClient, url: str
+) -> None:
+    webhooks = [{"url": "HTTPS://app.example.com/hook"}, {"url": url}]
+    refused = waiting.post("/v1/jobs", json={**FIELDS, "webhooks": webhooks})
+    (finding,) = refused.json()["errors"]
+    assert (refused.status_code, finding["pointer"]) == (400, "#/webhooks/1/url")
+    assert "write https://host/path" in finding["detail"]
+    assert waiting.post("/v1/jobs", json={**FIELDS, "webhook": webhooks[0]["url"]}).status_code == 202
+
+
 @pytest.mark.parametrize("header", ["Content-Encoding", "Content-Type"])
 def test_a_body_in_another_form_is_refused_by_its_header(waiting: TestClient, header: str) -> None:
     headers = {"Content-Type": "application/json", header: "gzip"}

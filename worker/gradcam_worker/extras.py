@@ -29,6 +29,7 @@ EXTRAS = {  # by the name that is imported, the smallest extra that brings it
     "onnxruntime": "onnx",
     "openvino": "openvino",
     "prometheus_client": WORKER,
+    "python_multipart": "serve",
     "psycopg": "sql",
     "pyarrow": "backfill",
     "pynvml": "gpu",

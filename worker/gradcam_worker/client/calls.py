@@ -32,7 +32,7 @@ from gradcam_worker.ledger.ledger import Ledger, Tenant
 from gradcam_worker.observability import tracing
 from gradcam_worker.resilience.blocking import awaited, block
 from gradcam_worker.resilience.retry import HALF_OR_MORE, Retries, RetryPolicy
-from gradcam_worker.schemas.job import Job, describe_missing_scheme
+from gradcam_worker.schemas.job import Job, describe_missing_scheme, describe_wrong_webhook
 from gradcam_worker.schemas.listing import JobPage, JobQuery
 from gradcam_worker.schemas.status import StatusDocument
 from gradcam_worker.settings import Settings
@@ -207,6 +207,10 @@ class ClientCalls:
         if why := describe_missing_scheme(job.image.uri):
             message = f"This is not a job: image.uri: {why}; upload_and_submit takes a file of this machine."
             raise InvalidJob(message)
+        for index, hook in enumerate(job.webhooks):
+            if why := describe_wrong_webhook(hook.url):
+                message = f"This is not a job: webhooks.{index}.url: {why}."
+                raise InvalidJob(message)
         return len(text)
 
     async def _enter(

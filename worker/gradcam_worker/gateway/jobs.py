@@ -24,7 +24,7 @@ from gradcam_worker.gateway.context import Gateway, GatewayOf, JobIdOf, Reader, 
 from gradcam_worker.gateway.etags import is_held
 from gradcam_worker.gateway.problems import pointer
 from gradcam_worker.gateway.uploads import check_size, uploads_root
-from gradcam_worker.schemas.job import Job, describe_missing_scheme
+from gradcam_worker.schemas.job import Job, describe_missing_scheme, describe_wrong_webhook
 from gradcam_worker.schemas.listing import MAX_PAGE, JobQuery
 from gradcam_worker.schemas.model import EXAMPLES
 from gradcam_worker.schemas.status import Status, StatusDocument
@@ -262,9 +262,12 @@ def _list_value(name: str, values: list[str]) -> list[str | int]:
 
 
 def _checked(job: Job) -> Job:
-    """Refuse an image without a scheme, which no worker would find."""
+    """Refuse an image without a scheme, and a webhook that is no web address: no worker would find them."""
     if why := describe_missing_scheme(job.image.uri):
         raise InvalidRequest.at(why.partition(";")[0], pointer="#/image")
+    for index, hook in enumerate(job.webhooks):
+        if why := describe_wrong_webhook(hook.url):
+            raise InvalidRequest.at(why, pointer=pointer(("webhooks", index, "url")))
     return job
 
 

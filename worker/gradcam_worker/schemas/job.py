@@ -106,6 +106,7 @@ Uri = Annotated[
     Field(json_schema_extra={"anyOf": [{"pattern": "^[Dd][Aa][Tt][Aa]:"}, {"maxLength": MAX_URI_BYTES}]}),
 ]
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")  # a single letter is a drive of Windows
+WEB_ADDRESS = re.compile("https?://[^/?#]", re.IGNORECASE)
 ShortText = Annotated[str, StringConstraints(max_length=256)]
 
 
@@ -125,6 +126,20 @@ def describe_missing_scheme(uri: str) -> str | None:
         f"{shown!r} has no scheme: write s3://bucket/key, https://host/path, or file:///folder/name of a "
         "file that workers can read"
     )
+
+
+def describe_wrong_webhook(url: str) -> str | None:
+    """Describe why a text is no address of a webhook.
+
+    Args:
+        url: The text.
+
+    Returns:
+        A sentence that says what would be right; None if it is a web address.
+    """
+    if WEB_ADDRESS.match(url):
+        return None
+    return f"{without_secrets(url)[:200]!r} is no web address: write https://host/path"
 
 
 def _refuse_image_data(value: Any) -> Any:
