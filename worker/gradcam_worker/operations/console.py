@@ -36,6 +36,7 @@ STATUS_COLORS = {
     "canceled": "red",
 }
 DEAD_LETTER_LINE = "{:36}  {:9}  {:19}  {}"  # 80 characters wide
+LOG_LINES = 6  # of a process that has ended
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
@@ -330,3 +331,10 @@ def show_networks(rows: Iterable[NetworkRow], settings: Settings) -> None:
 def durations(document: StatusDocument) -> Mapping[str, float]:
     """Return the metrics of a job that are durations in seconds."""
     return {key: value for key, value in document.metrics.items() if key.endswith("_s")}
+
+
+def show_log_end(log: Path) -> str:
+    """Print the last lines of a log on stderr; return a sentence for an error that comes after them."""
+    for line in log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]:
+        err.print(visible(line), markup=False, soft_wrap=True, style="dim")
+    return f"The end of its log, {log}, is above."

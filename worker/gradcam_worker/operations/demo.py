@@ -173,8 +173,8 @@ def _wait(
             if all(document.final for document in documents.values()):
                 return documents
             if (worker and worker.poll() is not None) or time.monotonic() > end:
-                tail = f" Its log ends with:\n{log.read_text(errors='replace')[-800:]}" if log else ""
-                message = f"The worker ended or took over {TIMEOUT_S} s.{tail}"
+                told = f" {console.show_log_end(log)}" if log else ""
+                message = f"The worker ended or took over {TIMEOUT_S} s.{told}"
                 raise WorkerLost(message)
             time.sleep(0.1)
 

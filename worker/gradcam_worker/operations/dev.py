@@ -210,8 +210,6 @@ def _raise_if_ended(processes: dict[Path, subprocess.Popen[bytes]]) -> None:
     """Raise WorkerLost if one of the processes, by their logs, has ended."""
     for log, process in processes.items():
         if process.poll() is not None:
-            tail = log.read_text(errors="replace")[-800:]
-            message = (
-                f"gradcam {log.stem} has ended with code {process.returncode}. Its log ends with:\n{tail}"
-            )
+            told = console.show_log_end(log)
+            message = f"gradcam {log.stem} has ended with code {process.returncode}. {told}"
             raise WorkerLost(message)
