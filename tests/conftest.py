@@ -34,6 +34,12 @@ SERVERS = {"valkey", "s3_server", "encrypted"}  # fixtures that start a program
 # What takes half a minute or more, so that none of it is left for the end.
 SLOW_WAITING = (
     "test_pages.py",
+    "test_gateway.py",
+    "test_typescript_example.py",
+    "test_dev.py",
+    "test_page.py",
+    "test_turns.py",
+    "test_tenants.py",
     "test_servers.py",
     "test_worst_days.py",
     "test_rehearsal.py",
