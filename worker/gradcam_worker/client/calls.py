@@ -15,9 +15,9 @@ from gradcam_worker.broker.publisher import Publisher
 from gradcam_worker.client import results
 from gradcam_worker.client.job_fields import as_job
 from gradcam_worker.client.live_workers import LiveWorkers, read_live_workers
+from gradcam_worker.client.loop_yielder import LoopYielder, never_yield
 from gradcam_worker.client.poller import StatusUpdate
 from gradcam_worker.client.results import Objects, Result
-from gradcam_worker.client.turns import Turns, no_turn
 from gradcam_worker.client.waiter import read_update, with_cause
 from gradcam_worker.errors import (
     BrokerUnavailable,
@@ -83,7 +83,7 @@ class ClientCalls:
         objects: Objects,
         *,
         pause: Callable[[float], Awaitable[None]] = block,
-        turn: Callable[[], Awaitable[None]] = no_turn,
+        yield_to_loop: Callable[[], Awaitable[None]] = never_yield,
         call_blocking: Caller = call_here,
         tenant: Tenant | None = None,
     ) -> None:
@@ -95,12 +95,12 @@ class ClientCalls:
             publish: The queues, or what stands in for them.
             objects: S3, or what stands in for it.
             pause: Sleeps between two tries.
-            turn: Is awaited before a job is checked, and before each try.
+            yield_to_loop: Is awaited before a job is checked, and before each try.
             call_blocking: Makes calls of `objects` and of a `publish` that stands in.
             tenant: Whose jobs are submitted and found; None: nobody's are submitted, and everybody's found.
         """
         self._settings, self._ledger, self._publish, self._objects = settings, ledger, publish, objects
-        self._pause, self._turn, self._call_blocking = pause, turn, call_blocking
+        self._pause, self._yield_to_loop, self._call_blocking = pause, yield_to_loop, call_blocking
         self.tenant, self.owner = tenant, tenant.name if tenant else None
         self._traces = tracing.connect(settings.traces, "gradcam-client")
 
@@ -117,7 +117,7 @@ class ClientCalls:
             publish,
             self._objects,
             pause=asyncio.sleep,
-            turn=Turns().take,
+            yield_to_loop=LoopYielder().yield_to_loop,
             call_blocking=call_blocking,
             tenant=self.tenant,
         )
@@ -135,7 +135,7 @@ class ClientCalls:
         if job is not None and fields:
             message = f"Give a job or its fields, not both: {', '.join(fields)} came with a job."
             raise InvalidJob(message)
-        await self._turn()
+        await self._yield_to_loop()
         return (await self.enter(as_job(fields if job is None else job), retry_failed=retry_failed)).id
 
     async def enter(self, job: Job, *, retry_failed: bool = False) -> StatusDocument:
@@ -303,11 +303,11 @@ class ClientCalls:
         return await self._tried(REDIS_RETRIES.start(), call)
 
     async def _tried(self, retries: Retries, call: Callable[[], Awaitable[T]]) -> T:
-        async def in_turn() -> T:
-            await self._turn()
+        async def yielding() -> T:
+            await self._yield_to_loop()
             return await call()
 
-        return await retries.call_awaited(in_turn, self._pause)
+        return await retries.call_awaited(yielding, self._pause)
 
     async def result(self, job_id: str, *, manifest_uri: str | None = None, expires_s: int = 3600) -> Result:
         """See `GradcamClient.result`."""

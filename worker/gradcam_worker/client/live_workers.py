@@ -35,7 +35,7 @@ def read_live_workers(reports: Mapping[str, str]) -> LiveWorkers:
         try:
             fields = json.loads(text)
             offered = OfferedNetworks.model_validate(fields.pop("networks", {}))
-            found = [*_of_catalog(offered.catalog), *_own(offered)]
+            found = [*_of_catalog(offered.catalog), *offered.own]
             names = tuple(one.name for one in found)
             workers.append(WorkerReport.model_validate({**fields, "id": name, "networks": names}))
         except (ValidationError, ValueError, AttributeError, TypeError):
@@ -54,12 +54,6 @@ def _of_catalog(names: Iterable[str]) -> Iterable[NetworkOffer]:
             classes=IMAGENET_CLASSES,
             imagenet=True,
         )
-
-
-def _own(offered: OfferedNetworks) -> Iterable[NetworkOffer]:
-    for one in offered.own:
-        facts = one.model_dump()
-        yield NetworkOffer(input_size=facts.pop("input"), **facts)
 
 
 def _merged(offers: Iterable[NetworkOffer]) -> tuple[NetworkOffer, ...]:

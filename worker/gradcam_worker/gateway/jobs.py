@@ -18,10 +18,9 @@ from gradcam_worker.client.job_fields import without_short_forms
 from gradcam_worker.errors import GradcamError, InvalidRequest, UnsupportedMediaType, WaitTimeout
 from gradcam_worker.gateway import bodies
 from gradcam_worker.gateway.access.caller import Caller
-from gradcam_worker.gateway.answers import JSON, NOT_KEPT, json_answer
+from gradcam_worker.gateway.answers import JSON, NOT_KEPT, is_held, json_answer
 from gradcam_worker.gateway.artifacts import artifacts_json
 from gradcam_worker.gateway.context import Gateway, GatewayOf, JobIdOf, Reader, Submitter
-from gradcam_worker.gateway.etags import is_held
 from gradcam_worker.gateway.problems import pointer
 from gradcam_worker.gateway.uploads import check_size, uploads_root
 from gradcam_worker.schemas.job import Job, describe_missing_scheme, describe_wrong_webhook

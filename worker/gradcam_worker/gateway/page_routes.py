@@ -10,7 +10,7 @@ from typing import Annotated
 from fastapi import APIRouter, Header
 from starlette.responses import Response
 
-from gradcam_worker.gateway.etags import is_held
+from gradcam_worker.gateway.answers import is_held
 from gradcam_worker.gradcam.classes import DATA
 
 PAGE = Path(__file__).with_name("page")

@@ -9,7 +9,7 @@ from gradcam_worker.gradcam.catalog import NetworkRow
 from gradcam_worker.gradcam.files import weights
 from gradcam_worker.gradcam.files.label_file import IMAGENET_CLASSES
 from gradcam_worker.gradcam.registry.registry import Registry
-from gradcam_worker.schemas.worker_report import OfferedNetworks, OwnNetwork
+from gradcam_worker.schemas.worker_report import NetworkOffer, OfferedNetworks
 from gradcam_worker.settings import Settings
 
 REFRESH_S = 15.0  # between two searches for weights
@@ -45,12 +45,12 @@ class NetworkReport:
         return weights.local_weights_path(row, folder, keras_home) is not None
 
 
-def _describe(row: NetworkRow) -> OwnNetwork:
+def _describe(row: NetworkRow) -> NetworkOffer:
     labels = row.labels or ()
     few = len(labels) <= MAX_LABELS and sum(len(label.encode()) for label in labels) <= MAX_LABEL_BYTES
-    return OwnNetwork(
+    return NetworkOffer(
         name=row.name,
-        input=row.input_size,
+        input_size=row.input_size,
         layer=row.target_layer,
         classes=row.classes or (IMAGENET_CLASSES if row.labels is None else len(labels) or None),
         imagenet=row.labels is None,

@@ -51,23 +51,10 @@ class WorkerReport(ResponseModel):
     """names of the networks that it offers"""
 
 
-class OwnNetwork(ResponseModel):
-    """An operator's network in a worker's health report: see `NetworkOffer`."""
-
-    name: str
-    input: tuple[int, int]
-    layer: str | None = None
-    classes: int | None = None
-    imagenet: bool = False
-    labels: tuple[str, ...] = ()
-    inputs: tuple[str, ...] = ()
-    scores_only: bool = False
-
-
 class OfferedNetworks(ResponseModel):
     """The networks in a worker's health report, which is written every few seconds: it is kept small."""
 
     catalog: tuple[str, ...] = ()
     """names of those of the catalog whose weights are on the worker's machine"""
-    own: tuple[OwnNetwork, ...] = ()
+    own: tuple[NetworkOffer, ...] = ()
     """the operator's"""

@@ -1,9 +1,9 @@
-"""Turns of the tasks of an event loop: hundreds of calls delay the rest of an app by no more than one."""
+"""Yields to an event loop: hundreds of calls delay the rest of an app by no more than one."""
 
 import asyncio
 
 
-class Turns:
+class LoopYielder:
     """Lets the tasks of each event loop compute one after the other; the loop runs all else between two.
 
     An event loop runs every task that is ready before it looks at anything else: two hundred submits that
@@ -11,11 +11,11 @@ class Turns:
     """
 
     def __init__(self) -> None:
-        """Nobody has a turn."""
+        """No task waits."""
         self._locks: dict[asyncio.AbstractEventLoop, asyncio.Lock] = {}
 
-    async def take(self) -> None:
-        """Wait for a turn: it lasts until the task awaits something else."""
+    async def yield_to_loop(self) -> None:
+        """Wait until no other task computes, then let the loop run all else once."""
         loop = asyncio.get_running_loop()
         if loop not in self._locks:
             for closed in [other for other in [*self._locks] if other.is_closed()]:
@@ -25,5 +25,5 @@ class Turns:
             await asyncio.sleep(0)
 
 
-async def no_turn() -> None:
-    """What a blocking client has in place of turns."""
+async def never_yield() -> None:
+    """What a blocking client has in its place: it has no event loop."""
