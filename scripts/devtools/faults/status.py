@@ -34,7 +34,8 @@ NO_RECEIVER, HEALTHY, DEAD, BLACK_HOLE, BROKEN = "none", "healthy", "dead", "bla
 BAD = (DEAD, BLACK_HOLE, BROKEN)
 KINDS = (NO_RECEIVER, HEALTHY, *BAD)
 EVENTS = ("job.queued", "job.started", "job.succeeded", "job.failed")
-SENT = 3  # of these for each job: all but the last
+# The states that events of each job tell. A slow job has revisions between them that no event tells.
+SENT = ("queued", "running", "succeeded")
 SECRET = "whsec_" + "c3RhdHVz" * 4
 ROUNDS = 10  # of each kind; in a short form fewer, so that a round is no smaller than the next line
 SMALLEST_ROUND = 25  # jobs
@@ -76,7 +77,7 @@ def attack(count: int, seed: int) -> Verdict:
                     rates[kind].append(_run(client, jobs))
                     submitted[kind] += [job.id for job in jobs]
             with contextlib.suppress(TimeoutError):  # what is missing is found below
-                wait_for(lambda: len(_received(cluster)) >= SENT * count, PATIENCE_S, "all events arrive")
+                wait_for(lambda: len(_received(cluster)) >= len(SENT) * count, PATIENCE_S, "all events arrive")
             cluster.stop_workers()
             verdict = _verdict(cluster, submitted)
     ratios = {kind: _ratio(rates[kind], rates[HEALTHY]) for kind in BAD}
@@ -125,7 +126,7 @@ def _verdict(cluster: Cluster, submitted: dict[str, list[str]]) -> Verdict:
     for ids in submitted.values():
         cluster.accepted |= dict.fromkeys(ids, 0.0)
     seen, wrong = count_received(_received(cluster))
-    wanted = {(job_id, revision) for job_id in submitted[HEALTHY] for revision in range(1, SENT + 1)}
+    wanted = {(job_id, state) for job_id in submitted[HEALTHY] for state in SENT}
     bad = [job_id for kind in BAD for job_id in submitted[kind]]
     verdict = JobObserver(cluster).verdict(faults=len(bad))
     verdict.doubled += wrong["twice"]
@@ -136,7 +137,7 @@ def _verdict(cluster: Cluster, submitted: dict[str, list[str]]) -> Verdict:
     with cluster.ledger as server, server.pipeline(transaction=False) as pipeline:
         for job_id in bad:
             pipeline.llen(f"{cluster.settings.key_prefix}events:{job_id}:hook1")
-        incomplete = sum(length != SENT for length in pipeline.execute())
+        incomplete = sum(length != len(SENT) for length in pipeline.execute())
     verdict.require(not incomplete, f"{incomplete} jobs have not all of their events in the outbox.")
     outbox = RedisOutbox(RedisLedger(cluster.settings).server, retention_s=cluster.settings.retention_s)
     verdict.figures["events"] = seen.total()
@@ -144,14 +145,14 @@ def _verdict(cluster: Cluster, submitted: dict[str, list[str]]) -> Verdict:
     return verdict
 
 
-def count_received(events: Iterable[dict[str, Any]]) -> tuple[Counter[tuple[str, int]], Counter[str]]:
-    """(Job, revision) -> how often the receiver got it; how many came twice, unsigned or late."""
-    seen, wrong = Counter[tuple[str, int]](), Counter[str]()
+def count_received(events: Iterable[dict[str, Any]]) -> tuple[Counter[tuple[str, str]], Counter[str]]:
+    """(Job, state) -> how often the receiver got it; how many came twice, unsigned or late."""
+    seen, wrong = Counter[tuple[str, str]](), Counter[str]()
     last, message_ids = Counter[str](), set[str]()
     secret = standardwebhooks.Webhook(SECRET)
     for event in events:
         job_id, revision = event["data"]["id"], event["data"]["revision"]
-        seen[job_id, revision] += 1
+        seen[job_id, event["data"]["status"]] += 1
         message_id = event["headers"].get("webhook-id", "")
         wrong["twice"] += message_id in message_ids
         message_ids.add(message_id)
