@@ -77,7 +77,9 @@ def attack(count: int, seed: int) -> Verdict:
                     rates[kind].append(_run(client, jobs))
                     submitted[kind] += [job.id for job in jobs]
             with contextlib.suppress(TimeoutError):  # what is missing is found below
-                wait_for(lambda: len(_received(cluster)) >= len(SENT) * count, PATIENCE_S, "all events arrive")
+                wait_for(
+                    lambda: len(_received(cluster)) >= len(SENT) * count, PATIENCE_S, "all events arrive"
+                )
             cluster.stop_workers()
             verdict = _verdict(cluster, submitted)
     ratios = {kind: _ratio(rates[kind], rates[HEALTHY]) for kind in BAD}
