@@ -34,7 +34,11 @@ SDIST = (  # what a source distribution has at its top, at least
     *("CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "PKG-INFO", "README.md", "constraints.txt"),
     *("pyproject.toml", "zensical.toml", "deploy", "docker", "docs", "scripts", "tests", "worker"),
 )
-LICENSES = ("LICENSE", "worker/gradcam_worker/gradcam/data/NOTICE")
+LICENSES = (
+    "LICENSE",
+    "worker/gradcam_worker/audit/data/NOTICE",
+    "worker/gradcam_worker/gradcam/data/NOTICE",
+)
 EXTRAS = {"cpu", "gpu", "cli", "s3", "backfill", "sql", "demo"}
 
 
