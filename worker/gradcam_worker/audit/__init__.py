@@ -1,1 +1,1 @@
-"""Audits of a dataset of heatmaps: statistics of its classes, and the gallery page. Begin at `gallery`."""
+"""Audits of a dataset of heatmaps: its statistics, the gallery page, the audit. Begin at `run`."""

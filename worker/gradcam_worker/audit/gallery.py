@@ -23,6 +23,7 @@ from gradcam_worker.audit.statistics import (
     ClassSummary,
     ReportProgress,
     TopRow,
+    open_dataset,
     read_statistics,
 )
 from gradcam_worker.errors import GradcamError, InvalidInput, InvalidRow
@@ -43,8 +44,7 @@ from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.schemas.job import ImageRef
 from gradcam_worker.settings import Settings
 from gradcam_worker.storage.s3 import S3
-from gradcam_worker.storage.stores import FolderStore, S3Store, Store
-from gradcam_worker.text.urls import without_secrets
+from gradcam_worker.storage.stores import FolderStore, Store
 
 MAX_PAGE_BYTES = 20_000_000  # what a browser opens without delay
 MAX_PICTURES = 1000  # images with a heatmap, on one page
@@ -113,20 +113,9 @@ def make(
     limits = Limits(
         settings.max_image_pixels, settings.max_image_side, convert_colors=settings.convert_colors
     )
-    result = gallery(_open_store(dataset, s3), UriFetcher(settings, s3), limits, options, report_progress)
+    result = gallery(open_dataset(dataset, s3), UriFetcher(settings, s3), limits, options, report_progress)
     FolderStore(output.parent).put(output.name, result.page, "text/html")
     return result
-
-
-def _open_store(dataset: str, s3: S3) -> Store:
-    scheme, colon, rest = dataset.partition("://")
-    if not colon:
-        return FolderStore(Path(dataset))
-    bucket, _, prefix = rest.partition("/")
-    if scheme != "s3" or not bucket:
-        message = f"{without_secrets(dataset)[:200]!r} is no dataset: name a folder, or s3://bucket/prefix."
-        raise InvalidInput(message)
-    return S3Store(s3, bucket, prefix.strip("/"))
 
 
 def gallery(

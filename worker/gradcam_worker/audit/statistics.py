@@ -9,6 +9,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,11 @@ from gradcam_worker.errors import InvalidInput, StorageUnavailable
 from gradcam_worker.gradcam.classes import fold
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.schemas.options import MethodSpec
+from gradcam_worker.storage.s3 import S3
 from gradcam_worker.storage.store import Store
+from gradcam_worker.storage.stores import FolderStore, S3Store
 from gradcam_worker.text.similar_names import nearest
+from gradcam_worker.text.urls import without_secrets
 
 READ_AHEAD_FILES = 4
 READ_TIMEOUT_S = 120.0  # for each file
@@ -184,12 +188,8 @@ def read_statistics(
         InvalidInput: There is no dataset, or a file is damaged.
         StorageUnavailable: The store cannot be listed.
     """
-    names = [name for name in store.names("data") if name.endswith(".parquet")]
-    if not names:
-        message = f"There is no dataset at {store.uri('data')}. {EXPECTED_FORMAT}"
-        raise InvalidInput(message)
     statistics = ClassStatistics(per_class)
-    for done, (name, data) in enumerate(_files(store, names)):
+    for name, data in read_files(store, report_progress):
         try:
             summary = read_summary(data)
             statistics.rows += summary.rows
@@ -200,8 +200,55 @@ def read_statistics(
         except (StorageUnavailable, InvalidInput, KeyError, TypeError, ValueError) as error:
             message = f"{store.uri(name)} is no part of a dataset: {error} {EXPECTED_FORMAT}"
             raise InvalidInput(message) from error
-        report_progress("files", done + 1, len(names))
     return statistics
+
+
+def open_dataset(dataset: str, s3: S3) -> Store:
+    """Open a dataset.
+
+    Args:
+        dataset: A folder, or s3://bucket/prefix.
+        s3: Reads buckets.
+
+    Returns:
+        Where its files are.
+
+    Raises:
+        InvalidInput: It is neither.
+    """
+    scheme, colon, rest = dataset.partition("://")
+    if not colon:
+        return FolderStore(Path(dataset))
+    bucket, _, prefix = rest.partition("/")
+    if scheme != "s3" or not bucket:
+        message = f"{without_secrets(dataset)[:200]!r} is no dataset: name a folder, or s3://bucket/prefix."
+        raise InvalidInput(message)
+    return S3Store(s3, bucket, prefix.strip("/"))
+
+
+def read_files(
+    store: Store, report_progress: ReportProgress = lambda *_: None
+) -> Iterator[tuple[str, bytes]]:
+    """Read the Parquet files of a dataset, in order, a few of them ahead.
+
+    Args:
+        store: Where the dataset is.
+        report_progress: Is called after each file, when the next one is asked for.
+
+    Yields:
+        Name and content of each file.
+
+    Raises:
+        InvalidInput: There is no dataset.
+        StorageUnavailable: The store cannot be listed.
+    """
+    names = [name for name in store.names("data") if name.endswith(".parquet")]
+    if not names:
+        message = f"There is no dataset at {store.uri('data')}. {EXPECTED_FORMAT}"
+        raise InvalidInput(message)
+    for done, file in enumerate(_files(store, names)):
+        yield file
+        report_progress("files", done + 1, len(names))
 
 
 def _files(store: Store, names: Sequence[str]) -> Iterator[tuple[str, bytes]]:

@@ -8,7 +8,7 @@ import click
 from click.core import ParameterSource
 
 from gradcam_worker import __version__, extras
-from gradcam_worker.cli import backfill, convert, gallery, jobs, operate, replay, serve, tenants
+from gradcam_worker.cli import audit, backfill, convert, gallery, jobs, operate, replay, serve, tenants
 from gradcam_worker.cli.options import json_option
 from gradcam_worker.errors import GradcamError, InvalidSettings
 from gradcam_worker.observability.logs import configure_logging
@@ -256,6 +256,7 @@ def doctor(
 for _command in (
     convert.convert,
     gallery.gallery,
+    audit.audit,
     jobs.explain,
     jobs.submit,
     jobs.status,

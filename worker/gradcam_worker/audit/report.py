@@ -1,0 +1,149 @@
+"""The format of an audit's report, `gradcam.audit/v1`: what a dataset of heatmaps says about its network.
+
+The same dataset and options always give the same report, byte for byte. Rows of the dataset are named by
+`[row, index]`: the number of the image in the backfill's input, and of the class among those explained of it.
+"""
+
+from typing import Any, Literal, get_args
+
+from pydantic import Field
+
+from gradcam_worker.schemas.model import ResponseModel
+
+Cause = Literal["right_reason", "wrong_reason", "wrong_on_object", "wrong_elsewhere", "unknown"]
+CAUSES: tuple[Cause, ...] = get_args(Cause)  # in the order in which reports list them
+CAUSE_TEXTS: dict[Cause, str] = {
+    "right_reason": "right for the right reason",
+    "wrong_reason": "right for the wrong reason",
+    "wrong_on_object": "wrong though looking at the object",
+    "wrong_elsewhere": "wrong and looking elsewhere",
+    "unknown": "unknown",
+}
+Place = Literal["on_object", "elsewhere", "unknown"]  # where a prediction's heat lies
+RowIndex = tuple[int, int]  # the columns `row` and `index`
+
+
+class DatasetFacts(ResponseModel):
+    """The dataset that was audited."""
+
+    uri: str
+    rows: int  # images of the input
+    explained: int  # images with heatmaps
+    failed: int
+    codes: dict[str, int]  # error code -> number of failed images
+    explanations: int  # heatmaps: one for each image and explained class
+    labelled: int  # explained images whose true class is known
+    located: int  # explained images with boxes or a mask
+    network: str
+    layer: str
+    weights_sha256: str | None
+    method: dict[str, Any]
+    against: tuple[int | str, ...] = ()
+    grid: tuple[int, int]  # rows and columns of the heatmaps
+    complete: bool  # False: the backfill has not ended, and rows of its input are missing
+
+
+class Basis(ResponseModel):
+    """What the places of the predictions' heat were judged by, each with the number of images."""
+
+    regions: int = 0  # by boxes or masks
+    typical_heat: int = 0  # by the typical heat of the predicted class, and the border of the image
+    nothing: int = 0  # too few images of the class, or a heatmap of zeros
+
+
+class Thresholds(ResponseModel):
+    """When a prediction counts as looking at the object.
+
+    With boxes or a mask of at most `largest_region` of the image: where `heat_inside` is at least `inside`,
+    or at least `over_chance` times the region's share of the image. Else: where `heat_at_border` is less
+    than `at_border`, and the agreement with the typical heat of the class is at least `agreement`.
+    """
+
+    inside: float = Field(default=0.5, ge=0, le=1)
+    over_chance: float = Field(default=2.0, ge=0)
+    largest_region: float = Field(default=0.67, ge=0, le=1)
+    at_border: float = Field(default=0.5, ge=0, le=1)
+    agreement: float = Field(default=0.3, ge=0)
+    typical_images: int = Field(default=8, ge=2)  # of which a typical heat is made, at least
+
+
+class ColumnFacts(ResponseModel):
+    """A column of the dataset."""
+
+    name: str
+    type: str  # Arrow's name
+    carried: bool  # from the backfill's input
+
+
+class HeatCells(ResponseModel):
+    """A heatmap on image coordinates, row by row, one byte for each cell; 255 is its peak."""
+
+    rows: int
+    columns: int
+    cells: str  # base64
+
+
+class ClassReport(ResponseModel):
+    """What is known of a class.
+
+    `causes` and `examples` are of the images that are predicted as the class.
+    """
+
+    id: int
+    wnid: str
+    name: str
+    images: int  # in which it was explained
+    predicted: int  # in which it came first
+    truths: int  # of which it is a true class, as far as labels are known
+    right: int  # predicted and true
+    missed: int  # true, and another class came first
+    accuracy: float | None  # share of `truths` that were predicted; None: no labels
+    precision: float | None  # share of the labelled predictions that are right; None: no labels
+    probability: float | None  # mean of its probability where it was explained
+    causes: dict[Cause, int]
+    elsewhere: int  # predictions that do not look at the object, with or without labels
+    typical_heat: HeatCells | None  # mean of its predictions, of the right ones where labels are known
+    mean_heat_inside: float | None  # of its predictions
+    mean_heat_at_border: float | None
+    to_learn: float
+    examples: dict[Cause, tuple[RowIndex, ...]] = Field(default_factory=dict)  # most confident first
+
+
+class Confusion(ResponseModel):
+    """Images of one true class that were predicted as another."""
+
+    truth: int
+    predicted: int
+    images: int
+    share: float  # of all images of the true class
+    causes: dict[Cause, int]
+    to_learn: float
+    examples: tuple[RowIndex, ...]  # most confident first; the row of the predicted class
+
+
+class DataFile(ResponseModel):
+    """A Parquet file of the dataset."""
+
+    name: str  # relative to the dataset
+    rows: int  # records, of failed images too
+    first: int | None  # least and greatest `row` in it
+    last: int | None
+    bytes: int
+
+
+class AuditReport(ResponseModel):
+    """`gradcam.audit/v1`: the report of `gradcam audit`."""
+
+    schema_: Literal["gradcam.audit/v1"] = Field(default="gradcam.audit/v1", alias="schema")
+    generator: str
+    dataset: DatasetFacts
+    basis: Basis
+    advice: tuple[str, ...]  # sentences: what would make the audit say more
+    thresholds: Thresholds
+    columns: tuple[ColumnFacts, ...]
+    classes: tuple[ClassReport, ...]  # those with the most to learn first
+    confusions: tuple[Confusion, ...]  # likewise
+    confusions_left_out: int = 0  # pairs with less to learn than the listed ones
+    shortcuts: tuple[dict[str, Any], ...] = ()
+    files: tuple[DataFile, ...]
+    map: str | None = None  # name of a Parquet file beside the report: row, index, x, y, cluster
