@@ -15,7 +15,7 @@ import redis
 
 from gradcam_worker.backfill import registry
 from gradcam_worker.backfill.registry import BackfillLease, RedisBackfillRegistry
-from gradcam_worker.errors import BackfillConflict
+from gradcam_worker.errors import BackfillConflict, BackfillRunning
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.operations import servers
 from gradcam_worker.operations.top import Dashboard
@@ -46,8 +46,14 @@ def lease(backfills: RedisBackfillRegistry, output: str = OUTPUT, **facts: Any) 
 def test_an_output_is_one_backfills_at_a_time(backfills: RedisBackfillRegistry) -> None:
     with (
         lease(backfills),
-        pytest.raises(BackfillConflict, match=r"run by process \d+ on .+: wait for it"),
+        pytest.raises(BackfillRunning, match=r"^The .* run by process \d+ on .+: wait for it"),
         lease(backfills),
+    ):
+        pass
+    with (
+        lease(backfills),
+        pytest.raises(BackfillConflict, match="Another backfill of .* is run by process"),
+        lease(backfills, backfill="other"),
     ):
         pass
     with lease(backfills) as later:
@@ -79,7 +85,7 @@ def test_one_that_was_killed_is_followed_and_finds_out(
         with lease(backfills) as later:
             later.check()
             killed.renew()
-            with pytest.raises(BackfillConflict, match="run by process"):
+            with pytest.raises(BackfillRunning, match="run by process"):
                 killed.check()
         killed.renew()
         assert not killed.status.is_owner, "not even when the other has left"

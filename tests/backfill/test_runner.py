@@ -25,6 +25,7 @@ from gradcam_worker.backfill.runner import BackfillRunner
 from gradcam_worker.backfill.sharding import cut_shards
 from gradcam_worker.errors import (
     BackfillConflict,
+    BackfillCanceled,
     BackfillStopped,
     BrokerUnavailable,
     GradcamError,
@@ -458,7 +459,7 @@ def test_whoever_cancels_it_stops_what_is_in_flight(harness: Harness, plan: Plan
             harness.registry.request_cancel(OUTPUT)
 
     harness.on_progress = cancel
-    with pytest.raises(BackfillStopped, match=r"cancelled on request.*--resume"):
+    with pytest.raises(BackfillCanceled, match=r"cancelled on request.*--resume"):
         harness.run(plan, images(40), window=3)
     states = Counter(entry.document.status for entry in harness.ledger._entries.values())
     assert states == {"canceled": 3}
@@ -555,7 +556,7 @@ def test_what_is_waited_for_before_it_begins_is_shown_and_can_be_cancelled(
     harness.ledger.claim(harness.ledger.submit(stray), WorkerRef(id="w", device="cpu"))
     harness.registry.record = BackfillRecord({"backfill": other}, (stray.id,), is_running=False)
     harness.on_progress = lambda _: harness.registry.request_cancel(OUTPUT) and None
-    with pytest.raises(BackfillStopped, match="cancelled on request"):
+    with pytest.raises(BackfillCanceled, match="cancelled on request"):
         harness.run(plan, images(8))
     assert harness.ledger.read(stray.id).cancel_requested_at
 
@@ -569,7 +570,7 @@ def test_what_is_cancelled_and_still_runs_is_remembered_as_in_flight(harness: Ha
         harness.registry.request_cancel(OUTPUT)
 
     harness.publish, harness.on_progress = claim, cancel
-    with pytest.raises(BackfillStopped):
+    with pytest.raises(BackfillCanceled):
         harness.run(plan, images(8), window=1)
     (running,) = harness.ledger._entries
     assert harness.registry.record is not None

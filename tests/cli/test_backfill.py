@@ -181,7 +181,7 @@ def test_an_interrupted_backfill_reports_shards_in_flight_and_can_be_resumed(
     assert re.search(r"shards +0 done, [34] in flight", shown)
     worker.idle.clear()
     assert main(arguments(image_list, worker, "--resume")) == 0
-    assert main(arguments(image_list, worker)) == 1
+    assert main(arguments(image_list, worker)) == 3
     assert "holds this very backfill, and it is complete: use --resume" in capsys.readouterr().err
 
 
@@ -201,7 +201,7 @@ def test_a_backfill_is_cancelled_by_another_process_while_it_runs_and_after_it_w
 
     canceller = threading.Thread(target=cancel)
     canceller.start()
-    assert main(arguments(image_list, worker)) == 1
+    assert main(arguments(image_list, worker)) == 6
     canceller.join()
     out, err = capsys.readouterr()
     assert codes == [0, 0]
@@ -258,15 +258,15 @@ def test_a_backfill_that_explains_no_row_fails_whatever_max_failed_says(
     worker: WorkerThread, image_list: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     worker.images.clear()
-    assert main([*arguments(image_list, worker), "--max-failed", "100%"]) == 1
+    assert main([*arguments(image_list, worker), "--max-failed", "100%"]) == 4
     assert "Nothing is explained: 0 of 20 rows are explained." in capsys.readouterr().out
 
 
 def test_an_error_is_one_sentence_on_standard_error(
     worker: WorkerThread, image_list: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def error_of(*command: str) -> str:
-        assert main(["backfill", *command]) == 1
+    def error_of(*command: str, code: int = 3) -> str:
+        assert main(["backfill", *command]) == code
         return capsys.readouterr().err
 
     output = f"file://{output_of(worker)}"
@@ -275,9 +275,9 @@ def test_an_error_is_one_sentence_on_standard_error(
     assert "holds no backfill: there is no backfill.json" in error_of("status", output)
     assert "holds no backfill: there is no backfill.json" in error_of("cancel", output)
     assert "none.csv" in error_of("none.csv", "--output", output)
-    assert "There is no class 'purple'" in error_of(*command, "--classes", "purple")
+    assert "There is no class 'purple'" in error_of(*command, "--classes", "purple", code=4)
     assert not output_of(worker).joinpath("dataset.json").exists()
-    assert main([*arguments(image_list, worker), "--max-failed", "0"]) == 1
+    assert main([*arguments(image_list, worker), "--max-failed", "0"]) == 4
     assert capsys.readouterr().err.endswith("More than 0% of the rows have failed.\n")
     assert "Its target is" in error_of(*command, "--top-n", "2", "--shard-rows", "4")
 
@@ -322,6 +322,6 @@ def test_a_backfill_without_redis_fails_before_it_writes_anything(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("GRADCAM_BROKER_URL", f"redis://127.0.0.1:{free_port}/0")
-    assert main(arguments(image_list, worker)) == 1
+    assert main(arguments(image_list, worker)) == 5
     assert "cannot be reached" in capsys.readouterr().err
     assert not output_of(worker).exists()

@@ -77,7 +77,7 @@ class TestExplain:
         manifest = Manifest.model_validate_json((folder / "manifest.json").read_bytes())
         assert [label.name for label in manifest.against] == ["tabby", "lynx"]
         assert "not 281 tabby or 287 lynx" in (folder / "report.html").read_text()
-        assert main(["explain", image, "--classes", "281", "--against", "tabby", "-o", str(tmp_path)]) == 1
+        assert main(["explain", image, "--classes", "281", "--against", "tabby", "-o", str(tmp_path)]) == 3
         assert "against itself" in capsys.readouterr().err
 
     @pytest.mark.usefixtures("one_lite0")
@@ -89,7 +89,7 @@ class TestExplain:
         assert main(["explain", image, *chosen, "-o", str(tmp_path)]) == 0
         method = Manifest.model_validate_json((tmp_path / "coffee" / "manifest.json").read_bytes()).method
         assert (method.name, method.masks, method.cells, method.seed) == ("rise", 31, 5, 4)
-        assert main(["explain", image, "--occlusion-window", "9", "-o", str(tmp_path)]) == 1
+        assert main(["explain", image, "--occlusion-window", "9", "-o", str(tmp_path)]) == 3
         assert "window is a parameter of occlusion, not of gradcam" in capsys.readouterr().err
 
     @pytest.mark.usefixtures("one_lite0")
@@ -260,7 +260,7 @@ class TestManyFiles:
     ) -> None:
         images = [str(write_image(tmp_path, name)) for name in ("a.png", "b.png")]
         tiny.labels = ClassIndex.of(["red", "green", "blue"])
-        assert main(["explain", *images, *options, "-o", str(tmp_path / "out")]) == 1
+        assert main(["explain", *images, *options, "-o", str(tmp_path / "out")]) == 3
         assert capsys.readouterr().err.count(message) == 1
 
 
@@ -283,7 +283,7 @@ def test_a_network_of_two_classes_needs_no_top_n(
     assert main(["explain", image, *against, *how]) == 0
     (result,) = json.loads(capsys.readouterr().out)
     assert [explanation["class"]["id"] for explanation in result["manifest"]["explanations"]] == explained
-    assert main(["explain", image, "--top-n", "3", *how]) == 1, "what somebody asks for is not changed"
+    assert main(["explain", image, "--top-n", "3", *how]) == 3, "what somebody asks for is not changed"
     assert "top_n is 3: it must be from 1 to 2" in capsys.readouterr().err
 
 
@@ -317,7 +317,7 @@ def test_names_with_commas_are_quoted(
     assert main(["explain", image, *options, "--json", "-o", str(tmp_path / "out")]) == 0
     (result,) = json.loads(capsys.readouterr().out)
     assert [explanation["class"]["id"] for explanation in result["manifest"]["explanations"]] == [0, 1]
-    assert main(["explain", image, "--classes", "benign, no finding"]) == 1
+    assert main(["explain", image, "--classes", "benign, no finding"]) == 3
     assert (
         "a name that holds a comma stands in double quotes, as in '\"crane, bird\",pier'"
         in capsys.readouterr().err
@@ -328,7 +328,7 @@ def test_an_unknown_artifact_is_refused_with_a_list_of_the_known_ones(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "a.jpg").touch()
-    assert main(["explain", str(tmp_path / "a.jpg"), "--artifact", "poster"]) == 1
+    assert main(["explain", str(tmp_path / "a.jpg"), "--artifact", "poster"]) == 3
     error = capsys.readouterr().err
     assert "'poster'" in error
     assert "'animation'" in error

@@ -52,14 +52,14 @@ def test_a_tenant_is_made_with_places_of_its_own_and_changed(
     changed = Tenants(server).get("acme")
     assert (changed.share, changed.inputs, changed.jobs_per_day, changed.scopes) == (2, (), 5, ("read",))
     code, _, errors = run("tenants", "set", "globex", "--input", "s3://uploads")
-    assert (code, "invalid_policy" in errors) == (1, True)
+    assert (code, "invalid_policy" in errors) == (3, True)
     code, _, errors = run(
         "tenants", "set", "initech", "--output", "s3://else/initech", "--uploads", "s3://up/i"
     )
     assert (code, "GRADCAM_OUTPUT_PREFIXES" in errors) == (0, True)
     run("tenants", "remove", "initech")
     code, _, errors = run("tenants", "set", "../x")
-    assert (code, "name: " in errors) == (1, True)
+    assert (code, "name: " in errors) == (3, True)
     assert [one.name for one in Tenants(server).find_all()] == ["acme"]
 
 

@@ -136,7 +136,7 @@ def test_a_backfill_is_stopped_killed_and_resumed_and_has_each_row_once(at_work:
         system.uri("stopped"),
         "--resume",
     )
-    assert second.returncode == 1
+    assert second.returncode == 8
     assert f"is run by process {first.pid} on" in second.stderr
     first.send_signal(signal.SIGINT)
     _, err = first.communicate(timeout=WAIT_S)
@@ -188,7 +188,7 @@ def test_two_at_once_get_turns_and_one_is_cancelled_and_gone_on_with(system: Any
         assert canceled.returncode == 0, canceled.stderr
         assert "The backfill was running and is stopped." in canceled.stdout
         _, err = other.communicate(timeout=WAIT_S)
-        assert other.returncode == 1
+        assert other.returncode == 6
         assert "cancelled on request" in err
         stopped = system.run("status", system.uri("other"), "--json")
         assert json.loads(stopped.stdout)["state"] == "stopped"

@@ -387,7 +387,7 @@ class TestCommand:
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         (tmp_path / "photos" / "grey").mkdir(parents=True)
-        assert main(["doctor", "--sample", str(tmp_path / "photos")]) == 1
+        assert main(["doctor", "--sample", str(tmp_path / "photos")]) == 3
         assert "Error (invalid_input): The folder 'grey' names no class" in capsys.readouterr().err
 
     def test_without_one_network_of_the_operators_own_it_must_be_named(
@@ -395,7 +395,7 @@ class TestCommand:
     ) -> None:
         assert main(["doctor", "--sample", str(tmp_path)]) == 1
         assert "Say with --network which one is meant: GRADCAM_NETWORKS names none" in capsys.readouterr().err
-        assert main(["doctor", "--sample", str(tmp_path), "--network", "vgg61"]) == 1
+        assert main(["doctor", "--sample", str(tmp_path), "--network", "vgg61"]) == 3
         assert "Did you mean 'vgg16'" in capsys.readouterr().err
 
 

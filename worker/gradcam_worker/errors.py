@@ -58,7 +58,9 @@
     │   ├── DuplicateId                duplicate_id              fails
     │   ├── UnknownBackfill            unknown_backfill          fails
     │   ├── BackfillConflict           backfill_conflict         raised
-    │   └── BackfillStopped            backfill_stopped          raised
+    │   ├── BackfillRunning            backfill_running          raised
+    │   ├── BackfillStopped            backfill_stopped          raised
+    │   └── BackfillCanceled           backfill_canceled         raised
     ├── RequestError
     │   ├── InvalidRequest             invalid_request           raised
     │   ├── RequestTooLarge            request_too_large         raised
@@ -69,7 +71,8 @@
     │   ├── WorkerLost                 worker_lost               retried
     │   ├── NetworkCrashed             network_crashed           fails
     │   ├── EngineUnavailable          engine_unavailable        retried
-    │   └── WorkerUnfit                worker_unfit              raised
+    │   ├── WorkerUnfit                worker_unfit              raised
+    │   └── NoWorker                   no_worker                 raised
     ├── InvalidSettings                invalid_settings          raised
     ├── MissingExtra                   missing_extra             raised
     └── InternalError                  internal                  retried
@@ -559,10 +562,18 @@ class UnknownBackfill(BackfillError, PermanentError):
 
 
 class BackfillConflict(BackfillError, LocalError):
-    """The output holds another backfill, or somebody else runs this one."""
+    """The output holds another backfill, or what it holds does not fit what is asked for."""
 
     code = "backfill_conflict"
     public_message = "This is being done already, or was begun in another way."
+
+
+class BackfillRunning(BackfillError, LocalError):
+    """Another process runs this backfill."""
+
+    code = "backfill_running"
+    retryable = True
+    public_message = "This is being done already. Please try again later."
 
 
 class BackfillStopped(BackfillError, LocalError):
@@ -570,6 +581,13 @@ class BackfillStopped(BackfillError, LocalError):
 
     code = "backfill_stopped"
     public_message = "Too many images failed, and the others were not tried."
+
+
+class BackfillCanceled(BackfillError, LocalError):
+    """The backfill was cancelled while it ran. What is done is kept."""
+
+    code = "backfill_canceled"
+    public_message = "This batch of images was cancelled."
 
 
 class RequestError(GradcamError):
@@ -656,6 +674,14 @@ class WorkerUnfit(WorkerError, LocalError):
     code = "worker_unfit"
     retryable = True
     public_message = "The service cannot take this request just now. Please try again later."
+
+
+class NoWorker(WorkerError, LocalError):
+    """No worker is alive that could do what is asked for at once."""
+
+    code = "no_worker"
+    retryable = True
+    public_message = "The service cannot do this just now. Please try again later."
 
 
 class InvalidSettings(LocalError):

@@ -30,6 +30,7 @@ from devtools.docs.log_events import log_calls
 from gradcam_worker import errors
 from gradcam_worker.backfill.plan import Plan
 from gradcam_worker.cli.commands import gradcam
+from gradcam_worker.cli.exit_codes import MEANINGS, ExitCode
 from gradcam_worker.gateway.app import create_app
 from gradcam_worker.observability.definitions import METRICS, PREFIX
 from gradcam_worker.schemas.job import ID_PATTERN, Job
@@ -88,7 +89,9 @@ def settings() -> Iterator[str]:
 
 
 def command_line() -> Iterator[str]:
-    """docs/reference/command-line.md: every command, from click."""
+    """docs/reference/command-line.md: the exit codes, and every command, from click."""
+    yield from ("", "## Exit codes")
+    yield from _table("codes", ("code", "meaning"), ((f"`{code:d}`", MEANINGS[code]) for code in ExitCode))
     for words, command in _commands(("gradcam",), gradcam):
         yield from ("", f"{'##' if len(words) == 1 else '###'} {' '.join(words)}")
         # A command keeps its first context's names for --help, and a test may run it afterwards.

@@ -25,7 +25,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from gradcam_worker.errors import BackfillConflict, LedgerUnavailable
+from gradcam_worker.errors import BackfillConflict, BackfillRunning, GradcamError, LedgerUnavailable
 from gradcam_worker.redis_server.client import RedisServer
 from gradcam_worker.redis_server.script import LuaScript
 from gradcam_worker.resilience.background_loop import BackgroundLoop
@@ -227,13 +227,16 @@ class BackfillLease:
     _owner: str = field(default_factory=new_id, init=False)
 
     def __enter__(self) -> Self:
-        """Acquire the lease. Raises BackfillConflict if another process holds it, LedgerUnavailable."""
+        """Acquire the lease. Raises BackfillRunning if another process holds it, LedgerUnavailable.
+
+        BackfillConflict: it is held by the process of another backfill.
+        """
         status, end = self.renew(enter=True), time.monotonic() + LEASE_S + RENEWAL_INTERVAL_S
         while not status.is_owner and _was_killed(status.previous) and time.monotonic() < end:
             time.sleep(RENEWAL_INTERVAL_S / 2)
             status = self.renew(enter=True)
         if not status.is_owner:
-            raise BackfillConflict(_held_elsewhere(self.output, status.previous))
+            raise self._held_elsewhere(status.previous)
         self.previous, self.token = status.previous, status.token
         # Without `outages`: the runner reports them.
         self._loop = BackgroundLoop("backfill-lease", self.renew, RENEWAL_INTERVAL_S)
@@ -258,12 +261,22 @@ class BackfillLease:
         return self.status
 
     def check(self) -> None:
-        """Raise BackfillConflict if another process holds the lease now."""
+        """Raise BackfillRunning if another process holds the lease now; BackfillConflict: as when entered."""
         if not self.status.is_owner:
-            raise BackfillConflict(_held_elsewhere(self.output, self.status.previous))
+            raise self._held_elsewhere(self.status.previous)
 
     def _process_facts(self) -> dict[str, Any]:
         return {**self.facts(), "host": platform.node(), "pid": os.getpid()}
+
+    def _held_elsewhere(self, record: BackfillRecord | None) -> GradcamError:
+        facts = record.facts if record else {}
+        is_same = facts.get("backfill") == self.facts()["backfill"]
+        kind, whose = (BackfillRunning, "The") if is_same else (BackfillConflict, "Another")
+        return kind(
+            f"{whose} backfill of {self.output} is run by process {facts.get('pid')} on {facts.get('host')}: "
+            "wait for it, or stop it there, or by `gradcam backfill cancel`. If it was killed, try again in "
+            f"{LEASE_S:g} seconds."
+        )
 
 
 def _was_killed(record: BackfillRecord | None) -> bool:
@@ -278,12 +291,3 @@ def _was_killed(record: BackfillRecord | None) -> bool:
     except OSError:  # another user's process
         return False
     return False
-
-
-def _held_elsewhere(output: str, record: BackfillRecord | None) -> str:
-    facts = record.facts if record else {}
-    return (
-        f"The backfill of {output} is run by process {facts.get('pid')} on {facts.get('host')}: wait for it, "
-        "or stop it there, or by `gradcam backfill cancel`. If it was killed, try again in "
-        f"{LEASE_S:g} seconds."
-    )

@@ -21,7 +21,13 @@ from gradcam_worker.backfill.output import DatasetDir, WeightsCheck
 from gradcam_worker.backfill.plan import Plan
 from gradcam_worker.backfill.progress import Progress, RateMeter
 from gradcam_worker.backfill.registry import BackfillLease, BackfillRegistry
-from gradcam_worker.errors import BackfillConflict, BackfillStopped, InvalidInput, LedgerUnavailable
+from gradcam_worker.errors import (
+    BackfillCanceled,
+    BackfillConflict,
+    BackfillStopped,
+    InvalidInput,
+    LedgerUnavailable,
+)
 from gradcam_worker.ledger.ledger import Ledger, Tenant
 from gradcam_worker.resilience.prefetch import Prefetcher
 from gradcam_worker.schemas.legacy_rows import row_state
@@ -104,7 +110,9 @@ class BackfillRunner:
 
         Raises:
             BackfillConflict: The output belongs to another backfill, or the input has changed.
-            BackfillStopped: It was cancelled, too many rows failed, or no shard can succeed.
+            BackfillRunning: Another process runs it now.
+            BackfillStopped: Too many rows failed, or no shard can succeed.
+            BackfillCanceled: It was cancelled.
             StorageUnavailable: The output cannot be read or written.
             InvalidInput: The input is empty, or cannot be read further.
         """
@@ -146,10 +154,10 @@ class BackfillRunner:
             time.sleep(MIN_POLL_INTERVAL_S)
 
     def _check_lease(self) -> None:
-        """Raise BackfillConflict if the lease is lost, BackfillStopped if a cancel was requested."""
+        """Raise BackfillRunning if the lease is lost, BackfillCanceled if a cancel was requested."""
         self._lease.check()
         if self._lease.status.cancel_requested:
-            self._stop("The backfill was cancelled on request.")
+            self._stop("The backfill was cancelled on request.", BackfillCanceled)
 
     def _check_failures(self) -> None:
         """Raise BackfillStopped if too many rows have failed."""
@@ -307,14 +315,20 @@ class BackfillRunner:
                 resume=False,
             )
 
-    def _stop(self, reason: str, *, resume: bool = True) -> None:
-        """Cancel the shards in flight and raise BackfillStopped."""
+    def _stop(
+        self,
+        reason: str,
+        kind: type[BackfillStopped | BackfillCanceled] = BackfillStopped,
+        *,
+        resume: bool = True,
+    ) -> None:
+        """Cancel the shards in flight and raise `kind`."""
         try:
             self.in_flight.cancel()
         except LedgerUnavailable as error:
             self._warn(f"What is in flight cannot be cancelled, and comes to its end by itself: {error}")
         self._report_progress()
-        raise BackfillStopped(f"{reason} To go on with it: --resume." if resume else reason)
+        raise kind(f"{reason} To go on with it: --resume." if resume else reason)
 
     def _commit(self) -> dict[str, Any]:
         if not self._shard_keys:

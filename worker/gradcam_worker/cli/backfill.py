@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from pydantic import ValidationError
 
+from gradcam_worker.cli.exit_codes import ExitCode
 from gradcam_worker.cli.options import explanation_options, json_option, parse_named, with_default_target
 from gradcam_worker.errors import InvalidJob, UnknownNetwork, UriNotAllowed
 from gradcam_worker.operations import console
@@ -147,7 +148,7 @@ def run(
     s3://bucket/prefix, or - for standard input.
 
     Progress is printed on standard error, the result on standard output; with --json both are printed on
-    standard output. Stop with Ctrl-C at any time, and continue with --resume. Exit code 1 if the dataset is
+    standard output. Stop with Ctrl-C at any time, and continue with --resume. Exit code 4 if the dataset is
     not complete, or if more rows failed than --max-failed allows.
 
     `gradcam backfill status OUTPUT` shows the progress, `gradcam backfill cancel OUTPUT` stops it.
@@ -208,7 +209,9 @@ def run(
             in_flight = counted(len(runner.in_flight), "shard is", "shards are")
             left = f" {in_flight} in flight and will still finish." if runner.in_flight else ""
             console.err.print(f"Stopped.{left} Continue with --resume.", soft_wrap=True)
-            return 130
+            if as_json:
+                print_line("stopped", {"output": plan.output, **runner.progress.facts()})
+            return ExitCode.INTERRUPTED
         if skipped := opened.own_files():
             files = counted(skipped, "file")
             progress.note(f"Skipped {files} of the input folder that a backfill wrote.")
@@ -220,13 +223,13 @@ def run(
     if not summary:
         lost = counted(runner.progress.lost, "shard")
         console.err.print(f"[red]Incomplete[/]: {lost} failed as a whole. Run them again with --resume.")
-        return 1
+        return ExitCode.ROWS_FAILED
     if summary["failed"] == summary["rows"]:
-        return 1  # the summary shows it
+        return ExitCode.ROWS_FAILED  # the summary shows it
     if summary["failed"] > run_options.max_failed * summary["rows"]:
         console.err.print(f"[red]More than {run_options.max_failed:.0%} of the rows have failed.[/]")
-        return 1
-    return 0
+        return ExitCode.ROWS_FAILED
+    return ExitCode.SUCCESS
 
 
 def _policy(tenant: str | None, ledger: "RedisLedger") -> "TenantPolicy | None":

@@ -1,6 +1,6 @@
 """The entry point of `gradcam`. It is part of the base install, which has no click and rich.
 
-Exit codes: 0 success, 1 failure (the reason is on standard error), 2 wrong usage, 130 stopped by Ctrl-C.
+Exit codes: see `gradcam_worker.cli.exit_codes`.
 """
 
 import atexit

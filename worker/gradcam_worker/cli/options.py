@@ -4,6 +4,7 @@ import contextlib
 import functools
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -39,9 +40,24 @@ MASKING_OPTIONS = {  # of the methods that cover parts of the image: option, lea
 }
 
 
+@dataclass
+class PrintedForm:
+    """What the command line's context holds: in which form errors are printed."""
+
+    as_json: bool = False
+
+
 def json_option(help_text: str = "Print JSON, for programs.") -> Callable[[Command], Command]:
-    """The option `--json`, as the keyword argument `as_json`."""
-    return click.option("--json", "as_json", is_flag=True, help=help_text)
+    """The option `--json`, as the keyword argument `as_json`. Errors of its command are JSON, too."""
+    # Eager: what is wrong with another option is JSON, wherever --json stands.
+    return click.option(
+        "--json", "as_json", is_flag=True, is_eager=True, callback=_print_errors_as_json, help=help_text
+    )
+
+
+def _print_errors_as_json(context: click.Context, _: click.Parameter, as_json: bool) -> bool:
+    context.ensure_object(PrintedForm).as_json = as_json
+    return as_json
 
 
 def parse_duration(_: click.Context, __: click.Parameter, text: str | None) -> float | None:

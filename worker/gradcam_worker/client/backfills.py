@@ -1,5 +1,6 @@
 """The state of a backfill, and its end from another process: for the command line and the HTTP API."""
 
+import json
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from gradcam_worker.backfill.inflight import cancel as cancel_shards
 from gradcam_worker.backfill.output import DatasetDir
 from gradcam_worker.backfill.registry import BackfillRecord, RedisBackfillRegistry
+from gradcam_worker.errors import GradcamError, error_class
 from gradcam_worker.ledger.ledger import Ledger
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.settings import Settings
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 
 POLL_INTERVAL_S = 0.2
 CANCEL_TIMEOUT_S = 15.0
+ERROR_LINE = '{"event": "error"'  # how the line begins that a command prints as it fails
+MAX_MESSAGE = 1000  # characters of an error's message that are kept
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,22 @@ def open_dataset(output: str, settings: Settings, s3: "S3 | None" = None) -> Dat
     from gradcam_worker.storage.stores import Stores
 
     return DatasetDir(Stores(settings, s3 or S3(settings)).open(output))
+
+
+def error_of(printed: str) -> GradcamError | None:
+    """The error that `gradcam backfill --json` has ended with.
+
+    Args:
+        printed: What it has printed.
+
+    Returns:
+        The error; None where it has printed none.
+    """
+    for line in reversed(printed.splitlines()):
+        if line.startswith(ERROR_LINE):
+            error = json.loads(line)["error"]
+            return error_class(error["code"])(error["message"][:MAX_MESSAGE])
+    return None
 
 
 def read_status(output: str, settings: Settings, s3: "S3 | None" = None) -> dict[str, Any]:

@@ -4,7 +4,6 @@ import asyncio
 import base64
 import binascii
 import json
-import re
 import signal
 import sys
 import tempfile
@@ -31,7 +30,6 @@ from gradcam_worker.errors import (
     MissingExtra,
     OutputNotAllowed,
     UnknownBackfill,
-    error_class,
 )
 from gradcam_worker.gateway import bodies
 from gradcam_worker.gateway.access.caller import Caller
@@ -49,7 +47,6 @@ log = EventLogger("gradcam")
 MAX_BODY_BYTES = 512 * 1024
 START_TIMEOUT_S = 60.0  # until it holds its lease, or has refused
 POLL_INTERVAL_S = 0.1
-SAID = re.compile(r"Error \((\w+)\):\s*(.*)", re.DOTALL)
 
 router = APIRouter(prefix="/v1/backfills", tags=["backfills"])
 Starter = Annotated[Caller, CallerWith("backfills")]
@@ -266,10 +263,7 @@ def _wait(process: Popen[bytes]) -> int:
 
 def _refusal(said: str) -> GradcamError:
     """The error that the command has ended with."""
-    found = SAID.search(said)
-    if not found:
-        return BackfillStopped(f"The backfill ended: {said[-500:]}")
-    return error_class(found[1])(found[2].strip()[-1000:])
+    return backfills.error_of(said) or BackfillStopped(f"The backfill ended: {said[-500:]}")
 
 
 def command_of(wanted: BackfillRequest, caller: Caller) -> list[str]:

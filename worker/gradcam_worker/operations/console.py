@@ -46,6 +46,11 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2))  # noqa: T201  # rich would wrap and color it
 
 
+def print_json_line(value: Any) -> None:
+    """Print a value as one line of JSON on standard output, at once."""
+    print(json.dumps(value), flush=True)  # noqa: T201  # rich would wrap and color it
+
+
 def table(*columns: str, title: str | None = None, numbers: Sequence[str] = ()) -> Table:
     """Make an empty table; the columns named in `numbers` are right-aligned, and keep their width."""
     empty = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)

@@ -1,6 +1,5 @@
 """The progress of a backfill: a bar on a terminal, plain lines in a log, JSON for programs."""
 
-import json
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -108,7 +107,7 @@ class BackfillProgressBar:
 
 def print_line(event: str, facts: Mapping[str, Any]) -> None:
     """Print an event as one line of JSON."""
-    print(json.dumps({"event": event, **facts}), flush=True)  # noqa: T201  # rich would wrap and color it
+    console.print_json_line({"event": event, **facts})
 
 
 def print_summary(summary: Mapping[str, Any], output: str, settings: Settings) -> None:
