@@ -52,7 +52,7 @@ def test_an_output_is_one_backfills_at_a_time(backfills: RedisBackfillRegistry) 
         pass
     with (
         lease(backfills),
-        pytest.raises(BackfillConflict, match="Another backfill of .* is run by process"),
+        pytest.raises(BackfillConflict, match=r"Another backfill of .* is run by process"),
         lease(backfills, backfill="other"),
     ):
         pass

@@ -24,8 +24,8 @@ from gradcam_worker.backfill.registry import BackfillRecord, LeaseStatus
 from gradcam_worker.backfill.runner import BackfillRunner
 from gradcam_worker.backfill.sharding import cut_shards
 from gradcam_worker.errors import (
-    BackfillConflict,
     BackfillCanceled,
+    BackfillConflict,
     BackfillStopped,
     BrokerUnavailable,
     GradcamError,
