@@ -3,6 +3,7 @@
     bench           how fast, and how much memory: `scripts/bench`
     faults          attacks on the guarantees: `scripts/faults`
     deploy_checks   docker/ and deploy/ without Docker and without a cluster: `scripts/check-deploy`
+    planted         small networks with a shortcut planted into their training
     agreement       our numbers against the same computed in other ways: `scripts/agreement`
     docs            generated pages and schemas, pictures, the site: `scripts/docs`, `scripts/pictures`
     release         wheel and sdist: `scripts/release`
