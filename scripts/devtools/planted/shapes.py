@@ -103,7 +103,8 @@ def _background(rng: np.random.Generator) -> Pixels:
 def _striped(background: Pixels) -> Pixels:
     rows, columns = np.mgrid[:SIDE, :SIDE]
     stripes = np.where((rows + columns) % 6 < 3, 22, -22)[..., np.newaxis]  # noqa: PLR2004  # half of six pixels
-    return np.clip(background.astype(np.int16) + stripes, 0, 255).astype(np.uint8)
+    striped: Pixels = np.clip(background.astype(np.int16) + stripes, 0, 255).astype(np.uint8)
+    return striped
 
 
 def _with_shape(background: Pixels, shape: str, rng: np.random.Generator) -> tuple[Pixels, list[float]]:
