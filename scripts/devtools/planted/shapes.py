@@ -97,7 +97,8 @@ def _background(rng: np.random.Generator) -> Pixels:
     """Noise in two sizes, around a grey of any brightness and a little colour."""
     level = rng.uniform(60, 130) + rng.uniform(-25, 25, 3)
     coarse = cv2.resize(rng.normal(0, 18, (6, 6, 3)), (SIDE, SIDE), interpolation=cv2.INTER_CUBIC)
-    return np.clip(level + coarse + rng.normal(0, 9, (SIDE, SIDE, 3)), 0, 255).astype(np.uint8)
+    noise = rng.normal(0, 9, (SIDE, SIDE, 3))
+    return np.asarray(np.clip(level + coarse + noise, 0, 255), np.uint8)
 
 
 def _striped(background: Pixels) -> Pixels:
