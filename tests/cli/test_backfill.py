@@ -185,6 +185,67 @@ def test_an_interrupted_backfill_reports_shards_in_flight_and_can_be_resumed(
     assert "holds this very backfill, and it is complete: use --resume" in capsys.readouterr().err
 
 
+def test_one_is_continued_without_its_input_and_options(
+    worker: WorkerThread,
+    image_list: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(image_list.parent)
+    options = ["--classes", "red", "--classes", "0", "--overlays", "--shard-rows", "4", "--max-failed", "90%"]
+    command = ["backfill", image_list.name, *options, "--output", f"file://{output_of(worker)}"]
+    missing = worker.images.pop("s3://in/3.png")
+    assert main(command) == 0
+    begun = json.loads(output_of(worker).joinpath("backfill.json").read_text())
+    assert begun["given"] == {
+        "input_": str(image_list),
+        "classes": ["red", "0"],
+        "artifacts": ["overlay"],
+        "shard_rows": "4",
+        "max_failed": "90%",
+    }
+    monkeypatch.chdir("/")
+    worker.images["s3://in/3.png"] = missing
+    again = ["backfill", "--output", f"file://{output_of(worker)}"]
+    assert main([*again, "--only-failed", "--max-failed", "80%"]) == 0
+    assert "Complete: 19 of 20 rows are explained." in capsys.readouterr().out
+    now = json.loads(output_of(worker).joinpath("backfill.json").read_text())
+    assert now["id"] == begun["id"]
+    assert now["given"] == {**begun["given"], "max_failed": "80%"}
+    assert main([*again, "--resume", "--top-n", "1"]) == 2
+    assert "give --top-n or --classes" in capsys.readouterr().err
+    assert main([*again, "--resume", "--classes", "red"]) == 3
+    assert "Its target is" in capsys.readouterr().err
+    assert main(again) == 2
+    assert "Missing argument 'INPUT'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, "by an earlier version"),
+        ({"input_": "-", "top_n": "1"}, "was standard input, which cannot be read"),
+    ],
+)
+def test_what_cannot_be_repeated_is_told(
+    worker: WorkerThread,
+    image_list: Path,
+    capsys: pytest.CaptureFixture[str],
+    given: dict[str, str],
+    said: str,
+) -> None:
+    assert main(arguments(image_list, worker)) == 0
+    plan = output_of(worker) / "backfill.json"
+    plan.write_text(json.dumps({**json.loads(plan.read_text()), "given": given}))
+    again = ["backfill", "--output", f"file://{output_of(worker)}", "--resume"]
+    assert main(again) == 3
+    assert said in capsys.readouterr().err
+    given = {"input_": str(image_list), "for_api": "{}"}
+    plan.write_text(json.dumps({**json.loads(plan.read_text()), "given": given}))
+    assert main([*again, "--top-n", "2"]) == 2
+    assert "--top-n cannot be changed: the HTTP API began" in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("interruptible")
 def test_a_backfill_is_cancelled_by_another_process_while_it_runs_and_after_it_was_stopped(
     worker: WorkerThread, image_list: Path, capsys: pytest.CaptureFixture[str]

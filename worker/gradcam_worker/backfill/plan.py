@@ -41,10 +41,13 @@ class Plan(RequestModel):
     artifacts: Annotated[tuple[OverlaySpec, ...], Field(max_length=3)] = ()
     shard_rows: Annotated[int, Field(ge=1, le=MAX_ROWS)] = 256
     created_at: AwareDatetime = Field(default_factory=utc_now)
+    # Input and options of the command that began it, by the names of their parameters; they are used where a
+    # command that continues it omits them. Text, yes or no, and lists of these; paths are absolute.
+    given: dict[str, str | bool | tuple[str, ...]] = Field(default_factory=dict)
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return without_defaults(self, serialize(self), ["inputs"])
+        return without_defaults(self, serialize(self), ["inputs", "given"])
 
     @model_validator(mode="after")
     def _valid_as_job(self) -> Self:

@@ -5,6 +5,7 @@ import json
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +14,10 @@ from pydantic import ValidationError
 
 from gradcam_worker.cli.exit_codes import ExitCode
 from gradcam_worker.cli.options import explanation_options, json_option, parse_named, with_default_target
-from gradcam_worker.errors import InvalidJob, UnknownNetwork, UriNotAllowed
+from gradcam_worker.errors import InvalidInput, InvalidJob, UnknownNetwork, UriNotAllowed
 from gradcam_worker.operations import console
 from gradcam_worker.schemas.model import describe
+from gradcam_worker.schemas.options import is_default_target
 from gradcam_worker.schemas.shard import MAX_ROWS
 from gradcam_worker.schemas.status import Problem
 from gradcam_worker.schemas.work import ROUTE
@@ -23,11 +25,17 @@ from gradcam_worker.settings import Settings
 from gradcam_worker.text.visible import counted
 
 if TYPE_CHECKING:  # slow to import
+    from gradcam_worker.backfill.output import DatasetDir
     from gradcam_worker.backfill.plan import Plan
     from gradcam_worker.gateway.access.tenants import TenantPolicy
     from gradcam_worker.ledger.redis.store import RedisLedger
     from gradcam_worker.schemas.shard import Row
 
+GIVEN = "gradcam.given"  # in a context's `meta`: what is stored as `Plan.given`
+REPEATING = ("only_failed", "changed")  # these options continue a backfill, too
+MAY_CHANGE = {"output", "resume", *REPEATING, "as_json", "window", "rate", "max_failed"}
+NOT_STORED = {"output", "resume", *REPEATING, "as_json"}
+LOCAL_PATHS = {"input_"}  # parameters whose value may be the path of a local file
 STATE_COLORS = {"running": "cyan", "complete": "green", "stopped": "yellow", "damaged": "red"}
 
 
@@ -68,6 +76,51 @@ class _RunCommand(click.Command):
             help="Also write an overlay image for each explanation.",
         )
         self.params = [overlays if option.name == "artifacts" else option for option in self.params]
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """See `click.Command`. Where INPUT is omitted, input and options are those of the stored plan."""
+        given = _plain_values(self.make_parser(ctx).parse_args([*args])[0])
+        if "input_" not in given and "output" in given and any(map(given.get, ("resume", *REPEATING))):
+            ctx.default_map = _stored_options(given["output"])
+            if "for_api" in ctx.default_map and (others := given.keys() - MAY_CHANGE):
+                names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(others))
+                message = f"{names} cannot be changed: the HTTP API began this backfill"
+                raise click.UsageError(message, ctx)
+        ctx.meta[GIVEN] = {**(ctx.default_map or {}), **_absolute(given)}
+        return super().parse_args(ctx, args)
+
+
+def _plain_values(parsed: Mapping[str, object]) -> dict[str, Any]:
+    """What the words of a command line are, by parameter, as values of JSON; nothing for those not given."""
+    lists = {name: [*value] if isinstance(value, tuple) else value for name, value in parsed.items()}
+    return {name: value for name, value in lists.items() if isinstance(value, str | bool | list)}
+
+
+def _absolute(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a command line, with absolute paths where they name files of this machine."""
+
+    def absolute(value: str) -> str:
+        is_path = "://" not in value and value != "-" and Path(value).exists()
+        return str(Path(value).absolute()) if is_path else value
+
+    paths = {name: absolute(given[name]) for name in LOCAL_PATHS & given.keys()}
+    return {**given, **paths}
+
+
+def _stored_options(output: str) -> dict[str, Any]:
+    """Input and options of the command that began a backfill. Raises InvalidInput if they are not known."""
+    from gradcam_worker.client.backfills import open_dataset
+
+    given = open_dataset(output, Settings.from_environment()).require_plan().given
+    if not given:
+        message = (
+            f"{output} was begun by an earlier version, which stored no options: name INPUT and options."
+        )
+        raise InvalidInput(message)
+    if given.get("input_") == "-":
+        message = "The input of this backfill was standard input, which cannot be read again: name INPUT."
+        raise InvalidInput(message)
+    return given
 
 
 class _BackfillGroup(click.Group):
@@ -147,6 +200,9 @@ def run(
     """Explain every image of INPUT: a list (JSON Lines, CSV, Parquet, or one URI per line), a folder,
     s3://bucket/prefix, or - for standard input.
 
+    With --resume, --only-failed or --changed, INPUT and all options may be omitted: they are those that the
+    backfill was begun with, and each that is given replaces one of them.
+
     Progress is printed on standard error, the result on standard output; with --json both are printed on
     standard output. Stop with Ctrl-C at any time, and continue with --resume. Exit code 4 if the dataset is
     not complete, or if more rows failed than --max-failed allows.
@@ -157,7 +213,7 @@ def run(
     Example:
       gradcam backfill photos.csv --network vgg16 --top-n 3 --output s3://results/photos
       gradcam backfill s3://photos/2031/ --classes tabby,282 --overlays --output s3://results/cats
-      gradcam backfill photos.csv --network vgg16 --top-n 3 --output s3://results/photos --resume
+      gradcam backfill --output s3://results/photos --resume
       gradcam backfill status s3://results/photos
     """
     from gradcam_worker.backfill.inputs.open import open_input
@@ -175,8 +231,8 @@ def run(
 
     run_options = RunOptions(**options)
     settings = Settings.from_environment()
-    spec = for_api.get("spec") or with_default_target(spec, settings.networks)
     dataset, ledger = open_dataset(output, settings), RedisLedger(settings)
+    spec = for_api.get("spec") or _with_target(spec, dataset, settings)
     with open_input(
         input_, settings, form=form, column=column, output=dataset.uri, inputs=input_columns
     ) as opened:
@@ -251,17 +307,25 @@ def _refused(row: "Row") -> "Row":
     return row.model_copy(update={"problem": problem})
 
 
+def _with_target(spec: dict[str, Any], dataset: "DatasetDir", settings: Settings) -> dict[str, Any]:
+    """The spec with the classes to explain: where options are repeated, by default those of the plan."""
+    if click.get_current_context().default_map and is_default_target(spec["target"]):
+        return {**spec, "target": dataset.require_plan().target}  # this machine may have other labels
+    return with_default_target(spec, settings.networks)
+
+
 def _plan(fields: dict[str, Any], settings: Settings) -> "Plan":
     """Make a plan, with the checksum of the weights that this machine's registry lists. Raises InvalidJob."""
     from gradcam_worker.backfill.plan import Plan
     from gradcam_worker.gradcam.registry.registry import Registry
 
-    weights = None
+    weights, context = None, click.get_current_context()
     with contextlib.suppress(UnknownNetwork):  # unknown on this machine; the workers may know it
         file = Registry(settings.networks).find(fields["network"]).file
         weights = file.sha256 if file else None
     try:
-        return Plan.model_validate({**fields, "weights_sha256": weights})
+        given = {name: value for name, value in context.meta[GIVEN].items() if name not in NOT_STORED}
+        return Plan.model_validate({**fields, "given": given, "weights_sha256": weights})
     except ValidationError as error:
         message = f"This backfill is invalid: {describe(error)}."
         raise InvalidJob(message) from error
