@@ -1,16 +1,20 @@
 import io
 import json
+from dataclasses import replace
+from math import nan
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from numpy.testing import assert_array_equal
 
 from gradcam_worker.artifacts import dataset
-from gradcam_worker.artifacts.dataset import ExplainedRow, Outcome
+from gradcam_worker.artifacts.dataset import DatasetLayout, ExplainedRow, Outcome, Truth
 from gradcam_worker.errors import ImageNotFound, StorageUnavailable
 from gradcam_worker.gradcam.explain import explain_image
+from gradcam_worker.gradcam.localization import Localization
 from gradcam_worker.gradcam.network import Method
 from gradcam_worker.schemas.manifest import InputRecord
 from gradcam_worker.schemas.shard import Row, Shard
@@ -110,7 +114,7 @@ def test_all_files_have_the_same_columns(outcomes: list[Outcome]) -> None:
     row_outcomes: list[Outcome | None] = [*outcomes] or [None]
     data, _ = dataset.to_bytes(shard_of(*rows), NETWORK, GRID, row_outcomes)
     file = pq.ParquetFile(io.BytesIO(data))
-    assert file.schema_arrow.remove_metadata().equals(dataset.schema(GRID))
+    assert file.schema_arrow.remove_metadata().equals(dataset.schema(DatasetLayout(GRID)))
     assert file.metadata.num_rows == len(outcomes)
     assert len(read(data)) == len(outcomes)
 
@@ -200,3 +204,77 @@ def test_fewer_rows_are_read_at_once_where_heatmaps_are_large(monkeypatch: pytes
     data, _ = dataset.to_bytes(shard, NETWORK, GRID, [explained_row()] * 3)
     monkeypatch.setattr(dataset, "MAX_BATCH_CELLS", 2 * 16 + 1)
     assert [len(batch.class_ids) for batch in dataset.read_batches(data)] == [2, 1]
+
+
+def test_what_is_known_of_an_image_and_the_columns_of_the_input_are_in_the_file() -> None:
+    one = explained_row()
+    found = Localization(0.25, 0.75, 0.5, pointing_hit=True, iou=0.125)
+    truth = Truth((0, 2), 1, ((0, 0, 80.5, 40),), "s3://in/mask.png")
+    features = np.arange(3, dtype=np.float16)[None]
+    outcomes: list[Outcome | None] = [
+        replace(one, localizations=[found], truth=truth, features=features),
+        one,
+        replace(one, truth=Truth(())),
+        NOT_FOUND,
+    ]
+    rows = [Row(uri="s3://in/a.png", carried=carried) for carried in (("x", 7), ("y",), None, (None, 8))]
+    shard = shard_of(*rows, annotated=True, features=True, carried={"site": "string", "dose": "int64"})
+    data, _ = dataset.to_bytes(shard, NETWORK, GRID, outcomes, features=3)
+    table = read(data)
+    assert table.column_names[-13:] == [
+        "heat_at_border",
+        "truth_ids",
+        "correct",
+        "truth_rank",
+        "heat_inside",
+        "inside_area",
+        "pointing_hit",
+        "iou",
+        "truth_boxes",
+        "truth_mask",
+        "heat_features",
+        "site",
+        "dose",
+    ]
+    first, *_ = table.to_pylist()
+    assert (first["truth_boxes"], first["truth_mask"]) == ([[0, 0, 80.5, 40]], "s3://in/mask.png")
+    assert table["site"].to_pylist() == ["x", "y", None, None]
+    assert table["dose"].to_pylist() == [7, None, None, 8]
+    (batch,) = dataset.read_batches(data)
+    assert batch.carried == {"site": "string", "dose": "int64"}
+    for name, expected in {
+        "heat_at_border": [0.25, nan, nan],
+        "heat_inside": [0.75, nan, nan],
+        "inside_area": [0.5, nan, nan],
+        "iou": [0.125, nan, nan],
+        "pointing_hit": [1, -1, -1],
+        "correct": [1, -1, -1],
+        "truth_ranks": [1, 0, 0],
+        "first_truth": [0, -1, -1],
+        "heat_features": [[0, 1, 2], [nan] * 3, [nan] * 3],
+    }.items():
+        assert_array_equal(getattr(batch, name), expected, name)
+    assert batch.truth_ids is not None
+    assert [part.tolist() for part in batch.truth_ids] == [[0, 2, 2, 2], [0, 2]]
+
+
+def test_a_file_of_an_earlier_version_has_none_of_it_and_its_rows_are_kept() -> None:
+    shard = shard_of(*[Row(uri="s3://in/a.png")] * 2)
+    data, _ = dataset.to_bytes(shard, NETWORK, GRID, [explained_row(), NOT_FOUND])
+    table = read(data).drop_columns(["row_digest", "heat_at_border", dataset.MISSING_COLUMN])
+    old = io.BytesIO()
+    pq.write_table(table, old)
+    (batch,) = dataset.read_batches(old.getvalue())
+    assert (batch.heat_at_border, batch.correct, batch.truth_ids, batch.heat_features) == (None,) * 4
+    kept_rows, _ = dataset.read_explained_rows(old.getvalue())
+    again = shard.model_copy(update={"annotated": True, "carried": {"site": "string"}})
+    outcomes: list[Outcome | None] = [None, replace(explained_row(), localizations=[Localization(1.0)])]
+    rows = read(dataset.to_bytes(again, NETWORK, GRID, outcomes, kept_rows)[0])
+    assert rows["heat_at_border"].to_pylist() == [None, 1]
+
+
+def test_a_file_without_annotations_has_no_columns_for_them() -> None:
+    shard = shard_of(Row(uri="s3://in/a.png"))
+    names = read(dataset.to_bytes(shard, NETWORK, GRID, [explained_row()])[0]).column_names
+    assert names[-2:] == ["row_digest", "heat_at_border"]
+    assert {*names} < dataset.own_columns()

@@ -18,7 +18,7 @@ import pytest
 from numpy.testing import assert_allclose
 
 from gradcam_worker import testing
-from gradcam_worker.artifacts.dataset import LATER_METRICS, schema
+from gradcam_worker.artifacts.dataset import LATER_METRICS, DatasetLayout, schema
 from gradcam_worker.execution import shards
 from gradcam_worker.execution.attempt import JobContext
 from gradcam_worker.gradcam.decoding.decode import decode
@@ -101,7 +101,9 @@ def place(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Place:
 
 def test_the_columns_are_those_of_the_files() -> None:
     told = re.findall(r"^\| `(\w+)` \| ([^|]+) \|", SECTIONS["The columns"], re.MULTILINE)
-    columns = schema((4, 4), has_shown=True, metrics=LATER_METRICS)
+    columns = schema(
+        DatasetLayout((4, 4), has_shown=True, metrics=LATER_METRICS, annotated=True, features=16)
+    )
     assert told == [(field.name, _written(field.type)) for field in columns]
 
 
@@ -110,6 +112,8 @@ def _written(kind: pa.DataType) -> str:
     if pa.types.is_fixed_size_list(kind):
         size = "n" if kind.list_size == 16 else kind.list_size
         return f"{_written(kind.value_type)}[{size}]"
+    if pa.types.is_list(kind):
+        return f"list<{_written(kind.value_type)}>"
     return {"halffloat": "float16", "float": "float32"}.get(str(kind), str(kind))
 
 

@@ -19,7 +19,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,9 +27,11 @@ from numpy.typing import NDArray
 
 from gradcam_worker import __version__
 from gradcam_worker.artifacts.artifacts import peak_xy, shown_xyxy
+from gradcam_worker.artifacts.columns import arrow_type, carried_array
 from gradcam_worker.errors import StorageUnavailable
 from gradcam_worker.gradcam.explain import Explanation
 from gradcam_worker.gradcam.imaging.region import Box
+from gradcam_worker.gradcam.localization import NOWHERE, Localization
 from gradcam_worker.images.fetch import redact_uri
 from gradcam_worker.schemas.manifest import InputRecord
 from gradcam_worker.schemas.options import MethodSpec
@@ -48,7 +50,28 @@ BOX_THRESHOLD = 0.5  # as a share of the heatmap's peak; the default of a manife
 
 MAX_BATCH_CELLS = 2**22  # of all heatmaps that are read at once: 32 MB as float64
 
+FEATURES_COLUMN = "heat_features"
+UNKNOWN = -1  # of a class, or of yes and no, in the arrays of a `Batch`
+
 Grid = tuple[int, int]  # rows and columns of every heatmap
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What is known about an image, as the network of the dataset sees it."""
+
+    ids: tuple[int, ...] | None = None  # of the true classes that the network has; None: no label is known
+    rank: int | None = None  # the best one of them, among all classes by score
+    boxes: tuple[tuple[float, float, float, float], ...] | None = None  # in pixels of the upright image
+    mask: str | None = None  # URI without secrets, or run lengths as JSON
+
+    @property
+    def is_correct(self) -> bool | None:
+        """Whether the class with the highest score is a true one; None: none is known."""
+        return self.rank == 1 if self.ids else None
+
+
+NO_TRUTH = Truth()
 
 
 @dataclass(frozen=True)
@@ -59,6 +82,9 @@ class ExplainedRow:
     explanation: Explanation
     boxes: Sequence[Box | None]  # per explained class, in pixels of the image
     overlays: Sequence[str | None]  # URI per explained class
+    localizations: Sequence[Localization] = ()  # per explained class; empty: unknown
+    truth: Truth = NO_TRUTH
+    features: NDArray[np.float16] | None = None  # (classes, channels)
 
 
 Outcome = ExplainedRow | Problem
@@ -74,15 +100,59 @@ class Summary:
     network: NetworkRef
 
 
-def schema(grid: Grid, *, has_shown: bool = False, metrics: Sequence[str] = ()) -> "pa.Schema":
-    """The columns of a file whose heatmaps have this grid; with what the network saw of an image, or not.
+@dataclass(frozen=True)
+class DatasetLayout:
+    """What decides which columns the files of a dataset have.
 
-    Of `metrics`, those in `LATER_METRICS` have columns where they are measured.
+    Attributes:
+        grid: Rows and columns of every heatmap.
+        has_shown: Whether the network's sizing crops or pads images.
+        metrics: Of these, those in `LATER_METRICS` have columns where they are measured.
+        annotated: Whether labels, boxes or masks of the images are known.
+        features: Channels of the vectors that say what the network looks at; None: there are none.
+        carried: Further columns of the input: name -> Arrow type, see `gradcam_worker.artifacts.columns`.
     """
+
+    grid: Grid
+    has_shown: bool = False
+    metrics: Sequence[str] = ()
+    annotated: bool = False
+    features: int | None = None
+    carried: Mapping[str, str] = field(default_factory=dict)
+
+
+def layout_of(
+    shard: Shard, grid: Grid, *, has_shown: bool = False, features: int | None = None
+) -> DatasetLayout:
+    """The layout of the file that a shard writes.
+
+    Args:
+        shard: The shard.
+        grid: Rows and columns of the heatmaps.
+        has_shown: Whether the network's sizing crops or pads images.
+        features: Channels of the target layer, where the shard asks for features.
+    """
+    return DatasetLayout(grid, has_shown, shard.metrics, shard.annotated, features, shard.carried)
+
+
+def schema(layout: DatasetLayout) -> "pa.Schema":
+    """The columns of a file with this layout."""
     import pyarrow as pa
 
-    rows, columns = grid
-    shown = [(SHOWN_COLUMN, pa.list_(pa.float32(), 4))] if has_shown else []
+    rows, columns = layout.grid
+    shown = [(SHOWN_COLUMN, pa.list_(pa.float32(), 4))] if layout.has_shown else []
+    truth = [
+        ("truth_ids", pa.list_(pa.int32())),  # of the image: the true classes that the network has
+        ("correct", pa.bool_()),  # whether the class of rank 1 is one of them
+        ("truth_rank", pa.int32()),  # the best rank of one of them
+        ("heat_inside", pa.float32()),  # share of the heat inside boxes or mask
+        ("inside_area", pa.float32()),  # what that would be if the heat were everywhere the same
+        ("pointing_hit", pa.bool_()),  # whether the peak is inside
+        ("iou", pa.float32()),  # of the region at half the peak with boxes or mask
+        ("truth_boxes", pa.list_(pa.list_(pa.float32(), 4))),  # in pixels of the upright image
+        ("truth_mask", pa.string()),  # URI, or run lengths as JSON
+    ]
+    features = [] if layout.features is None else [(FEATURES_COLUMN, pa.list_(pa.float16(), layout.features))]
     return pa.schema(
         [
             pa.field("row", pa.int64(), nullable=False),  # number of the row in the input, from 0
@@ -109,9 +179,20 @@ def schema(grid: Grid, *, has_shown: bool = False, metrics: Sequence[str] = ()) 
             ("error_detail", pa.string()),
             (MISSING_COLUMN, pa.float32()),  # missing share of a damaged image; null if the image is whole
             *shown,  # left, top, right, bottom on the image, where the heatmap lies; null: on all of it
-            *((name, pa.float32()) for name in LATER_METRICS if name in metrics),
+            *((name, pa.float32()) for name in LATER_METRICS if name in layout.metrics),
+            ("row_digest", pa.string()),  # what the row is, and what was asked of it
+            ("heat_at_border", pa.float32()),  # share of the heat in the outer band of the image
+            *(truth if layout.annotated else []),
+            *features,  # activations of the target layer, averaged with the heat as weights
+            *((name, arrow_type(kind)) for name, kind in layout.carried.items()),
         ]
     )
+
+
+def own_columns() -> frozenset[str]:
+    """The names of all columns that a file may have beside those of the input."""
+    layout = DatasetLayout((1, 1), has_shown=True, metrics=LATER_METRICS, annotated=True, features=1)
+    return frozenset(schema(layout).names)
 
 
 def to_bytes(
@@ -122,6 +203,7 @@ def to_bytes(
     kept_rows: "pa.Table | None" = None,
     *,
     has_shown: bool = False,
+    features: int | None = None,
 ) -> tuple[bytes, Summary]:
     """Encode a shard's file. The same outcomes give the same bytes.
 
@@ -132,6 +214,7 @@ def to_bytes(
         outcomes: One per row of the shard. None: the row is in `kept_rows`.
         kept_rows: Rows of an earlier file of the shard, from `read_explained_rows`.
         has_shown: Whether the network's sizing crops or pads images: then the file says what it saw of them.
+        features: Channels of the target layer, where the shard asks for features.
 
     Returns:
         The file, and the summary in its metadata.
@@ -142,22 +225,21 @@ def to_bytes(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    records = [
-        record
-        for index, (row, outcome) in enumerate(zip(shard.rows, outcomes, strict=True))
-        if outcome is not None
-        for record in _records(shard.first + index, row, outcome)
-    ]
     has_shown = has_shown or (kept_rows is not None and SHOWN_COLUMN in kept_rows.column_names)
-    columns = schema(grid, has_shown=has_shown, metrics=shard.metrics)
-    table = pa.Table.from_pylist(records, schema=columns)
+    layout = layout_of(shard, grid, has_shown=has_shown, features=features)
+    records: list[dict[str, Any]] = []
+    carried: list[Sequence[Any]] = []
+    for index, (row, outcome) in enumerate(zip(shard.rows, outcomes, strict=True)):
+        if outcome is not None:
+            of_row = _records(shard.first + index, row, outcome)
+            records += of_row
+            carried += [row.carried or ()] * len(of_row)
+    columns = schema(layout)
+    table = _table(records, carried, columns, len(layout.carried))
     if kept_rows is not None:
-        if has_shown and SHOWN_COLUMN not in kept_rows.column_names:
-            whole = pa.nulls(len(kept_rows), table.schema.field(SHOWN_COLUMN).type)
-            kept_rows = kept_rows.append_column(SHOWN_COLUMN, whole)
         with _read_errors_as_storage_unavailable():  # another version may have written other columns
             order: Any = [("row", "ascending"), ("index", "ascending")]
-            table = pa.concat_tables([table, kept_rows.select(columns.names)]).sort_by(order)
+            table = pa.concat_tables([table, _with_columns(kept_rows, columns)]).sort_by(order)
     codes = Counter(table["error"].drop_null().to_pylist())
     summary = Summary(len(shard.rows), codes.total(), dict(sorted(codes.items())), network)
     metadata = {
@@ -174,6 +256,8 @@ def to_bytes(
         "method": {"name": shard.method.name, **shard.method.model_dump(mode="json")},
         "generator": f"gradcam-worker {__version__}",
         **({"against": shard.target.against} if shard.target.against else {}),
+        **({"carried": dict(layout.carried)} if layout.carried else {}),
+        **({} if layout.features is None else {"features": layout.features}),
     }
     file = io.BytesIO()
     table = table.replace_schema_metadata({METADATA_KEY: json.dumps(metadata, sort_keys=True).encode()})
@@ -181,15 +265,52 @@ def to_bytes(
     return file.getvalue(), summary
 
 
+def _table(
+    records: Sequence[Mapping[str, Any]],
+    carried: Sequence[Sequence[Any]],
+    columns: "pa.Schema",
+    carried_columns: int,
+) -> "pa.Table":
+    """The table of records, and of the values of the input's columns for each, which are the last ones."""
+    import pyarrow as pa
+
+    own = len(columns) - carried_columns
+    table = pa.Table.from_pylist(records, schema=pa.schema([*columns][:own]))
+    for index, column in enumerate([*columns][own:]):
+        values = [row[index] if index < len(row) else None for row in carried]
+        table = table.append_column(column, carried_array(values, column.type))
+    return table
+
+
+def _with_columns(kept_rows: "pa.Table", columns: "pa.Schema") -> "pa.Table":
+    """Rows of an earlier file with these columns, null where it did not have them."""
+    import pyarrow as pa
+
+    there = set(kept_rows.column_names)
+    arrays = [
+        kept_rows[column.name] if column.name in there else pa.nulls(len(kept_rows), column.type)
+        for column in columns
+    ]
+    return pa.table(arrays, schema=columns)
+
+
 def _records(number: int, row: Row, outcome: Outcome) -> list[dict[str, Any]]:
     """The records of one row of the input: one per explained class, or one for its error."""
-    common = {"row": number, "id": row.id, "uri": redact_uri(row.uri)}
+    common: dict[str, Any] = {"row": number, "id": row.id, "uri": redact_uri(row.uri)}
     if isinstance(outcome, Problem):
         return [{**common, "error": outcome.code, "error_detail": outcome.detail}]
     explanation, image = outcome.explanation, outcome.image
     heatmaps = explanation.scaled
     common |= {"uri": image.uri, "sha256": image.sha256, "width": image.width, "height": image.height}
-    placement, size = explanation.placement, (image.width, image.height)
+    placement, size, truth = explanation.placement, (image.width, image.height), outcome.truth
+    common |= {
+        "truth_ids": truth.ids,
+        "correct": truth.is_correct,
+        "truth_rank": truth.rank,
+        "truth_boxes": truth.boxes,
+        "truth_mask": truth.mask,
+    }
+    localizations = outcome.localizations or [NOWHERE] * len(explanation.explained)
     return [
         {
             **common,
@@ -208,6 +329,8 @@ def _records(number: int, row: Row, outcome: Outcome) -> list[dict[str, Any]]:
             MISSING_COLUMN: image.damage.missing if image.damage else None,
             SHOWN_COLUMN: shown_xyxy(placement, image),
             **(explanation.metrics[index] if explanation.metrics else {}),
+            **vars(localizations[index]),
+            FEATURES_COLUMN: None if outcome.features is None else outcome.features[index],
         }
         for index, prediction in enumerate(explanation.explained)
     ]
@@ -269,7 +392,6 @@ def read_explained_rows(data: bytes) -> "tuple[pa.Table, frozenset[int]]":
     Raises:
         StorageUnavailable: The file is not a shard's file.
     """
-    import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
@@ -277,8 +399,6 @@ def read_explained_rows(data: bytes) -> "tuple[pa.Table, frozenset[int]]":
         _read_metadata(data)
         table = pq.read_table(io.BytesIO(data))
         explained = table.filter(pc.is_null(table["error"])).replace_schema_metadata(None)
-        if MISSING_COLUMN not in explained.column_names:  # a file of an earlier version
-            explained = explained.append_column(MISSING_COLUMN, pa.nulls(len(explained), pa.float32()))
         return explained, frozenset(explained["row"].to_pylist())
 
 
@@ -305,15 +425,29 @@ def _read_metadata(data: bytes) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Batch:
-    """n records of a shard's file, all of images that were explained."""
+    """n records of a shard's file, all of images that were explained.
+
+    What a file has no column for is None: files of earlier versions lack some.
+    """
 
     method: MethodSpec  # that computed the heatmaps
     class_ids: NDArray[np.int32]  # (n,)
     ranks: NDArray[np.int32]  # (n,)
     probabilities: NDArray[np.float32]  # (n,)
     heatmaps: NDArray[np.float16]  # (n, rows, columns)
-    other_columns: "pa.RecordBatch"  # all columns but the heatmaps
+    other_columns: "pa.RecordBatch"  # all columns but the heatmaps and features
     against: tuple[int | str, ...] = ()  # the classes that each is explained against, as they were asked for
+    heat_at_border: NDArray[np.float32] | None = None  # (n,), nan: unknown, as below
+    truth_ids: tuple[NDArray[np.int32], NDArray[np.int32]] | None = None  # offsets (n + 1,), values
+    first_truth: NDArray[np.int32] | None = None  # (n,), the first of them; UNKNOWN: there is none
+    correct: NDArray[np.int8] | None = None  # (n,): 1, 0, UNKNOWN
+    truth_ranks: NDArray[np.int32] | None = None  # (n,), 0: unknown
+    heat_inside: NDArray[np.float32] | None = None  # (n,)
+    inside_area: NDArray[np.float32] | None = None  # (n,)
+    pointing_hit: NDArray[np.int8] | None = None  # (n,): 1, 0, UNKNOWN
+    iou: NDArray[np.float32] | None = None  # (n,)
+    heat_features: NDArray[np.float16] | None = None  # (n, channels), nan: unknown
+    carried: Mapping[str, str] = field(default_factory=dict)  # columns of the input: name -> Arrow type
 
     def record(self, index: int) -> dict[str, Any]:
         """One record, without its heatmap."""
@@ -335,12 +469,50 @@ def read_batches(data: bytes, max_rows: int = 4096) -> Iterator[Batch]:
         for batch in pq.ParquetFile(io.BytesIO(data)).iter_batches(batch_size=rows):
             explained = batch.filter(pc.is_null(batch["error"]))
             values = explained["heatmap"].flatten().to_numpy(zero_copy_only=False)
+            large = {"heatmap", FEATURES_COLUMN} & {*explained.schema.names}
             yield Batch(
                 MethodSpec.model_validate(metadata["method"]),
                 explained["class_id"].to_numpy(zero_copy_only=False),
                 explained["rank"].to_numpy(zero_copy_only=False),
                 explained["probability"].to_numpy(zero_copy_only=False),
                 values.reshape(len(explained), *metadata["grid"]),
-                explained.drop_columns(["heatmap"]),
+                explained.drop_columns([*large]),
                 tuple(metadata.get("against", ())),
+                **_later_columns(explained),
+                carried=metadata.get("carried", {}),
             )
+
+
+def _later_columns(explained: "pa.RecordBatch") -> dict[str, Any]:
+    """The fields of a `Batch` whose columns not every file has."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    def numbers(name: str, kind: "pa.DataType", unknown: float) -> Any:
+        if name not in explained.schema.names:
+            return None
+        known = pc.fill_null(explained[name].cast(kind), pa.scalar(unknown, kind))
+        return known.to_numpy(zero_copy_only=False)
+
+    fields = {
+        name: numbers(name, pa.float32(), math.nan)
+        for name in ("heat_at_border", "heat_inside", "inside_area", "iou")
+    }
+    fields |= {name: numbers(name, pa.int8(), UNKNOWN) for name in ("correct", "pointing_hit")}
+    fields["truth_ranks"] = numbers("truth_rank", pa.int32(), 0)
+    if "truth_ids" in explained.schema.names:
+        lists = explained["truth_ids"]
+        lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        ids = lists.flatten().to_numpy(zero_copy_only=False)
+        first = np.full(len(lists), UNKNOWN, np.int32)
+        first[lengths > 0] = ids[offsets[:-1][lengths > 0]]
+        fields |= {"truth_ids": (offsets, ids), "first_truth": first}
+    if FEATURES_COLUMN in explained.schema.names:
+        vectors = explained[FEATURES_COLUMN]
+        features = np.full((len(vectors), vectors.type.list_size), np.nan, np.float16)
+        features[pc.is_valid(vectors).to_numpy(zero_copy_only=False)] = (
+            vectors.flatten().to_numpy(zero_copy_only=False).reshape(-1, vectors.type.list_size)
+        )
+        fields["heat_features"] = features
+    return fields

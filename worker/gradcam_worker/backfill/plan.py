@@ -17,11 +17,23 @@ from gradcam_worker.schemas.ids import new_id, utc_now
 from gradcam_worker.schemas.job import Job, Sha256
 from gradcam_worker.schemas.model import RequestModel, describe, without_defaults
 from gradcam_worker.schemas.options import Inputs, MethodSpec, Metric, Name, OverlaySpec, Target
-from gradcam_worker.schemas.shard import MAX_ROWS
+from gradcam_worker.schemas.shard import MAX_ROWS, CarriedColumns
 
 MAX_SPEC_BYTES = 256 * 1024  # of `Plan.spec` as JSON
 UUID_PATTERN = r"^[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}$"
-SPEC_FIELDS = ("network", "weights_sha256", "target", "inputs", "method", "metrics", "artifacts")
+LATER_FIELDS = ("inputs", "annotated", "features", "carried")  # which earlier versions do not know
+SPEC_FIELDS = (
+    "network",
+    "weights_sha256",
+    "target",
+    "inputs",
+    "method",
+    "metrics",
+    "artifacts",
+    "annotated",
+    "features",
+    "carried",
+)
 
 
 class Plan(RequestModel):
@@ -39,6 +51,9 @@ class Plan(RequestModel):
     method: MethodSpec = MethodSpec()
     metrics: Annotated[tuple[Metric, ...], Field(max_length=4)] = ()
     artifacts: Annotated[tuple[OverlaySpec, ...], Field(max_length=3)] = ()
+    annotated: bool = False  # rows come with labels, boxes or masks
+    features: bool = False  # what the network looks at, as a vector
+    carried: CarriedColumns = Field(default_factory=dict)  # further columns of the input
     shard_rows: Annotated[int, Field(ge=1, le=MAX_ROWS)] = 256
     created_at: AwareDatetime = Field(default_factory=utc_now)
     # Input and options of the command that began it, by the names of their parameters; they are used where a
@@ -47,7 +62,7 @@ class Plan(RequestModel):
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return without_defaults(self, serialize(self), ["inputs", "given"])
+        return without_defaults(self, serialize(self), [*LATER_FIELDS, "given"])
 
     @model_validator(mode="after")
     def _valid_as_job(self) -> Self:

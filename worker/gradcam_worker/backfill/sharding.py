@@ -17,6 +17,7 @@ from gradcam_worker.schemas.status import Problem
 from gradcam_worker.text.visible import visible
 
 MAX_ROWS_BYTES = 512 * 1024  # of a shard's rows as JSON: half of the default GRADCAM_MAX_MESSAGE_BYTES
+LARGE_FIELDS = ("inputs", "annotations", "classes", "carried")  # of a row
 MAX_SHOWN_URI = 1000  # characters that are kept of a URI that is too long to be sent
 
 
@@ -55,6 +56,9 @@ def cut_shards(rows: Iterable[Row], plan: Plan, *, max_bytes: int = MAX_ROWS_BYT
             method=plan.method,
             metrics=plan.metrics,
             artifacts=plan.artifacts,
+            annotated=plan.annotated,
+            features=plan.features,
+            carried=plan.carried,
             output=plan.output,
         )
 
@@ -81,7 +85,7 @@ def _fit(row: Row, max_bytes: int) -> tuple[Row, str, int]:
     detail = f"The row has {size:,} bytes as JSON; at most {max_bytes:,} fit into a message."
     problem = Problem.of(InvalidRow(detail), stage="plan", attempt=0)
     uri = visible(row.uri[:MAX_SHOWN_URI])
-    refused = row.model_copy(update={"uri": uri, "inputs": None, "problem": problem})
+    refused = row.model_copy(update={**dict.fromkeys(LARGE_FIELDS), "uri": uri, "problem": problem})
     text = _digest_text(refused)
     return refused, text, _message_bytes(text)
 

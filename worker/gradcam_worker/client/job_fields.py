@@ -14,6 +14,7 @@ from datetime import datetime
 from typing import Any, Literal, Required, TypeAlias, TypedDict, TypeVar
 
 from gradcam_worker.errors import InvalidJob, with_sentence
+from gradcam_worker.schemas.annotations import Annotations
 from gradcam_worker.schemas.job import ImageRef, Job, Priority, Webhook
 from gradcam_worker.schemas.options import ArtifactKind, ArtifactSpec, MethodName, MethodSpec, Metric, Target
 from gradcam_worker.schemas.status import Status
@@ -36,6 +37,7 @@ class JobOptions(TypedDict, total=False):
     webhooks: Sequence[Webhook | str | dict[str, Any]]
     metadata: dict[str, str]
     inputs: Mapping[str, float | str | Sequence[float]]
+    annotations: Annotations | dict[str, Any] | None
     output: str | None
     expires_at: datetime | None
     timeout_s: float

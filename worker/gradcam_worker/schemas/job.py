@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from gradcam_worker.errors import InvalidJob
+from gradcam_worker.schemas.annotations import Annotations
 from gradcam_worker.schemas.ids import new_id
 from gradcam_worker.schemas.model import (
     MAX_URI_BYTES,
@@ -50,6 +51,7 @@ from gradcam_worker.text.urls import has_credentials, without_secrets
 __all__ = [
     "ID_PATTERN",
     "AnimationSpec",
+    "Annotations",
     "ArtifactSpec",
     "Event",
     "GridSpec",
@@ -198,6 +200,7 @@ class JobDetails(TypedDict, total=False):
     network: Required[str]
     target: Required[Target | dict[str, Any]]
     inputs: Mapping[str, float | str | Sequence[float]]
+    annotations: Annotations | dict[str, Any] | None
     method: MethodSpec | dict[str, Any]
     artifacts: Sequence[ArtifactSpec | dict[str, Any]]
     metrics: Sequence[Metric]
@@ -238,6 +241,8 @@ class Job(RequestModel):
     """which classes to explain"""
     inputs: Inputs = Field(default_factory=dict)
     """what the network takes beside the image, by name, as the operator registered it"""
+    annotations: Annotations | None = None
+    """what is known about the image: its true classes, boxes or a mask"""
     method: MethodSpec = MethodSpec()
     """how to compute the heatmaps"""
     artifacts: Annotated[tuple[ArtifactSpec, ...], Field(min_length=1, max_length=8)] = (
@@ -270,7 +275,7 @@ class Job(RequestModel):
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return without_defaults(self, serialize(self), ["inputs"])
+        return without_defaults(self, serialize(self), ["inputs", "annotations"])
 
     @model_validator(mode="after")
     def _check_distinct_artifacts(self) -> Self:

@@ -2,19 +2,29 @@
 
 import json
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints
 
+from gradcam_worker.schemas.annotations import Annotations
 from gradcam_worker.schemas.ids import new_id
 from gradcam_worker.schemas.job import JobId, Sha256, ShortText
 from gradcam_worker.schemas.model import RequestModel
-from gradcam_worker.schemas.options import Inputs, MethodSpec, Metric, Name, OverlaySpec, Target
+from gradcam_worker.schemas.options import (
+    Inputs,
+    MethodSpec,
+    Metric,
+    Name,
+    OverlaySpec,
+    RequestedClass,
+    Target,
+)
 from gradcam_worker.schemas.status import Problem
 
 MAX_ROWS = 4096
 READERS = 8  # simultaneous fetches of images of one shard
 DATASET = "gradcam.dataset/v1"  # the schema of a backfill's output
+MAX_COLUMNS = 1000  # that are carried from the input into the dataset
 KEY = r"[0-9]{8}-[0-9a-f]{16}"  # of a shard: index and digest, see `gradcam_worker.backfill.sharding`
 
 
@@ -27,6 +37,21 @@ class Row(RequestModel):
     version: ShortText | None = None  # changes with the content at the URI: an ETag, or size and time
     inputs: Inputs | None = None  # what the network takes beside this image
     problem: Problem | None = None
+    annotations: Annotations | None = None  # what is known about the image
+    classes: Annotated[tuple[RequestedClass, ...], Field(max_length=100)] | None = None  # beside the target's
+    # Values of further columns of the input, in the order of `Shard.carried`, as JSON: times and decimals
+    # are texts. What is missing at the end is null.
+    carried: Annotated[tuple[Any, ...], Field(max_length=MAX_COLUMNS)] | None = None
+
+
+# Columns of the dataset that are the input's own: name -> Arrow type, see `gradcam_worker.artifacts.columns`.
+CarriedColumns = Annotated[
+    dict[
+        Annotated[str, StringConstraints(min_length=1, max_length=256)],
+        Annotated[str, StringConstraints(max_length=4096)],
+    ],
+    Field(max_length=MAX_COLUMNS),
+]
 
 
 class Shard(RequestModel):
@@ -50,6 +75,9 @@ class Shard(RequestModel):
     method: MethodSpec = MethodSpec()
     metrics: Annotated[tuple[Metric, ...], Field(max_length=4)] = ()
     artifacts: Annotated[tuple[OverlaySpec, ...], Field(max_length=3)] = ()
+    annotated: bool = False  # rows have annotations: the dataset has columns for what follows from them
+    features: bool = False  # the dataset gets what the network looks at as a vector
+    carried: CarriedColumns = Field(default_factory=dict)
     output: Annotated[str, StringConstraints(min_length=1, max_length=1024)]
     # The submitter's token from the registry of backfills: see `gradcam_worker.backfill.registry`. Empty: an
     # earlier version submitted the shard.
