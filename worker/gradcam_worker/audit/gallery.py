@@ -5,10 +5,8 @@ the heatmaps over them. If an image is no longer available, the page shows the h
 `gradcam_worker.audit.statistics` chooses the rows.
 """
 
-import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gradcam_worker.artifacts.dataset import SHOWN_COLUMN
+from gradcam_worker.audit.photos import (
+    PHOTO_EDGES,
+    image_key,
+    photo_bytes,
+    placement_of,
+    read_photos,
+    truncate,
+)
 from gradcam_worker.audit.statistics import (
     READ_TIMEOUT_S,
     ClassStatistics,
@@ -26,38 +31,28 @@ from gradcam_worker.audit.statistics import (
     open_dataset,
     read_statistics,
 )
-from gradcam_worker.errors import GradcamError, InvalidInput, InvalidRow
+from gradcam_worker.errors import InvalidInput
 from gradcam_worker.gradcam.classes import percent
-from gradcam_worker.gradcam.decoding.decode import Limits, decode
+from gradcam_worker.gradcam.decoding.decode import Limits
 from gradcam_worker.gradcam.imaging.html import (
     encode_heatmaps,
     fill_template,
     page_placement,
-    to_base64,
 )
-from gradcam_worker.gradcam.imaging.overlay import encode_jpeg
-from gradcam_worker.gradcam.imaging.resize import enlarge, shrink_to_edge
-from gradcam_worker.gradcam.sizing import Placement
+from gradcam_worker.gradcam.imaging.resize import enlarge
 from gradcam_worker.images.fetch import UriFetcher
 from gradcam_worker.images.prepare import ImageFetcher
 from gradcam_worker.resilience.deadline import Deadline
-from gradcam_worker.schemas.job import ImageRef
 from gradcam_worker.settings import Settings
 from gradcam_worker.storage.s3 import S3
 from gradcam_worker.storage.stores import FolderStore, Store
 
 MAX_PAGE_BYTES = 20_000_000  # what a browser opens without delay
 MAX_PICTURES = 1000  # images with a heatmap, on one page
-MAX_PHOTO_BYTES = 32_000  # of one photo
-PHOTO_OVERHEAD_BYTES = 100  # of each photo, in JSON
-PHOTO_EDGES = (256, 192, 128, 96, 64)  # of a photo in pixels: the first that is small enough is used
-JPEG_QUALITY = 80
 MAX_CELLS_PER_SIDE = 24  # of a heatmap on the page: on such small photos more would not be visible
 GROUPS = ("Most confident", "Least confident")
-MAX_TEXT_LENGTH, MAX_URI_LENGTH = 200, 400  # characters
+MAX_URI_LENGTH = 400  # characters
 TINY = 1e-9  # a smaller sum of heatmaps counts as zero
-PARALLEL_READS = 8
-IMAGE_TIMEOUT_S = 60.0  # to fetch one image
 
 
 @dataclass(frozen=True)
@@ -149,59 +144,18 @@ def gallery(
         message = f"That would be {len(records):,} pictures, and a page may have {MAX_PICTURES:,}: "
         raise InvalidInput(message + "show fewer classes, or fewer images of each.")
     data = _page_data(statistics, classes, complete=complete)
-    distinct = {_image_key(record): record for record in records}  # an image may be of several classes
+    distinct = {image_key(record): record for record in records}  # an image may be of several classes
     room = (MAX_PAGE_BYTES - len(fill_template("gallery.html", data))) // len(distinct)
-    max_photo_bytes = min((room - PHOTO_OVERHEAD_BYTES) * 3 // 4, MAX_PHOTO_BYTES)  # base64 adds a third
-    for photo in _photos(list(distinct.values()), images, limits, max_photo_bytes):
+    max_photo_bytes = photo_bytes(room)
+    for photo in read_photos(list(distinct.values()), images, limits, max_photo_bytes):
         data["photos"].append(photo)
         report_progress("images", len(data["photos"]), len(distinct))
     photo_indices = {key: index for index, key in enumerate(distinct)}
     page_rows = (row for class_ in data["classes"] for group in class_["groups"] for row in group["rows"])
     for row, record in zip(page_rows, records, strict=True):
-        row["photo"] = photo_indices[_image_key(record)]
+        row["photo"] = photo_indices[image_key(record)]
     missing = Counter(photo["code"] for photo in data["photos"] if "code" in photo)
     return Gallery(fill_template("gallery.html", data), len(classes), len(records), missing, complete)
-
-
-def _image_key(record: Mapping[str, Any]) -> tuple[str, str]:
-    return record["uri"], record["sha256"]
-
-
-def _photos(
-    records: Sequence[Mapping[str, Any]], images: ImageFetcher, limits: Limits, max_bytes: int
-) -> Iterator[dict[str, Any]]:
-    """The image of each row, in order, or the reason why it is missing."""
-    decoding = threading.Lock()  # one at a time: each may take a gigabyte
-
-    def photo(record: Mapping[str, Any]) -> dict[str, Any]:
-        try:
-            return _photo(record, images, limits, max_bytes, decoding)
-        except GradcamError as error:
-            return {"code": error.code, "detail": _truncate(str(error))}
-
-    with ThreadPoolExecutor(PARALLEL_READS, thread_name_prefix="image") as readers:
-        yield from readers.map(photo, records)
-
-
-def _photo(
-    record: Mapping[str, Any], images: ImageFetcher, limits: Limits, max_bytes: int, decoding: threading.Lock
-) -> dict[str, Any]:
-    """The explained image, verified by its checksum, as a small JPEG."""
-    try:
-        reference = ImageRef(uri=record["uri"], sha256=record["sha256"])
-    except ValueError as error:  # only a dataset that no worker has written
-        message = "The dataset says no image that could be asked for."
-        raise InvalidRow(message) from error
-    data = images.fetch(reference, Deadline(IMAGE_TIMEOUT_S)).data
-    with decoding:
-        pixels = decode(data, limits).pixels
-        for edge in PHOTO_EDGES:
-            small = shrink_to_edge(pixels, edge)
-            jpeg = encode_jpeg(small, JPEG_QUALITY)
-            if len(jpeg) <= max_bytes:
-                height, width, _ = small.shape
-                return {"jpeg": to_base64(jpeg), "width": width, "height": height}
-    return {"code": "too_many_pictures", "detail": "On this page there is no room for it."}
 
 
 def _page_data(
@@ -236,8 +190,8 @@ def _page_data(
         record, longer_side = row.record, max(row.record["width"], row.record["height"])
         return {
             "row": record["row"],
-            "id": _truncate(record["id"] or ""),
-            "uri": _truncate(record["uri"], MAX_URI_LENGTH),
+            "id": truncate(record["id"] or ""),
+            "uri": truncate(record["uri"], MAX_URI_LENGTH),
             "rank": record["rank"],
             "percent": percent(record["probability"]),
             "probability": round(record["probability"], 6),
@@ -247,17 +201,17 @@ def _page_data(
             "width": max(round(record["width"] * PHOTO_EDGES[0] / longer_side), 1),
             "height": max(round(record["height"] * PHOTO_EDGES[0] / longer_side), 1),
             "heatmap": heatmap(row.heatmap),
-            **page_placement(_placement(record)),
+            **page_placement(placement_of(record)),
         }
 
     return {
-        "title": _truncate(
+        "title": truncate(
             "Gallery · " + "; ".join(network.partition(",")[0] for network in statistics.networks)
         ),
         "about": f"The colours show how much each region of an image {counts}, from 0 to its own strongest "
         "region: each heatmap has its own scale. They tell where the network looked, not whether it is "
         "right. Images in which the class came first go before all others.",
-        "facts": [[label, _truncate(value)] for label, value in facts.items()],
+        "facts": [[label, truncate(value)] for label, value in facts.items()],
         "rows": rows,
         "columns": columns,
         "photos": [],
@@ -269,8 +223,8 @@ def _page_data(
         "classes": [
             {
                 "id": summary.id,
-                "wnid": _truncate(summary.wnid),
-                "name": _truncate(summary.name.replace("_", " ")),
+                "wnid": truncate(summary.wnid),
+                "name": truncate(summary.name.replace("_", " ")),
                 "first": summary.first,
                 "count": summary.count,
                 "percent": percent(summary.probability / summary.count),
@@ -285,17 +239,3 @@ def _page_data(
             for summary in classes
         ],
     }
-
-
-def _placement(record: Mapping[str, Any]) -> Placement | None:
-    """Where the heatmap of a row lies on its image; None: on all of it."""
-    shown = record.get(SHOWN_COLUMN)  # only datasets of networks that crop or pad have it
-    if not shown:
-        return None
-    left, top, right, bottom = shown
-    width, height = record["width"], record["height"]
-    return Placement(left / width, top / height, right / width, bottom / height)
-
-
-def _truncate(text: str, max_length: int = MAX_TEXT_LENGTH) -> str:
-    return text if len(text) <= max_length else text[: max_length - 1] + "…"

@@ -79,11 +79,13 @@ function bars(causes) {
 const causesText = (causes) => page.cause_names.filter((cause) => causes[cause])
   .map((cause) => `${page.causes[cause]} ${whole(causes[cause])}`).join(", ");
 
-function causeLegend(causes) {
+// What the colours mean; of how many images each share is, if that is known.
+function causeLegend(causes, judged) {
   const legend = make("div", { className: "legend" });
   for (const cause of page.cause_names) {
-    if (!causes || causes[cause]) legend.append(make("span", {}, make("span", { className: "dot", "--color": `var(--${cause})` }),
-      `${page.causes[cause]}${causes ? ` ${whole(causes[cause])}` : ""}`));
+    if (causes && !causes[cause]) continue;
+    legend.append(make("span", {}, make("span", { className: "dot", "--color": `var(--${cause})` }), page.causes[cause],
+      causes ? make("b", { textContent: percent(causes[cause] / judged) }) : null));
   }
   return legend;
 }
@@ -175,7 +177,7 @@ function galleryTab(main) {
   };
   search.addEventListener("input", draw);
   order.addEventListener("change", draw);
-  main.append(make("div", { className: "controls" }, search, order, found), causeLegend(), cards);
+  main.append(make("div", { className: "controls" }, search, order, found), cards);
   draw();
 }
 
@@ -188,7 +190,7 @@ function confusionsTab(main) {
       : "Without labels it is not known which predictions are wrong. Give them: gradcam backfill --label COLUMN."));
     return;
   }
-  main.append(matrixCard(confusions), causeLegend());
+  main.append(matrixCard(confusions));
   const list = make("div");
   main.append(list);
   inTurn(confusions, confusionCard, list);
@@ -208,15 +210,17 @@ function confusionCard(one) {
 }
 
 function matrixCard(confusions) {
-  const weights = new Map();
-  for (const { truth, predicted, images } of confusions) {
-    for (const id of [truth, predicted]) weights.set(id, (weights.get(id) || 0) + images);
-  }
-  const ids = [...weights].sort((a, b) => b[1] - a[1]).slice(0, MATRIX_CLASSES).map(([id]) => id);
+  const most = (name) => {
+    const sums = new Map();
+    for (const one of confusions) sums.set(one[name], (sums.get(one[name]) || 0) + one.images);
+    return [...sums].sort((a, b) => b[1] - a[1]).map(([id]) => id);
+  };
+  const allTruths = most("truth"), truths = allTruths.slice(0, MATRIX_CLASSES);
+  const predictions = [...new Set([...truths, ...most("predicted")])].slice(0, MATRIX_CLASSES + 4);
   const counts = new Map(confusions.map((one) => [`${one.truth} ${one.predicted}`, one]));
   const head = make("tr", {}, make("th", { textContent: "truth \u2193 \u00b7 predicted \u2192" }),
-    ...ids.map((id) => make("th", { scope: "col" }, make("span", { textContent: page.nameOf(id), title: page.nameOf(id) }))));
-  const body = ids.map((truth) => make("tr", {}, make("th", { scope: "row", textContent: page.nameOf(truth), title: page.nameOf(truth) }), ...ids.map((predicted) => {
+    ...predictions.map((id) => make("th", { scope: "col" }, make("span", { textContent: page.nameOf(id), title: page.nameOf(id) }))));
+  const body = truths.map((truth) => make("tr", {}, make("th", { scope: "row", textContent: page.nameOf(truth), title: page.nameOf(truth) }), ...predictions.map((predicted) => {
     const one = truth === predicted ? { truth, predicted, images: classes.get(truth)?.right ?? 0, share: classes.get(truth)?.accuracy ?? 0 } : counts.get(`${truth} ${predicted}`);
     if (!one?.images) return make("td", {}, make("span"));
     const part = Math.round(100 * Math.sqrt(Math.min(one.share, 1)));
@@ -227,10 +231,10 @@ function matrixCard(confusions) {
       title: `${page.nameOf(truth)} \u2192 ${page.nameOf(predicted)}: ${counted(one.images, "image")}, ${percent(one.share)}`,
       onclick: () => go("rows", { filters: pairFilters(one), sort: { column: "probability", isDown: true } }) }));
   })));
-  const more = weights.size > ids.length ? ` The ${ids.length} of ${whole(weights.size)} classes that are confused most.` : "";
+  const more = allTruths.length > truths.length ? ` The ${truths.length} of ${whole(allTruths.length)} classes that are confused most.` : "";
   return make("section", { className: "card" }, make("header", {}, make("div", {}, make("h2", { textContent: "Confusion matrix" }),
     make("p", { className: "quiet", textContent: `Choose a cell to see its images. Colour: share of the true class.${more}` }))),
-    make("div", { className: "matrix", tabIndex: 0, role: "region", "aria-label": "Confusion matrix" }, make("table", {}, make("thead", {}, head), make("tbody", {}, ...body))));
+    make("div", { className: "matrix", tabIndex: 0, role: "region", "aria-label": "Confusion matrix", "--cell": `${Math.min(58, Math.max(30, Math.floor(900 / predictions.length)))}px` }, make("table", {}, make("thead", {}, head), make("tbody", {}, ...body))));
 }
 
 // ---------------------------------------------------------------- shortcuts
@@ -440,6 +444,8 @@ function exportNotes() {
 
 // ---------------------------------------------------------------- the frame
 
+const START = { filters: [is("rank", 1)] };  // of the rows: each image once, with its prediction
+
 const TABS = {
   gallery: ["Gallery", galleryTab, () => report.classes.length],
   confusions: ["Confusions", confusionsTab, () => report.confusions.length],
@@ -456,13 +462,12 @@ function tell() {
   const truths = report.classes.reduce((sum, one) => sum + one.truths, 0), right = report.classes.reduce((sum, one) => sum + (one.right || 0), 0);
   document.title = find("title").textContent = page.title;
   find("title").append(make("small", { textContent: dataset.uri }));
-  const figures = [[whole(dataset.explained), "images explained"], [whole(report.classes.length), "classes"]];
+  const figures = [[whole(dataset.explained), "images"], [whole(report.classes.length), report.classes.length === 1 ? "class" : "classes"]];
   if (truths) figures.push([percent(right / truths), "accuracy"]);
-  for (const cause of page.cause_names) if (total[cause] && cause !== "unknown") figures.push([percent(total[cause] / judged), page.causes[cause], cause]);
-  if (report.shortcuts.length) figures.push([whole(report.shortcuts.length), "shortcuts"]);
-  if (dataset.failed) figures.push([whole(dataset.failed), "images failed"]);
-  find("figures").append(...figures.map(([value, label, cause]) => make("div", { className: "figure" }, make("b", { textContent: value }),
-    make("span", {}, cause ? make("span", { className: "dot", "--color": `var(--${cause})` }) : null, `${cause ? " " : ""}${label}`))));
+  if (report.shortcuts.length) figures.push([whole(report.shortcuts.length), report.shortcuts.length === 1 ? "shortcut" : "shortcuts"]);
+  if (dataset.failed) figures.push([whole(dataset.failed), "failed"]);
+  find("figures").append(...figures.map(([value, label]) => make("div", { className: "figure" }, make("b", { textContent: value }), make("span", { textContent: label }))));
+  if (judged) find("causes").append(bars(total), causeLegend(total, judged));
   find("advice").append(...page.advice.map((text) => make("li", { textContent: text })));
   find("advice").hidden = !page.advice.length;
   for (const [label, value] of page.facts) find("facts").append(make("div", {}, make("dt", { textContent: label }), make("dd", { textContent: value })));
@@ -470,7 +475,7 @@ function tell() {
 
 function writeTabs() {
   find("tabs").replaceChildren(...Object.entries(TABS).map(([name, [label, , count]]) => make("button", { type: "button", id: `tab-${name}`, role: "tab", "aria-selected": String(state.tab === name),
-    "aria-controls": "main", tabIndex: state.tab === name ? 0 : -1, onclick: () => go(name, {}) }, label, count() === null ? null : make("span", { className: "count", textContent: whole(count()) }))));
+    "aria-controls": "main", tabIndex: state.tab === name ? 0 : -1, onclick: () => go(name, START) }, label, count() === null ? null : make("span", { className: "count", textContent: whole(count()) }))));
 }
 
 function moveInTabs(event) {
@@ -479,7 +484,7 @@ function moveInTabs(event) {
   if (next === undefined) return;
   event.preventDefault();
   const name = names[(next + names.length) % names.length];
-  go(name, {});
+  go(name, START);
   find(`tab-${name}`).focus();
 }
 
@@ -493,7 +498,7 @@ function go(tab, { filters = [], sort = { column: "", isDown: true } }) {
 function show() {
   const [tab, wish] = location.hash.slice(1).split("?");
   state.tab = Object.hasOwn(TABS, tab) ? tab : "gallery";
-  state.filters = [];
+  state.filters = START.filters;
   state.sort = { column: "", isDown: true };
   try {
     if (wish) {
@@ -508,6 +513,8 @@ function show() {
   main.setAttribute("aria-labelledby", `tab-${state.tab}`);
   Promise.resolve(TABS[state.tab][1](main, mine)).catch((error) => { if (mine === turn) complain(error); });
   pictures.tidy();
+  const top = main.offsetTop - find("bar").offsetHeight;
+  if (scrollY > top) scrollTo({ top });  // the tabs stay where they are
 }
 
 find("folder").addEventListener("change", () => {

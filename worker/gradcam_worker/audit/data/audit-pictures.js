@@ -1,6 +1,7 @@
 // Pictures: tiles of heatmaps over their photos, and the dialog in which one is looked at.
 
 const { colormaps, decodeCells, DEFAULT_OPACITY, enlarge, paint, tableOf } = customElements.get("gradcam-viewer");
+const PATIENCE_MS = 3000;  // to wait for a whole photo, where there is a small one
 const TILE_PX = 256;  // the longer side of a tile's canvas
 const ONE = 65_535;  // how 1 is encoded in the maps of the viewer
 const find = (id) => document.getElementById(id);
@@ -76,16 +77,26 @@ function cellsOf(record, page) {
   return Object.assign(record, { cells: decodeCells(record.heatmap), rows, columns, grid });
 }
 
-// Where the photo of a record can be loaded from; null: nowhere.
-function photoOf(record, page) {
-  const embedded = record.photo === undefined ? undefined : page.photos[record.photo];
-  if (embedded?.jpeg) return `data:image/jpeg;base64,${embedded.jpeg}`;
-  const uri = record.uri || "";
+// Where the whole photo of a record can be loaded from; null: nowhere.
+function addressOf({ uri }, page) {
   for (const [prefix, url] of page.image_urls) {
-    if (uri.startsWith(prefix)) return url + uri.slice(prefix.length).split("/").map(encodeURIComponent).join("/");
+    if (uri?.startsWith(prefix)) return url + uri.slice(prefix.length).split("/").map(encodeURIComponent).join("/");
   }
-  const isShown = /^https?:/.test(uri) || (uri.startsWith("file:") && location.protocol === "file:");
-  return isShown ? uri : null;
+  return /^https?:/.test(uri || "") || (uri?.startsWith("file:") && location.protocol === "file:") ? uri : null;
+}
+
+const embeddedPhoto = (record, page) => {
+  const jpeg = page.photos[record.photo]?.jpeg;
+  return jpeg ? `data:image/jpeg;base64,${jpeg}` : null;
+};
+
+// The photo in the best size that can be had.
+async function bestPhoto(record, page) {
+  const url = addressOf(record, page), small = embeddedPhoto(record, page);
+  if (!url || !small) return url || small;
+  const image = make("img", { src: url });
+  const isThere = await Promise.race([image.decode().then(() => true, () => false), new Promise((resolve) => { setTimeout(resolve, PATIENCE_MS, false); })]);
+  return isThere ? url : small;
 }
 
 function placementOf({ shown_xyxy: shown, width, height }) {
@@ -104,10 +115,10 @@ function encodeCells(cells) {
 }
 
 // What the viewer takes: all explained classes of one image.
-function viewerDocument({ beside }, page) {
+function viewerDocument({ beside }, page, photo) {
   const ordered = beside.map((one) => cellsOf(one, page)).sort((a, b) => a.rank - b.rank);
   const [first] = ordered;
-  return { photo: photoOf(first, page), placement: placementOf(first), boxes: boxesOf(first),
+  return { photo, placement: placementOf(first), boxes: boxesOf(first),
     maps: { rows: first.rows, columns: first.columns, grid: first.grid, uint16: ordered.map(({ cells }) => encodeCells(cells)) },
     manifest: { method: page.report.dataset.method, input: { width: first.width, height: first.height },
       explanations: ordered.map((one) => ({ class: { id: one.class_id, wnid: one.wnid, name: one.class_name }, rank: one.rank,
@@ -191,7 +202,7 @@ class Pictures {
     cellsOf(record, this.page);
     const levels = (width, height) => enlarge(record.cells, record.rows, record.columns, width, height, placementOf(record));
     const seen = this.page.photos[record.photo];
-    const photo = photoOf(record, this.page);
+    const photo = embeddedPhoto(record, this.page) || addressOf(record, this.page);
     const name = readable(record.class_name);
     const tile = make("button", { className: "tile", type: "button", "aria-label": `Look at row ${record.row}, ${name}`, onclick: look },
       this.stage(record.width || 1, record.height || 1, levels, photo, boxesOf(record)));
@@ -267,16 +278,17 @@ class Look {
   async #show(at) {
     const list = this.#list;
     this.#at = at;
-    let seen;
+    let seen, photo;
     try {
       seen = await list.at(at);
+      photo = await bestPhoto(seen.own, this.page);
     } catch (error) {
       find("look").close();
       this.fail(error);
       return;
     }
     if (list !== this.#list || at !== this.#at) return;  // another was asked for meanwhile
-    const { own } = seen, viewer = find("viewer"), document = viewerDocument(seen, this.page);
+    const { own } = seen, viewer = find("viewer"), document = viewerDocument(seen, this.page, photo);
     this.#shown = own;
     find("look-title").textContent = `Row ${own.row}${own.id ? ` \u00b7 ${own.id}` : ""}`;
     find("look-title").title = own.uri || "";
@@ -321,14 +333,15 @@ class Look {
 }
 
 const HIDDEN_FACTS = new Set(["cells", "rows", "columns", "grid", "heatmap", "photo", "sha256", "wnid", "class_name", "raw_min", "raw_max", "peak_xy",
-  "box_xyxy", "shown_xyxy", "truth_boxes", "truth_ids", "truth", "row", "id", "uri", "overlay", "error", "error_detail", "index", "file"]);
+  "box_xyxy", "shown_xyxy", "truth_boxes", "truth_ids", "truth", "row", "id", "uri", "overlay", "error", "error_detail", "index", "file",
+  "class_id", "width", "height", "cause", "probability"]);
 
 function factsOf(record, page) {
   const truth = record.truth_ids?.length ? record.truth_ids : typeof record.truth === "number" ? [record.truth] : [];
   const cause = page.causeOf(record);
   const link = /^https?:/.test(record.uri || "") ? make("a", { href: record.uri, target: "_blank", rel: "noopener noreferrer", textContent: record.uri }) : record.uri;
-  const facts = [["predicted", `${record.class_id} ${readable(record.class_name)}`],
-    ["truth", truth.map((id) => page.nameOf(id)).join(", ") || null], ["cause", cause ? page.causes[cause] : null], ["image", link]];
+  const facts = [[record.rank === 1 ? "predicted" : "class", `${record.class_id} ${readable(record.class_name)}`], ["probability", percent(record.probability)],
+    ["truth", truth.map((id) => page.nameOf(id)).join(", ") || null], ["cause", cause ? page.causes[cause] : null], ["image", link], ["size", record.width ? `${record.width} \u00d7 ${record.height}` : null]];
   for (const [name, value] of Object.entries(record)) {
     if (HIDDEN_FACTS.has(name) || value === null || value === undefined) continue;
     facts.push([readable(name), typeof value === "number" && !Number.isInteger(value) ? Number(value.toPrecision(4)).toString()

@@ -163,7 +163,7 @@ async function read(json, base) {
   return {
     classes, photo, width, height, method, isSmoothed, rows: found?.rows, columns: found?.columns,
     grid: document.maps?.grid || (found && [found.rows, found.columns]),
-    placement, predictions: manifest.predictions || [], against: manifest.against || [], warnings: manifest.warnings || [],
+    placement, boxes: document.boxes || [], predictions: manifest.predictions || [], against: manifest.against || [], warnings: manifest.warnings || [],
     network: manifest.network || {},
   };
 }
@@ -358,6 +358,8 @@ svg { position: absolute; inset: 0; width: 100%; height: 100%; pointer-events: n
 svg path { vector-effect: non-scaling-stroke; }
 .under { stroke: #000a; stroke-width: 2px; }
 .over { stroke: #fffc; stroke-width: 1px; }
+.box.under { stroke-width: 4px; }
+.box.over { stroke: #fff; stroke-width: 2px; }
 .probe { position: absolute; width: 17px; height: 17px; margin: -8.5px; border-radius: 50%; border: 2px solid #fff; box-shadow: 0 0 0 1.5px #000, inset 0 0 0 1.5px #000; pointer-events: none; }
 
 .tools { display: flex; flex-wrap: wrap; gap: 6px 14px; align-items: center; margin-top: 8px; min-height: 34px; font-size: .9rem; }
@@ -454,16 +456,16 @@ class Pane {
     this.photo = make("img", { alt: "", decoding: "async", draggable: false });
     this.canvas = make("canvas", { "aria-hidden": "true" });
     this.stage = make("div", { class: "stage" }, this.photo, this.canvas);
-    this.lines = ["under", "over"].map((name) => {
+    [this.lines, this.boxes] = ["", "box "].map((kind) => ["under", "over"].map((name) => {
       const path = document.createElementNS(SVG, "path");
-      path.setAttribute("class", name);
+      path.setAttribute("class", kind + name);
       return path;
-    });
+    }));
     const svg = document.createElementNS(SVG, "svg");
     svg.setAttribute("aria-hidden", "true");
     svg.setAttribute("viewBox", "0 0 1 1");
     svg.setAttribute("preserveAspectRatio", "none");
-    svg.append(...this.lines);
+    svg.append(...this.lines, ...this.boxes);
     this.probe = make("div", { class: "probe", hidden: true });
     this.frame = make("div", { class: "frame", role: "application", tabIndex: 0, "aria-label": label,
       "aria-describedby": "keys" }, this.stage, svg, this.probe);
@@ -971,11 +973,12 @@ class GradcamViewer extends HTMLElement {
       }
       for (let row = 0; row <= view.rows; row++) path += `M${left} ${top + row / view.rows * (bottom - top)}H${right}`;
     }
-    for (const { stage, lines, frame } of this.panes) {
+    const boxes = view.boxes.map(([from, above, to, below]) => `M${from} ${above}H${to}V${below}H${from}Z`).join("");
+    for (const { stage, lines, boxes: outlines, frame } of this.panes) {
       stage.style.transform = `translate(${100 * x}%, ${100 * y}%) scale(${k})`;
       frame.classList.toggle("zoomed", k > 1);
-      for (const line of lines) {
-        line.setAttribute("d", path);
+      for (const line of [...lines, ...outlines]) {
+        line.setAttribute("d", outlines.includes(line) ? boxes : path);
         line.setAttribute("transform", `matrix(${k} 0 0 ${k} ${x} ${y})`);
       }
     }

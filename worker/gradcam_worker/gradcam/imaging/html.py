@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Mapping
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,18 +22,23 @@ from gradcam_worker.gradcam.sizing import Placement
 ENCODED_ONE = 65_535  # how 1 is encoded in a heatmap
 
 
-def fill_template(template: str, data: Mapping[str, Any]) -> bytes:
+def fill_template(
+    template: str, data: Mapping[str, Any], *, folder: Path = DATA, connect: tuple[str, ...] = ()
+) -> bytes:
     """Fill a template with data.
 
     Args:
-        template: The name of a file in `data/`.
+        template: The name of a file in `folder`.
         data: What the page's script reads, as JSON.
+        folder: Where the template is; what it includes is there, or in `data/`.
+        connect: The sources that the script may ask for data, for a template with `@CONNECT@`.
 
     Returns:
         The page, in UTF-8.
     """
     # JSON is ASCII already; these three characters mean something in HTML.
-    before, after = _split_template(template)
+    before, after = _split_template(template, folder)
+    before = before.replace("@CONNECT@", " ".join(connect) or "'none'", 1)
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -65,12 +71,15 @@ def to_base64(data: bytes) -> str:
 
 
 @lru_cache
-def _split_template(template: str) -> tuple[str, str]:
+def _split_template(template: str, folder: Path) -> tuple[str, str]:
     """The parts of a template before and after its data. A line `@name@` includes that file."""
-    text = (DATA / template).read_text(encoding="utf-8")
-    text = re.sub(
-        r"^@([a-z_-]+\.\w+)@\n", lambda line: (DATA / line[1]).read_text("utf-8"), text, flags=re.MULTILINE
-    )
+
+    def included(line: re.Match[str]) -> str:
+        own = folder / line[1]
+        return (own if own.exists() else DATA / line[1]).read_text("utf-8")
+
+    text = (folder / template).read_text(encoding="utf-8")
+    text = re.sub(r"^@([a-z_-]+\.\w+)@\n", included, text, flags=re.MULTILINE)
     for tag, placeholder in (("style", "@STYLE@"), ("script", "@SCRIPT@")):
         block = re.search(f"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
         digest = hashlib.sha256(block[1].encode() if block else b"").digest()
