@@ -450,10 +450,10 @@ class TestCommand:
             (["cams", "--classes", " , "], "The list of classes is empty"),
         ],
     )
-    def test_invalid_arguments_end_with_1_and_the_reason(
+    def test_invalid_arguments_end_with_3_and_the_reason(
         self, folder: Path, arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        assert main(["gallery", *arguments]) == 1
+        assert main(["gallery", *arguments]) == 3
         error = capsys.readouterr().err
         assert expected in error
         assert "(invalid_input)" in error
