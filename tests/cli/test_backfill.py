@@ -1,5 +1,6 @@
 """`gradcam backfill`, with a worker that runs in a thread of the test."""
 
+import asyncio
 import json
 import os
 import re
@@ -17,6 +18,8 @@ import pytest
 
 from gradcam_worker.backfill.registry import RedisBackfillRegistry
 from gradcam_worker.cli.main import main
+from gradcam_worker.client import AsyncGradcamClient, BackfillStatus, GradcamClient
+from gradcam_worker.errors import BackfillConflict, BackfillStopped, InvalidInput, InvalidJob, WaitTimeout
 from gradcam_worker.execution.handler import JobHandler
 from gradcam_worker.execution.leases import LeaseManager
 from gradcam_worker.ledger.redis.store import RedisLedger
@@ -134,7 +137,8 @@ def test_for_machines_each_line_is_json(
 ) -> None:
     assert main(arguments(image_list, worker, "--json", "--overlays")) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert {line["event"] for line in lines[:-1]} == {"progress"}
+    assert lines[0].items() >= {"event": "started", "output": f"file://{output_of(worker)}"}.items()
+    assert {line["event"] for line in lines[1:-1]} == {"progress"}
     last = lines[-1]
     assert last.items() >= {"event": "complete", "rows": 20, "codes": {"image_not_found": 1}}.items()
     assert last["output"] == f"file://{output_of(worker)}"
@@ -243,7 +247,47 @@ def test_what_cannot_be_repeated_is_told(
     given = {"input_": str(image_list), "for_api": "{}"}
     plan.write_text(json.dumps({**json.loads(plan.read_text()), "given": given}))
     assert main([*again, "--top-n", "2"]) == 2
-    assert "--top-n cannot be changed: the HTTP API began" in capsys.readouterr().err
+    assert "--top-n cannot be changed: another program began" in capsys.readouterr().err
+
+
+def test_a_program_submits_one_and_learns_how_it_ended(worker: WorkerThread, image_list: Path) -> None:
+    output = f"file://{output_of(worker)}"
+    where: Any = {"input": str(image_list), "output": output, "network": "efficientnet_lite0"}
+    with GradcamClient(settings=worker.settings) as client:
+        with pytest.raises(InvalidInput, match=r"none\.csv cannot be read"):
+            client.submit_backfill(**{**where, "input": "none.csv"}, top_n=1)
+        with pytest.raises(InvalidJob, match="needs top_n or classes"):
+            client.submit_backfill(**where)
+        with pytest.raises(InvalidJob, match="No such option '--shard-row'"):
+            client.submit_backfill(**where, top_n=1, shard_row=4)
+        with pytest.raises(InvalidJob, match="flip: named by the program"):
+            client.submit_backfill(**where, top_n=1, flip=True)
+        backfill = client.submit_backfill(**where, top_n=1, method="layercam", shard_rows=4, overlays=True)
+        status = backfill.wait()
+        assert (status.state, status.rows, status.failed) == ("complete", 20, 1)
+        assert status == client.backfill(backfill.id).status() == backfill.status()
+        assert client.backfill(output).wait(5) == status, "another program may wait for it"
+        with pytest.raises(BackfillConflict, match="holds another backfill"):
+            client.submit_backfill(**where, top_n=1)
+
+    async def again() -> BackfillStatus:
+        async with AsyncGradcamClient(settings=worker.settings) as client:
+            worker.idle.set()
+            backfill = await client.submit_backfill(
+                **{**where, "output": f"{output}-2"}, classes=["red"], shard_rows=4, max_failed=0
+            )
+            with pytest.raises(WaitTimeout, match=r"not complete after 0\.2 s. It runs on"):
+                await backfill.wait(0.2)
+            assert (await backfill.status()).state == "running"
+            worker.idle.clear()
+            with pytest.raises(BackfillStopped, match=r"1 of the 20 rows of .* have failed"):
+                await backfill.wait()
+            assert not (await backfill.cancel()).was_running
+            return await client.backfill(output).status()
+
+    assert asyncio.run(again()) == status
+    plan = json.loads(output_of(worker).joinpath("backfill.json").read_text())
+    assert "ends_with_parent" not in plan["given"]
 
 
 @pytest.mark.usefixtures("interruptible")

@@ -226,3 +226,33 @@ def test_a_stream_that_says_no_more_keeps_nobody_from_stopping(system: Any) -> N
     assert "Fatal" not in said
     process.stderr.close()
     process.stdin.close()
+
+
+TASK = Path(__file__).parents[2] / "docs" / "examples" / "backfill_task.py"
+
+
+def test_a_task_of_a_scheduler_survives_that_it_is_killed_and_started_again(at_work: Any) -> None:
+    system = at_work
+
+    def start() -> "subprocess.Popen[str]":
+        called = f"explain_photos(*sys.argv[1:], shard_rows={SHARD}, rate=200)"
+        program = f"import sys; from backfill_task import explain_photos; print({called})"
+        return subprocess.Popen(
+            [sys.executable, "-P", "-c", program, str(system.listed), system.uri("task")],
+            env={**os.environ, **system.stage.settings.to_environment(), "PYTHONPATH": str(TASK.parent)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    killed = start()
+    wait_for(lambda: system.shards("task") >= 2, "the first shards")
+    killed.kill()
+    killed.communicate(timeout=WAIT_S)
+    assert system.output("task").read_summary() is None
+    once_more = start()
+    beside = start()  # as where a scheduler believes that a task is lost
+    for task in (once_more, beside):
+        out, err = task.communicate(timeout=WAIT_S)
+        assert (task.returncode, out) == (0, "75\n"), err
+    assert system.rows("task") == dict.fromkeys(range(ROWS), 1)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,10 +11,17 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 from pydantic import ValidationError
 
 from gradcam_worker.cli.exit_codes import ExitCode
-from gradcam_worker.cli.options import explanation_options, json_option, parse_named, with_default_target
+from gradcam_worker.cli.options import (
+    OF_SPEC,
+    explanation_options,
+    json_option,
+    parse_named,
+    with_default_target,
+)
 from gradcam_worker.errors import InvalidInput, InvalidJob, UnknownNetwork, UriNotAllowed
 from gradcam_worker.operations import console
 from gradcam_worker.schemas.model import describe
@@ -34,7 +42,7 @@ if TYPE_CHECKING:  # slow to import
 GIVEN = "gradcam.given"  # in a context's `meta`: what is stored as `Plan.given`
 REPEATING = ("only_failed", "changed")  # these options continue a backfill, too
 MAY_CHANGE = {"output", "resume", *REPEATING, "as_json", "window", "rate", "max_failed"}
-NOT_STORED = {"output", "resume", *REPEATING, "as_json"}
+NOT_STORED = {"output", "resume", *REPEATING, "as_json", "ends_with_parent"}
 LOCAL_PATHS = {"input_"}  # parameters whose value may be the path of a local file
 STATE_COLORS = {"running": "cyan", "complete": "green", "stopped": "yellow", "damaged": "red"}
 
@@ -50,6 +58,14 @@ def _share(_: click.Context, __: click.Parameter, text: str) -> float:
         message = f"{text!r} is not a share: write 50% or 0.5"
         raise click.BadParameter(message)
     return share
+
+
+def _end_with_parent(_: click.Context, __: click.Parameter, ends: bool) -> None:  # click calls it
+    """Stop, as at SIGTERM, when the process that has started this one ends."""
+    from gradcam_worker.runtime import parent_watch
+
+    if ends:
+        parent_watch.on_parent_exit(lambda: os.kill(os.getpid(), signal.SIGTERM))
 
 
 class _RunContext(click.Context):
@@ -84,8 +100,11 @@ class _RunCommand(click.Command):
             ctx.default_map = _stored_options(given["output"])
             if "for_api" in ctx.default_map and (others := given.keys() - MAY_CHANGE):
                 names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(others))
-                message = f"{names} cannot be changed: the HTTP API began this backfill"
+                message = f"{names} cannot be changed: another program began this backfill"
                 raise click.UsageError(message, ctx)
+        if "for_api" in given and (twice := given.keys() & OF_SPEC):
+            message = f"{', '.join(sorted(twice))}: named by the program that began this backfill, too"
+            raise click.UsageError(message, ctx)
         ctx.meta[GIVEN] = {**(ctx.default_map or {}), **_absolute(given)}
         return super().parse_args(ctx, args)
 
@@ -182,6 +201,7 @@ def backfill() -> None:
     help="Column of INPUT with what the network takes beside the image, as in age=patient_age; may be "
     "repeated.",
 )
+@click.option("--ends-with-parent", is_flag=True, hidden=True, callback=_end_with_parent, expose_value=False)
 @click.option("--for-api", callback=lambda *parts: json.loads(parts[2] or "{}"), hidden=True)
 def run(
     input_: str,
@@ -241,7 +261,9 @@ def run(
         )
         resume = resume or run_options.only_failed or run_options.changed
         plan = dataset.resolve(requested, resume=resume, changed=run_options.changed)
-        progress_form = "json" if as_json else "terminal" if console.err.is_terminal else "lines"
+        progress_form = (
+            "none" if for_api else "json" if as_json else "terminal" if console.err.is_terminal else "lines"
+        )
         progress = BackfillProgressBar(progress_form, opened.total)
         policy = _policy(for_api.get("tenant"), ledger)
         runner = BackfillRunner(
@@ -258,6 +280,8 @@ def run(
         )
         try:
             with _interrupted_by_sigterm(), runner.lease() as lease, progress:
+                if as_json:
+                    print_line("started", {"output": plan.output, "backfill": plan.id})
                 rows = _allowed(opened.rows(), policy) if policy else opened.rows()
                 shards = cut_shards(rows, plan, max_bytes=settings.max_message_bytes // 2)
                 summary = runner.run(lease, shards)
@@ -286,6 +310,13 @@ def run(
         console.err.print(f"[red]More than {run_options.max_failed:.0%} of the rows have failed.[/]")
         return ExitCode.ROWS_FAILED
     return ExitCode.SUCCESS
+
+
+def _progress_form(*, as_json: bool) -> str:
+    """The form in which the progress is shown: see `BackfillProgressBar`. A program asks for the status."""
+    if click.get_current_context().get_parameter_source("for_api") is ParameterSource.COMMANDLINE:
+        return "none"
+    return "json" if as_json else "terminal" if console.err.is_terminal else "lines"
 
 
 def _policy(tenant: str | None, ledger: "RedisLedger") -> "TenantPolicy | None":

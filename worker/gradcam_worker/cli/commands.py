@@ -10,7 +10,7 @@ from click.core import ParameterSource
 from gradcam_worker import __version__, extras
 from gradcam_worker.cli import audit, backfill, convert, gallery, jobs, operate, replay, serve, tenants
 from gradcam_worker.cli.exit_codes import ExitCode, of_error
-from gradcam_worker.cli.options import PrintedForm, json_option
+from gradcam_worker.cli.options import asks_for_json, json_option
 from gradcam_worker.errors import GradcamError, InvalidSettings
 from gradcam_worker.observability.logs import configure_logging
 from gradcam_worker.operations import console
@@ -27,34 +27,32 @@ def run(arguments: Sequence[str]) -> int:
     Returns:
         The exit code: one of `ExitCode`.
     """
-    form = PrintedForm()
+    as_json = asks_for_json(arguments)
     try:
-        return int(gradcam.main([*arguments], standalone_mode=False, obj=form) or 0)
+        return int(gradcam.main([*arguments], standalone_mode=False) or 0)
     except click.ClickException as error:
         error.show()
-        return _ended("usage", error.format_message(), ExitCode(error.exit_code), form)
+        return _ended("usage", error.format_message(), ExitCode(error.exit_code), as_json=as_json)
     except (click.Abort, KeyboardInterrupt):
         console.err.print("Stopped.")
-        return _ended("interrupted", "Stopped.", ExitCode.INTERRUPTED, form)
+        return _ended("interrupted", "Stopped.", ExitCode.INTERRUPTED, as_json=as_json)
     except GradcamError as error:
         lines = error.problems if isinstance(error, InvalidSettings) else (str(error),)
         console.err.print(f"[red]Error[/] ({error.code}):", end=" " if len(lines) == 1 else "\n")
         for line in lines:
             console.err.print(visible(line), markup=False, soft_wrap=True)
-        return _ended(error.code, str(error), of_error(error), form, retryable=error.retryable)
+        return _ended(error.code, str(error), of_error(error), as_json=as_json, retryable=error.retryable)
     except ModuleNotFoundError as error:
         extra = "backfill" if [*arguments][:1] == ["backfill"] else "cpu"
         needed = extras.describe(str(error.name), "This command", extra)
         console.err.print("[red]Error[/]: ", end="")
         console.err.print(needed, markup=False, soft_wrap=True)
-        return _ended("missing_extra", needed, ExitCode.FAILURE, form)
+        return _ended("missing_extra", needed, ExitCode.FAILURE, as_json=as_json)
 
 
-def _ended(
-    code: str, message: str, exit_code: ExitCode, form: PrintedForm, *, retryable: bool = False
-) -> int:
+def _ended(code: str, message: str, exit_code: ExitCode, *, as_json: bool, retryable: bool = False) -> int:
     """Print an error as a line of JSON where the command prints JSON; return its exit code."""
-    if form.as_json:
+    if as_json:
         error = {"code": code, "message": visible(message), "retryable": retryable}
         console.print_json_line({"event": "error", "error": error, "exit_code": exit_code.value})
     return exit_code

@@ -2,9 +2,9 @@
 
 import contextlib
 import functools
+import itertools
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -40,24 +40,20 @@ MASKING_OPTIONS = {  # of the methods that cover parts of the image: option, lea
 }
 
 
-@dataclass
-class PrintedForm:
-    """What the command line's context holds: in which form errors are printed."""
-
-    as_json: bool = False
+# Parameters of `explanation_options` that become the `spec` of a command, beside the network.
+OF_SPEC = {"top_n", "classes", "against", "method", "inputs", "artifacts", "metrics", *METHOD_OPTIONS} | {
+    f"method_{name}" for name in (*MASKING_OPTIONS, "steps", "baseline")
+}
 
 
 def json_option(help_text: str = "Print JSON, for programs.") -> Callable[[Command], Command]:
     """The option `--json`, as the keyword argument `as_json`. Errors of its command are JSON, too."""
-    # Eager: what is wrong with another option is JSON, wherever --json stands.
-    return click.option(
-        "--json", "as_json", is_flag=True, is_eager=True, callback=_print_errors_as_json, help=help_text
-    )
+    return click.option("--json", "as_json", is_flag=True, help=help_text)
 
 
-def _print_errors_as_json(context: click.Context, _: click.Parameter, as_json: bool) -> bool:
-    context.ensure_object(PrintedForm).as_json = as_json
-    return as_json
+def asks_for_json(arguments: Sequence[str]) -> bool:
+    """Whether the words of a command line have `--json`, also where they are no correct command line."""
+    return "--json" in itertools.takewhile(lambda word: word != "--", arguments)
 
 
 def parse_duration(_: click.Context, __: click.Parameter, text: str | None) -> float | None:

@@ -24,9 +24,12 @@ from copy import copy
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar, Unpack, overload
 
+from gradcam_worker.client.backfill_handle import AsyncBackfillHandle, BackfillHandle
+from gradcam_worker.client.backfills import BackfillStatus, Cancellation
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.client.job_fields import Classes, Image, ListConditions, TopN, WithTarget, naming_fields
 from gradcam_worker.client.job_handle import AsyncJobHandle
+from gradcam_worker.client.submitted_backfills import still_running
 from gradcam_worker.client.waiter import Subscription
 from gradcam_worker.client.webhooks import Webhooks
 from gradcam_worker.errors import WaitTimeout
@@ -51,6 +54,19 @@ def _awaitable(
     async def call(self: "AsyncGradcamClient", /, *args: P.args, **kwargs: P.kwargs) -> R:
         result: R = await getattr(self.calls, method.__name__)(*args, **kwargs)
         return result
+
+    return call
+
+
+def _submitting_backfill(
+    method: Callable[Concatenate[GradcamClient, P], BackfillHandle],
+) -> Callable[Concatenate["AsyncGradcamClient", P], Coroutine[Any, Any, AsyncBackfillHandle]]:
+    """The method of the blocking client, in a thread: it starts a process and waits for its first words."""
+
+    @functools.wraps(method)
+    async def call(self: "AsyncGradcamClient", /, *args: P.args, **kwargs: P.kwargs) -> AsyncBackfillHandle:
+        output = await self._call_blocking(functools.partial(method, self.client, *args, **kwargs))
+        return AsyncBackfillHandle(output, self)
 
     return call
 
@@ -195,6 +211,33 @@ class AsyncGradcamClient:
             if page.cursor is None:
                 return
             query = query.model_copy(update={"cursor": page.cursor})
+
+    submit_backfill = _submitting_backfill(GradcamClient.submit_backfill)
+
+    def backfill(self, output: str) -> AsyncBackfillHandle:
+        """See `GradcamClient.backfill`. It needs no server, and so is not awaited."""
+        return AsyncBackfillHandle(output.rstrip("/"), self)
+
+    async def backfill_status(self, output: str) -> BackfillStatus:
+        """See `GradcamClient.backfill_status`."""
+        return await self._call_blocking(lambda: self.client.backfill_status(output))
+
+    async def wait_for_backfill(self, output: str, timeout_s: float | None = None) -> BackfillStatus:
+        """See `GradcamClient.wait_for_backfill`."""
+        find_end = functools.partial(self.client.submitted_backfills.find_end, output)
+        try:
+            async with asyncio.timeout(timeout_s):
+                while True:
+                    found = await self._call_blocking(find_end)
+                    if isinstance(found, BackfillStatus):
+                        return found
+                    await asyncio.sleep(found)
+        except TimeoutError:
+            raise WaitTimeout(still_running(output, timeout_s)) from None
+
+    async def cancel_backfill(self, output: str) -> Cancellation:
+        """See `GradcamClient.cancel_backfill`."""
+        return await self._call_blocking(lambda: self.client.cancel_backfill(output))
 
     async def close(self) -> None:
         """See `GradcamClient.close`. Connections of other event loops are closed with these."""

@@ -4,14 +4,15 @@ import json
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from gradcam_worker.backfill.inflight import cancel as cancel_shards
 from gradcam_worker.backfill.output import DatasetDir
 from gradcam_worker.backfill.registry import BackfillRecord, RedisBackfillRegistry
-from gradcam_worker.errors import GradcamError, error_class
+from gradcam_worker.errors import GradcamError, InvalidJob, error_class
 from gradcam_worker.ledger.ledger import Ledger
 from gradcam_worker.ledger.redis.store import RedisLedger
+from gradcam_worker.schemas.model import ResponseModel
 from gradcam_worker.settings import Settings
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 POLL_INTERVAL_S = 0.2
 CANCEL_TIMEOUT_S = 15.0
 ERROR_LINE = '{"event": "error"'  # how the line begins that a command prints as it fails
+USAGE = "usage"  # the code of an option that the command does not take
 MAX_MESSAGE = 1000  # characters of an error's message that are kept
 
 
@@ -35,6 +37,33 @@ class Cancellation:
     """shards in flight that were cancelled"""
     unfinished: int
     """of these, those that a worker still runs"""
+
+
+class BackfillStatus(ResponseModel):
+    """The state of a backfill."""
+
+    backfill: str
+    """its id"""
+    output: str
+    input: str
+    network: str
+    state: Literal["running", "complete", "stopped", "damaged"]
+    shards_done: int
+    dataset: dict[str, Any] | None = None
+    """the summary of a complete dataset"""
+    last: dict[str, Any] | None = None
+    """the progress of the latest run"""
+
+    @property
+    def rows(self) -> int:
+        """The number of rows that are done, failed ones included."""
+        last = self.last or {"before": 0, "done": 0}
+        return int(self.dataset["rows"] if self.dataset else last["before"] + last["done"])
+
+    @property
+    def failed(self) -> int:
+        """The number of rows that have failed; before the end, in the latest run."""
+        return int((self.dataset or self.last or {"failed": 0})["failed"])
 
 
 def open_dataset(output: str, settings: Settings, s3: "S3 | None" = None) -> DatasetDir:
@@ -57,7 +86,8 @@ def error_of(printed: str) -> GradcamError | None:
     for line in reversed(printed.splitlines()):
         if line.startswith(ERROR_LINE):
             error = json.loads(line)["error"]
-            return error_class(error["code"])(error["message"][:MAX_MESSAGE])
+            kind = InvalidJob if error["code"] == USAGE else error_class(error["code"])
+            return kind(error["message"][:MAX_MESSAGE])
     return None
 
 

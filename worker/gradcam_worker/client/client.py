@@ -7,24 +7,30 @@
 """
 
 import builtins
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any, Self, Unpack, overload
 
 from gradcam_worker.broker.publisher import Publisher
 from gradcam_worker.client import results
+from gradcam_worker.client.backfill_handle import BackfillHandle
+from gradcam_worker.client.backfills import BackfillStatus, Cancellation
 from gradcam_worker.client.calls import ClientCalls
 from gradcam_worker.client.job_fields import Classes, Image, ListConditions, TopN, WithTarget, naming_fields
 from gradcam_worker.client.job_handle import JobHandle
 from gradcam_worker.client.results import Objects, Result
+from gradcam_worker.client.submitted_backfills import OptionValue, SubmittedBackfills, still_running
 from gradcam_worker.client.waiter import JobWaiter
 from gradcam_worker.client.webhooks import Webhooks
+from gradcam_worker.errors import WaitTimeout
 from gradcam_worker.ledger.ledger import Ledger, Tenant
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.resilience.blocking import run_blocking
 from gradcam_worker.schemas.job import Job
 from gradcam_worker.schemas.listing import JobPage, JobQuery
+from gradcam_worker.schemas.options import MethodName, MethodSpec, Metric
 from gradcam_worker.schemas.status import StatusDocument
 from gradcam_worker.schemas.worker_report import NetworkOffer, WorkerReport
 from gradcam_worker.settings import Settings
@@ -77,6 +83,7 @@ class GradcamClient:
         queues = publish or Publisher(settings, timeout_s=TIMEOUT_S)
         self.calls = ClientCalls(settings, ledger, queues, objects or results.SettingsObjects(settings))
         self.waiter = JobWaiter(ledger)
+        self.submitted_backfills = SubmittedBackfills(settings)
 
     @overload
     def submit(
@@ -414,6 +421,140 @@ class GradcamClient:
         """
         return run_blocking(self.calls.live_workers()).workers
 
+    def submit_backfill(
+        self,
+        /,
+        input: str,  # noqa: A002  # as the command calls it
+        output: str,
+        *,
+        network: str,
+        top_n: int | None = None,
+        classes: Sequence[int | str] | None = None,
+        method: MethodSpec | MethodName | dict[str, Any] | None = None,
+        metrics: Sequence[Metric] | None = None,
+        inputs: Mapping[str, float | str | Sequence[float]] | None = None,
+        overlays: bool = False,
+        resume: bool = True,
+        **options: OptionValue,
+    ) -> BackfillHandle:
+        """Explain every image of a list, a folder or a prefix into one dataset.
+
+        `gradcam backfill` runs it in a process beside this one, and ends with this one: what is done is kept.
+        Submitted again, by this process or another one, it is continued; where it is complete, nothing is
+        computed; where another process runs it, `wait` waits for that one, and continues it if it ends early.
+        So a task of a scheduler may be killed and started again at any time. It needs the extra `backfill`.
+
+        Args:
+            input: A list (JSON Lines, CSV, Parquet, text) here or in a bucket, a folder, or a prefix.
+            output: Where the dataset is written, as `s3://results/photos`.
+            network: The classifier.
+            top_n: Explain the n most probable classes of each image.
+            classes: Explain these classes, in place of `top_n`.
+            method: How the heatmap is computed.
+            metrics: How well a heatmap explains the score.
+            inputs: What the network takes beside each image.
+            overlays: Also write an overlay image for each explanation.
+            resume: Continue a backfill that the output holds; else that is refused.
+            **options: Every other option of `gradcam backfill`, with _ in place of -, as `shard_rows=64`,
+                `changed=True`, `input_column={"age": "patient_age"}`.
+
+        Returns:
+            Its output, which has the calls for this backfill: `wait`, `status`, `cancel`.
+
+        Raises:
+            InvalidJob: What is asked of each image is not possible, or there is no such option.
+            InvalidInput: The input cannot be read.
+            OutputNotAllowed: The dataset may not be there.
+            BackfillConflict: The output holds another backfill, or the input has changed: `changed=True`.
+            MissingExtra: The extra is not installed.
+            LedgerUnavailable, StorageUnavailable: A server cannot be reached.
+
+        Examples:
+            >>> backfill = client.submit_backfill("s3://photos/", "s3://results/a", network="vgg16", top_n=3)
+            >>> backfill.wait().failed
+            0
+        """
+        fields = {
+            "network": network,
+            "top_n": top_n,
+            "classes": classes,
+            "method": method,
+            "metrics": metrics,
+            "inputs": inputs,
+            "artifacts": ["overlay"] if overlays else None,
+        }
+        owner = self.calls.owner
+        started = self.submitted_backfills.submit(input, output, fields, {"resume": resume, **options}, owner)
+        return BackfillHandle(started, self)
+
+    def backfill(self, output: str) -> BackfillHandle:
+        """A handle of a backfill that was submitted elsewhere. No server is asked: there may be none.
+
+        Args:
+            output: The dataset that it writes.
+
+        Returns:
+            The output, with the calls for this backfill.
+
+        Examples:
+            >>> client.backfill("s3://results/photos").status().state
+            'running'
+        """
+        return BackfillHandle(output.rstrip("/"), self)
+
+    def backfill_status(self, output: str) -> BackfillStatus:
+        """What is known about a backfill.
+
+        Args:
+            output: The dataset that it writes.
+
+        Returns:
+            Its state, its rows so far and how many of them have failed.
+
+        Raises:
+            OutputNotAllowed: The dataset may not be there.
+            BackfillConflict: There is no backfill.
+            LedgerUnavailable, StorageUnavailable: A server cannot be reached.
+        """
+        return self.submitted_backfills.status(output)
+
+    def wait_for_backfill(self, output: str, timeout_s: float | None = None) -> BackfillStatus:
+        """Wait until a dataset is complete, whichever process writes it.
+
+        Args:
+            output: The dataset.
+            timeout_s: How long to wait, in seconds; None: for ever.
+
+        Returns:
+            Its status.
+
+        Raises:
+            WaitTimeout: It is not complete yet.
+            BackfillStopped: It has ended before it was complete, or more rows failed than may.
+            BackfillCanceled: It was cancelled.
+            GradcamError: Whatever else it has ended with.
+        """
+        end = None if timeout_s is None else time.monotonic() + timeout_s
+        while isinstance(found := self.submitted_backfills.find_end(output), float):
+            if end is not None and time.monotonic() >= end:
+                raise WaitTimeout(still_running(output, timeout_s))
+            time.sleep(found)
+        return found
+
+    def cancel_backfill(self, output: str) -> Cancellation:
+        """Stop a backfill, on whichever machine it runs. What is done is kept.
+
+        Args:
+            output: The dataset that it writes.
+
+        Returns:
+            What has ended.
+
+        Raises:
+            OutputNotAllowed, BackfillConflict, LedgerUnavailable, StorageUnavailable: As `backfill_status`.
+        """
+        return self.submitted_backfills.cancel(output)
+
     def is_upload(self, uri: str, *others: str) -> bool:
         """Whether a URI lies below GRADCAM_UPLOADS, or below one of `others`.
 
@@ -491,7 +632,11 @@ class GradcamClient:
         return client
 
     def close(self) -> None:
-        """Close every connection: waits end with LedgerUnavailable. Used again, the client connects again."""
+        """Close every connection: waits end with LedgerUnavailable. Used again, the client connects again.
+
+        Backfills that it has submitted end; what is done is kept.
+        """
+        self.submitted_backfills.close()
         self.waiter.close()
         run_blocking(self.calls.close())
 

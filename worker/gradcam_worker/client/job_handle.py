@@ -11,13 +11,14 @@ if TYPE_CHECKING:
     from gradcam_worker.client.client import GradcamClient
 
 
-class _Id(str):
+class Handle(str):
     """A text that knows its client. Copied it is itself, pickled it is a plain text."""
 
     __slots__ = ("_client",)
     _client: Any
 
     def __new__(cls, job_id: object, client: Any) -> Self:
+        """The text of `job_id`, or of an output, which knows `client`."""
         handle = super().__new__(cls, job_id)
         handle._client = client
         return handle
@@ -32,16 +33,16 @@ class _Id(str):
         return self
 
     def __reduce__(self) -> tuple[type[str], tuple[str]]:
-        """A client has connections, which do not travel: `client.job` makes a handle again."""
+        """A client has connections, which do not travel: `client.job` and `backfill` make a handle again."""
         return str, (str(self),)
 
     @property
     def id(self) -> str:
-        """The job's id, as a plain `str`."""
+        """What it stands for, the id of a job or the output of a backfill, as a plain `str`."""
         return str(self)
 
 
-class JobHandle(_Id):
+class JobHandle(Handle):
     """A job's id, with the calls of `GradcamClient` for this job.
 
     It is a `str`: it can be stored, compared, put into URLs and JSON, and given to every call that takes an
@@ -83,7 +84,7 @@ class JobHandle(_Id):
         return self._client.result(self, expires_s=expires_s)
 
 
-class AsyncJobHandle(_Id):
+class AsyncJobHandle(Handle):
     """A job's id, with the calls of `AsyncGradcamClient` for this job: see `JobHandle`.
 
     Examples:

@@ -3,15 +3,11 @@
 import asyncio
 import base64
 import binascii
-import json
-import signal
-import sys
 import tempfile
 from contextlib import suppress
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
-from subprocess import Popen, TimeoutExpired
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
@@ -22,10 +18,9 @@ from gradcam_worker import extras
 from gradcam_worker.backfill.plan import SPEC_FIELDS, Plan
 from gradcam_worker.backfill.registry import RedisBackfillRegistry
 from gradcam_worker.client import backfills
+from gradcam_worker.client.submitted_backfills import command, wait_for_start
 from gradcam_worker.errors import (
     BackfillConflict,
-    BackfillStopped,
-    GradcamError,
     InvalidRequest,
     MissingExtra,
     OutputNotAllowed,
@@ -45,8 +40,11 @@ from gradcam_worker.text.log_events import EventLogger
 log = EventLogger("gradcam")
 
 MAX_BODY_BYTES = 512 * 1024
-START_TIMEOUT_S = 60.0  # until it holds its lease, or has refused
-POLL_INTERVAL_S = 0.1
+
+OPTIONS = (
+    *("shard_rows", "max_failed", "window", "rate", "column"),
+    *("resume", "only_failed", "changed", "format"),
+)
 
 router = APIRouter(prefix="/v1/backfills", tags=["backfills"])
 Starter = Annotated[Caller, CallerWith("backfills")]
@@ -88,22 +86,11 @@ class BackfillRequest(RequestModel):
     """columns with what the network takes beside the image, by its name"""
 
 
-class BackfillStatus(ResponseModel):
+class BackfillStatus(backfills.BackfillStatus):
     """The state of a backfill."""
 
     id: str
     """its name in this API; it stands for the output"""
-    backfill: str
-    output: str
-    input: str
-    network: str
-    state: str
-    """running, complete, stopped or damaged"""
-    shards_done: int
-    dataset: dict[str, Any] | None = None
-    """the summary of a complete dataset"""
-    last: dict[str, Any] | None = None
-    """the progress of the latest run"""
 
 
 class BackfillList(ResponseModel):
@@ -231,55 +218,27 @@ def _check_plan(wanted: BackfillRequest) -> None:
 
 def _start(gateway: Gateway, caller: Caller, wanted: BackfillRequest) -> None:
     """Start the process, and wait until it holds its lease. Raises what it was refused with."""
-    registry = RedisBackfillRegistry(RedisLedger(gateway.settings).server)
-    before = registry.find(wanted.output)
     with tempfile.TemporaryDirectory(prefix="gradcam-backfill-") as folder:
-        said = Path(folder) / "log"
+        log_file = Path(folder) / "log"
         process = gateway.backfills.start(
-            command_of(wanted, caller), gateway.settings, said, caller.tenant_name
+            command_of(wanted, caller), gateway.settings, log_file, caller.tenant_name
         )
-        for _ in range(int(START_TIMEOUT_S / POLL_INTERVAL_S)):
-            with suppress(TimeoutError):
-                ended = _wait(process)
-                break
-            record = registry.find(wanted.output)
-            if record and record.is_running and not (before and before.facts == record.facts):
-                return
-        else:
-            process.send_signal(signal.SIGTERM)
-            message = f"The backfill of {wanted.output} has not begun within {START_TIMEOUT_S:g} s."
-            raise BackfillStopped(message)
-        if ended:
-            raise _refusal(said.read_text(errors="replace"))
-
-
-def _wait(process: Popen[bytes]) -> int:
-    """The exit code of a process. Raises TimeoutError where it runs on."""
-    try:
-        return process.wait(POLL_INTERVAL_S)
-    except TimeoutExpired as error:
-        raise TimeoutError from error
-
-
-def _refusal(said: str) -> GradcamError:
-    """The error that the command has ended with."""
-    return backfills.error_of(said) or BackfillStopped(f"The backfill ended: {said[-500:]}")
+        wait_for_start(process, lambda: log_file.read_text(errors="replace"), wanted.output)
 
 
 def command_of(wanted: BackfillRequest, caller: Caller) -> list[str]:
     """The command that runs a backfill."""
     spec = wanted.model_dump(mode="json", include={*SPEC_FIELDS} - {"weights_sha256"})
-    for_api = json.dumps({"spec": spec, "tenant": caller.tenant_name})
-    options = [f"--output={wanted.output}", f"--network={wanted.network}", f"--for-api={for_api}", "--json"]
-    options += [f"--shard-rows={wanted.shard_rows}", f"--max-failed={wanted.max_failed}"]
-    options += [
-        f"--{name}={value}" for name in ("window", "rate", "column") if (value := getattr(wanted, name))
-    ]
-    options += [
-        f"--{name.replace('_', '-')}"
-        for name in ("resume", "only_failed", "changed")
-        if getattr(wanted, name)
-    ]
-    options += [f"--input-column={name}={column}" for name, column in wanted.input_columns.items()]
-    options += [f"--format={wanted.format}"]
-    return [sys.executable, "-P", "-m", "gradcam_worker", "backfill", "run", *options, "--", wanted.input]
+    names = (
+        "shard_rows",
+        "max_failed",
+        "window",
+        "rate",
+        "column",
+        "resume",
+        "only_failed",
+        "changed",
+        "format",
+    )
+    options = {name: getattr(wanted, name) for name in names} | {"input_column": wanted.input_columns}
+    return command(wanted.input, wanted.output, spec, options, caller.tenant_name)

@@ -1,5 +1,6 @@
 """The progress of a backfill: a bar on a terminal, plain lines in a log, JSON for programs."""
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -18,7 +19,7 @@ from gradcam_worker.settings import Settings
 from gradcam_worker.text.urls import without_secrets
 from gradcam_worker.text.visible import counted, visible
 
-UPDATE_INTERVALS_S = {"terminal": 0.25, "lines": 10.0, "json": 2.0}
+UPDATE_INTERVALS_S = {"terminal": 0.25, "lines": 10.0, "json": 2.0, "none": math.inf}
 
 
 class BackfillProgressBar:
@@ -28,11 +29,11 @@ class BackfillProgressBar:
         """Show nothing yet.
 
         Args:
-            form: `terminal`, `lines` or `json`.
+            form: `terminal`, `lines`, `json` or `none`.
             total: Estimates the number of rows; None: not known.
         """
         self._form, self._total = form, total
-        self._shown_s = -UPDATE_INTERVALS_S[form]
+        self._shown_s = -UPDATE_INTERVALS_S[form] if form != "none" else 0.0
         self._live = Live(console=console.err, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> Self:
