@@ -59,7 +59,7 @@ def test_examples_of_every_cause_and_the_most_and_least_confident_are_embedded(t
     records = {f"{one['row']}:{one['index']}": one for one in data["records"]}
     groups = data["groups"]
     assert groups["causes"]["1"] == {
-        "right_reason": ["0:0", "1:0", "2:0", "3:0"],
+        "right_reason": ["19:0", "18:0", "17:0", "16:0"],
         "wrong_reason": ["20:0", "21:0", "22:0", "23:0"],
     }
     assert groups["confidence"]["1"] == {
@@ -81,7 +81,7 @@ def test_examples_of_every_cause_and_the_most_and_least_confident_are_embedded(t
 
 def test_there_are_at_most_as_many_pictures_as_asked_for_and_confusions_go_first(tmp_path: Path) -> None:
     data = made(tmp_path, max_pictures=5)
-    assert sorted({one["row"] for one in data["records"]}) == [20, 25, 26, 27, 28]
+    assert sorted({one["row"] for one in data["records"]}) == [25, 26, 27, 28, 29]
     assert len(data["photos"]) == 5
     assert made(tmp_path, max_pictures=0)["records"] == []
 

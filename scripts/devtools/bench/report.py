@@ -27,6 +27,7 @@ BENCHES = (
     "backfill",
     "gateway",
     "async_client",
+    "audit",
     "gpu",
 )
 WIDTH = 110  # characters of a line

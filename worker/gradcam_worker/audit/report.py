@@ -29,6 +29,7 @@ class DatasetFacts(ResponseModel):
     uri: str
     rows: int  # images of the input
     explained: int  # images with heatmaps
+    unpredicted: int  # of these, those of which the class that came first has no heatmap: not judged
     failed: int
     codes: dict[str, int]  # error code -> number of failed images
     explanations: int  # heatmaps: one for each image and explained class
@@ -40,6 +41,7 @@ class DatasetFacts(ResponseModel):
     method: dict[str, Any]
     against: tuple[int | str, ...] = ()
     grid: tuple[int, int]  # rows and columns of the heatmaps
+    features: int | None = None  # channels of the target layer, of which the means are kept; None: of none
     complete: bool  # False: the backfill has not ended, and rows of its input are missing
 
 

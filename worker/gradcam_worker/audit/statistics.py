@@ -226,6 +226,26 @@ def open_dataset(dataset: str, s3: S3) -> Store:
     return S3Store(s3, bucket, prefix.strip("/"))
 
 
+def file_names(store: Store) -> list[str]:
+    """List the Parquet files of a dataset, in order.
+
+    Args:
+        store: Where the dataset is.
+
+    Returns:
+        Their names, as in data/<key>.parquet.
+
+    Raises:
+        InvalidInput: There is no dataset.
+        StorageUnavailable: The store cannot be listed.
+    """
+    names = [name for name in store.names("data") if name.endswith(".parquet")]
+    if not names:
+        message = f"There is no dataset at {store.uri('data')}. {EXPECTED_FORMAT}"
+        raise InvalidInput(message)
+    return names
+
+
 def read_files(
     store: Store, report_progress: ReportProgress = lambda *_: None
 ) -> Iterator[tuple[str, bytes]]:
@@ -242,10 +262,7 @@ def read_files(
         InvalidInput: There is no dataset.
         StorageUnavailable: The store cannot be listed.
     """
-    names = [name for name in store.names("data") if name.endswith(".parquet")]
-    if not names:
-        message = f"There is no dataset at {store.uri('data')}. {EXPECTED_FORMAT}"
-        raise InvalidInput(message)
+    names = file_names(store)
     for done, file in enumerate(_files(store, names)):
         yield file
         report_progress("files", done + 1, len(names))

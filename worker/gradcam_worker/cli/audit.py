@@ -7,7 +7,9 @@ import click
 from gradcam_worker.cli.options import json_option
 from gradcam_worker.operations import console
 from gradcam_worker.settings import Settings
-from gradcam_worker.text.visible import counted
+
+SHARE = click.FloatRange(0, 1)
+FACTOR = click.FloatRange(0)
 
 
 @click.command()
@@ -16,36 +18,77 @@ from gradcam_worker.text.visible import counted
     "-o",
     "--output",
     type=click.Path(file_okay=False, path_type=Path),
-    help="The folder to write the report into.",
+    help="The folder to write the report and its page into.  [audit, inside DATASET if that is a folder]",
 )
 @json_option("Print the report as JSON.")
-def audit(dataset: str, output: Path | None, *, as_json: bool) -> int:
+@click.option("--lines", type=click.IntRange(1), default=10, show_default=True, help="Of each table.")
+@click.option(
+    "--inside",
+    type=SHARE,
+    default=0.5,
+    show_default=True,
+    help="With boxes or masks: the share of the heat within them that is looking at the object.",
+)
+@click.option(
+    "--over-chance",
+    type=FACTOR,
+    default=2.0,
+    show_default=True,
+    help="Or how many times their share of the image it is at least: for small objects.",
+)
+@click.option(
+    "--largest-region",
+    type=SHARE,
+    default=0.67,
+    show_default=True,
+    help="Boxes and masks that cover more of the image tell nothing.",
+)
+@click.option(
+    "--at-border",
+    type=SHARE,
+    default=0.5,
+    show_default=True,
+    help="Without boxes: the share of the heat at the border of the image that is looking elsewhere.",
+)
+@click.option(
+    "--agreement",
+    type=FACTOR,
+    default=0.3,
+    show_default=True,
+    help="Without boxes: less agreement with the typical heat of the class is looking elsewhere; 1 is what "
+    "its images have on average.",
+)
+def audit(dataset: str, output: Path | None, lines: int, *, as_json: bool, **thresholds: float) -> int:
     """Find where a network looks in the wrong place.
 
-    DATASET is a folder or s3://bucket/prefix that a backfill has written.
+    DATASET is a folder or s3://bucket/prefix that a backfill has written. For each class, and for each pair
+    of classes that are taken for each other, the report says how many images are right for the right reason,
+    right for the wrong reason, wrong though looking at the object, and wrong and looking elsewhere. What
+    there is most to learn from comes first.
 
     \b
     Example:
       gradcam audit s3://results/cams -o audit
+      gradcam audit cams --inside 0.7 --json
     """
-    from gradcam_worker.audit.run import REPORT, AuditOptions
-    from gradcam_worker.audit.run import audit as audit_dataset
-    from gradcam_worker.audit.statistics import open_dataset
-    from gradcam_worker.storage.s3 import S3
-    from gradcam_worker.storage.stores import FolderStore
+    from gradcam_worker.audit.output import write_audit
+    from gradcam_worker.audit.report import Thresholds
+    from gradcam_worker.audit.run import AuditOptions
+    from gradcam_worker.operations.audit_console import show_audit
 
+    is_folder = "://" not in dataset
+    folder = output or (Path(dataset) / "audit" if is_folder else Path("audit"))
     with console.err.status("reading") as spinner:
 
         def report_progress(what: str, done: int, of: int) -> None:
             spinner.update(f"{what}: {done:,} of {of:,}")
 
-        store = open_dataset(dataset, S3(Settings.from_environment()))
-        report = audit_dataset(store, AuditOptions(), report_progress)
-    if output:
-        FolderStore(output).put(REPORT, report.to_json().encode(), "application/json")
+        options = AuditOptions(Thresholds.model_validate(thresholds))
+        report = write_audit(dataset, folder, options, Settings.from_environment(), report_progress)
     if as_json:
         console.print_json(report.model_dump(mode="json"))
         return 0
-    told = f"{counted(report.dataset.explained, 'image')}, {counted(len(report.classes), 'class', 'classes')}"
-    console.out.print(console.plain(told), soft_wrap=True)
+    show_audit(report, lines)
+    console.out.print()
+    console.out.print(console.plain(f"Report: {folder}"), soft_wrap=True)
     return 0
