@@ -11,7 +11,8 @@ import pytest
 from numpy.testing import assert_array_equal
 
 from gradcam_worker.artifacts import dataset
-from gradcam_worker.artifacts.dataset import DatasetLayout, ExplainedRow, Outcome, Truth
+from gradcam_worker.artifacts.dataset import DatasetLayout, ExplainedRow, Outcome
+from gradcam_worker.artifacts.truth import Truth
 from gradcam_worker.errors import ImageNotFound, StorageUnavailable
 from gradcam_worker.gradcam.explain import explain_image
 from gradcam_worker.gradcam.localization import Localization

@@ -321,7 +321,7 @@ def test_only_a_network_that_crops_or_pads_has_the_column_that_says_what_it_saw(
 def test_changes_of_confidence_have_columns_where_they_are_measured() -> None:
     harness = Harness({uri(0): png((20, 220, 200))})
     harness.run(shard_of(harness.images, target={"top_n": 2}, metrics=["confidence_drop", "deletion"]))
-    assert harness.table.column_names[-1] == "confidence_drop"
+    assert harness.table.column_names[-3:] == ["confidence_drop", "row_digest", "heat_at_border"]
     assert "confidence_increase" not in harness.table.column_names
     assert all(0 <= value <= 1 for value in harness.table["confidence_drop"].to_pylist())
 

@@ -208,7 +208,7 @@ class TestInference:
         assert [[prediction.name for prediction in result.explanation.explained] for result in results] == [
             ["blue", "green"],
             ["red", "green"],
-            ["red", "red"],
+            ["red"],
         ]
 
     def test_a_measurement_runs_alone_on_the_device_until_the_deadline(self, tiny: TinyNetwork) -> None:

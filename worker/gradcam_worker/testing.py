@@ -191,7 +191,10 @@ class TinyNetwork:
         class_ids, weights = self._explained(scores, wanted, method)
         weights = weights / np.float32(cells**2)
         gradients = np.broadcast_to(weights[:, :, None, None], (*weights.shape[:2], cells, cells, 3))
-        return Computed("blocks", scores, class_ids, cam.METHODS[method.name](np, blocks, gradients))
+        raw = cam.METHODS[method.name](np, blocks, gradients)
+        with np.errstate(invalid="ignore"):  # of a map that is zero
+            features = cam.heat_features(np, blocks, raw) if method.features else None
+        return Computed("blocks", scores, class_ids, raw, features=features)
 
     def _explained(
         self, scores: NDArray[np.float32], wanted: NDArray[np.int32], method: Method

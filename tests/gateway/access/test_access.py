@@ -281,6 +281,8 @@ def test_a_job_gets_its_tenants_output() -> None:
 def test_a_web_address_of_a_tenant_may_not_redirect() -> None:
     image = {"uri": "HTTPS://cdn.acme.example/photos/1.jpg", "redirects": True}
     assert not CALLER.check_job(job(image=image)).image.redirects
+    mask = {"mask": {"uri": "https://cdn.acme.example/photos/1.png"}}
+    assert not CALLER.check_job(job(annotations=mask)).image.redirects
 
 
 def test_a_backfill_reads_lists_and_images_of_its_tenants_buckets() -> None:
@@ -310,6 +312,7 @@ def test_a_backfill_reads_lists_and_images_of_its_tenants_buckets() -> None:
         ({"image": "s3://results/globex/1.jpg"}, UriNotAllowed),
         ({"image": "https://cdn.acme.example/photos/%2e%2e/globex/1.jpg"}, UriNotAllowed),
         ({"image": "file:///etc/passwd"}, UriNotAllowed),
+        ({"annotations": {"mask": {"uri": "s3://globex-photos/1.png"}}}, UriNotAllowed),
         ({"image": "data:image/png;base64,planted"}, UriNotAllowed),
         ({"output": "s3://results"}, OutputNotAllowed),
         ({"output": "s3://results/globex"}, OutputNotAllowed),

@@ -25,10 +25,12 @@ from pydantic import ValidationError
 
 from gradcam_worker import __version__
 from gradcam_worker.artifacts.render import RenderedArtifact, RenderResult
+from gradcam_worker.artifacts.truth import Located
 from gradcam_worker.artifacts.warnings import result_warnings
 from gradcam_worker.gradcam import network_inputs
 from gradcam_worker.gradcam.catalog import NetworkRow
 from gradcam_worker.gradcam.explain import Explanation, Prediction
+from gradcam_worker.gradcam.localization import Localization
 from gradcam_worker.gradcam.methods import masking
 from gradcam_worker.gradcam.network_inputs import InputValue, NetworkInput
 from gradcam_worker.gradcam.sizing import Placement
@@ -39,10 +41,12 @@ from gradcam_worker.schemas.manifest import (
     ClassRef,
     ExplainedClass,
     InputRecord,
+    LocalizationRecord,
     Manifest,
     MethodRecord,
     NetworkRecord,
     SalientRegion,
+    TruthRecord,
 )
 from gradcam_worker.schemas.options import MethodSpec
 from gradcam_worker.schemas.status import ClassScore, ManifestRef
@@ -88,6 +92,7 @@ def build_manifest(
     explanation: Explanation,
     rendered: RenderResult,
     records: list[ArtifactRecord],
+    located: Located,
 ) -> Manifest:
     """Describe the result of a job.
 
@@ -100,6 +105,7 @@ def build_manifest(
         explanation: What was computed.
         rendered: The artifacts.
         records: What `describe` returned for them.
+        located: Where the heat lies, and what is known about the image.
     """
     image_size = (image.width, image.height)
     recorded = list(zip(rendered.artifacts, records, strict=True))
@@ -117,6 +123,7 @@ def build_manifest(
                 index,
                 image_size,
                 rendered.salient_regions[index],
+                located.localizations[index],
                 tuple(class_records),
             )
         )
@@ -142,13 +149,14 @@ def build_manifest(
         inputs=_inputs(network.inputs, job),
         predictions=class_scores(explanation.predictions),
         explanations=tuple(explanations),
+        truth=_truth(located) if job.annotations else None,
         against=tuple(ClassRef(**label._asdict()) for label in explanation.against),
         artifacts=tuple(
             record
             for artifact, record in recorded
             if artifact.class_index is None and artifact.kind != "heatmap"
         ),
-        warnings=result_warnings(image, explanation),
+        warnings=(*result_warnings(image, explanation), *located.warnings),
     )
 
 
@@ -190,6 +198,7 @@ def _explained_class(
     index: int,
     image_size: tuple[int, int],
     salient_region: SalientRegion | None,
+    localization: Localization,
     records: tuple[ArtifactRecord, ...],
 ) -> ExplainedClass:
     return ExplainedClass(
@@ -204,7 +213,20 @@ def _explained_class(
         completeness_error=(
             None if explanation.completeness_error is None else float(explanation.completeness_error[index])
         ),
+        localization=LocalizationRecord(**vars(localization)),
         artifacts=records,
+    )
+
+
+def _truth(located: Located) -> TruthRecord:
+    truth = located.truth
+    classes = tuple(ClassRef(**label._asdict()) for label in located.classes)
+    return TruthRecord(
+        classes=None if truth.ids is None else classes,
+        correct=truth.is_correct,
+        rank=truth.rank,
+        boxes=truth.boxes,
+        mask=truth.mask,
     )
 
 
@@ -270,7 +292,7 @@ def job_fingerprint(job: Job) -> str:
 
     The id, the webhooks and the metadata do not count.
     """
-    fields = {"image", "network", "target", "inputs", "method", "metrics", "artifacts"}
+    fields = {"image", "network", "target", "inputs", "annotations", "method", "metrics", "artifacts"}
     kinds = [spec.kind for spec in job.artifacts]  # `kind` is a default, which `exclude_defaults` drops
     text = f"{kinds} {job.model_dump_json(include=fields, exclude_defaults=True)}"
     return hashlib.sha256(text.encode()).hexdigest()

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from gradcam_worker import __version__
 from gradcam_worker.artifacts.artifacts import peak_xy, shown_xyxy
 from gradcam_worker.artifacts.columns import arrow_type, carried_array
+from gradcam_worker.artifacts.truth import NO_TRUTH, Truth
 from gradcam_worker.errors import StorageUnavailable
 from gradcam_worker.gradcam.explain import Explanation
 from gradcam_worker.gradcam.imaging.region import Box
@@ -36,14 +37,14 @@ from gradcam_worker.images.fetch import redact_uri
 from gradcam_worker.schemas.manifest import InputRecord
 from gradcam_worker.schemas.options import MethodSpec
 from gradcam_worker.schemas.shard import DATASET, Row, Shard
-from gradcam_worker.schemas.status import NetworkRef, Problem
+from gradcam_worker.schemas.status import NetworkRef, Problem, ResultWarning
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 MEDIA_TYPE = "application/vnd.apache.parquet"
 METADATA_KEY = b"gradcam"  # of the JSON document in a file's metadata that describes the whole file
-MISSING_COLUMN = "missing"  # the last column, which files of earlier versions lack
+MISSING_COLUMN = "missing"  # this column and those after it are lacking in files of earlier versions
 SHOWN_COLUMN = "shown_xyxy"  # after it, where the network's sizing crops or pads images
 LATER_METRICS = ("confidence_drop", "confidence_increase")  # columns that files of earlier versions lack
 BOX_THRESHOLD = 0.5  # as a share of the heatmap's peak; the default of a manifest
@@ -57,24 +58,6 @@ Grid = tuple[int, int]  # rows and columns of every heatmap
 
 
 @dataclass(frozen=True)
-class Truth:
-    """What is known about an image, as the network of the dataset sees it."""
-
-    ids: tuple[int, ...] | None = None  # of the true classes that the network has; None: no label is known
-    rank: int | None = None  # the best one of them, among all classes by score
-    boxes: tuple[tuple[float, float, float, float], ...] | None = None  # in pixels of the upright image
-    mask: str | None = None  # URI without secrets, or run lengths as JSON
-
-    @property
-    def is_correct(self) -> bool | None:
-        """Whether the class with the highest score is a true one; None: none is known."""
-        return self.rank == 1 if self.ids else None
-
-
-NO_TRUTH = Truth()
-
-
-@dataclass(frozen=True)
 class ExplainedRow:
     """A row of the input that was explained."""
 
@@ -84,7 +67,8 @@ class ExplainedRow:
     overlays: Sequence[str | None]  # URI per explained class
     localizations: Sequence[Localization] = ()  # per explained class; empty: unknown
     truth: Truth = NO_TRUTH
-    features: NDArray[np.float16] | None = None  # (classes, channels)
+    features: NDArray[np.float16] | None = None  # (classes, channels), nan where a heatmap is zero
+    warnings: Sequence[ResultWarning] = ()  # about what is known of it
 
 
 Outcome = ExplainedRow | Problem
@@ -98,6 +82,9 @@ class Summary:
     failed: int  # rows of the input that failed
     codes: Mapping[str, int]  # error code -> number of failed rows
     network: NetworkRef
+    warnings: Mapping[str, tuple[int, str]] = field(
+        default_factory=dict
+    )  # code -> rows, the first one's detail
 
 
 @dataclass(frozen=True)
@@ -241,7 +228,8 @@ def to_bytes(
             order: Any = [("row", "ascending"), ("index", "ascending")]
             table = pa.concat_tables([table, _with_columns(kept_rows, columns)]).sort_by(order)
     codes = Counter(table["error"].drop_null().to_pylist())
-    summary = Summary(len(shard.rows), codes.total(), dict(sorted(codes.items())), network)
+    warnings = _count_warnings(shard, outcomes)
+    summary = Summary(len(shard.rows), codes.total(), dict(sorted(codes.items())), network, warnings)
     metadata = {
         "schema": DATASET,
         "backfill": shard.backfill,
@@ -256,6 +244,7 @@ def to_bytes(
         "method": {"name": shard.method.name, **shard.method.model_dump(mode="json")},
         "generator": f"gradcam-worker {__version__}",
         **({"against": shard.target.against} if shard.target.against else {}),
+        **({"warnings": warnings} if warnings else {}),
         **({"carried": dict(layout.carried)} if layout.carried else {}),
         **({} if layout.features is None else {"features": layout.features}),
     }
@@ -263,6 +252,17 @@ def to_bytes(
     table = table.replace_schema_metadata({METADATA_KEY: json.dumps(metadata, sort_keys=True).encode()})
     pq.write_table(table, file, compression="zstd", row_group_size=len(table) or 1)
     return file.getvalue(), summary
+
+
+def _count_warnings(shard: Shard, outcomes: Sequence[Outcome | None]) -> dict[str, tuple[int, str]]:
+    """Warnings about rows by their code: the number of rows, and what is said of the first one."""
+    found: dict[str, tuple[int, str]] = {}
+    for number, outcome in enumerate(outcomes, shard.first):
+        of_row = outcome.warnings if isinstance(outcome, ExplainedRow) else ()
+        for code, warning in {warning.code: warning for warning in reversed(of_row)}.items():
+            rows, first = found.get(code, (0, f"Row {number}: {warning.detail}"))
+            found[code] = rows + 1, first
+    return dict(sorted(found.items()))
 
 
 def _table(
@@ -283,12 +283,12 @@ def _table(
 
 
 def _with_columns(kept_rows: "pa.Table", columns: "pa.Schema") -> "pa.Table":
-    """Rows of an earlier file with these columns, null where it did not have them."""
+    """Rows of an earlier file with these columns, null where its version did not have them."""
     import pyarrow as pa
 
-    there = set(kept_rows.column_names)
+    later = {*columns.names[columns.names.index(MISSING_COLUMN) :]} - {*kept_rows.column_names}
     arrays = [
-        kept_rows[column.name] if column.name in there else pa.nulls(len(kept_rows), column.type)
+        pa.nulls(len(kept_rows), column.type) if column.name in later else kept_rows[column.name]
         for column in columns
     ]
     return pa.table(arrays, schema=columns)
@@ -310,6 +310,7 @@ def _records(number: int, row: Row, outcome: Outcome) -> list[dict[str, Any]]:
         "truth_boxes": truth.boxes,
         "truth_mask": truth.mask,
     }
+    features = _known_features(outcome)
     localizations = outcome.localizations or [NOWHERE] * len(explanation.explained)
     return [
         {
@@ -330,10 +331,17 @@ def _records(number: int, row: Row, outcome: Outcome) -> list[dict[str, Any]]:
             SHOWN_COLUMN: shown_xyxy(placement, image),
             **(explanation.metrics[index] if explanation.metrics else {}),
             **vars(localizations[index]),
-            FEATURES_COLUMN: None if outcome.features is None else outcome.features[index],
+            FEATURES_COLUMN: None if features is None else features[index],
         }
         for index, prediction in enumerate(explanation.explained)
     ]
+
+
+def _known_features(row: ExplainedRow) -> list[NDArray[np.float16] | None] | None:
+    """The features of each explained class, None where its heatmap is zero."""
+    if row.features is None:
+        return None
+    return [None if np.isnan(vector).any() else vector for vector in row.features]
 
 
 def failed_lines(shard: Shard, outcomes: Sequence[Outcome | None]) -> bytes:
@@ -361,7 +369,11 @@ def read_summary(data: bytes) -> Summary:
     with _read_errors_as_storage_unavailable():
         metadata = _read_metadata(data)
         network = NetworkRef.model_validate(metadata["network"])
-        return Summary(int(metadata["rows"]), int(metadata["failed"]), dict(metadata["codes"]), network)
+        warnings = {
+            code: (int(rows), str(first)) for code, (rows, first) in metadata.get("warnings", {}).items()
+        }
+        rows, failed = int(metadata["rows"]), int(metadata["failed"])
+        return Summary(rows, failed, dict(metadata["codes"]), network, warnings)
 
 
 def find_mismatch(data: bytes, shard: Shard) -> str | None:

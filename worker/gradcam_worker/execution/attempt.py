@@ -12,6 +12,7 @@ from gradcam_worker.gradcam import network_inputs
 from gradcam_worker.observability import tracing
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.schemas.job import Job
+from gradcam_worker.schemas.shard import Shard
 from gradcam_worker.schemas.status import (
     ClassScore,
     ManifestRef,
@@ -102,6 +103,8 @@ def admit(work: Work, services: Services) -> Store:
     if isinstance(work, Job) and (row.inputs or work.inputs):
         network_inputs.resolve(row.inputs, work.inputs, row.name)
     class_count = work.target.top_n or len(work.target.classes or ())
+    if isinstance(work, Shard):
+        class_count += max(len(row.classes or ()) for row in work.rows)
     if class_count > services.max_classes:
         message = (
             f"The job asks for {class_count} classes; "

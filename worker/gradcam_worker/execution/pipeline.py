@@ -7,11 +7,13 @@ from functools import partial
 from gradcam_worker.artifacts import artifacts
 from gradcam_worker.artifacts.render import Source, render
 from gradcam_worker.errors import ImageForbidden, ImageNotFound
+from gradcam_worker.execution.annotations import Labels, find_mask, locate
 from gradcam_worker.execution.attempt import JobContext, JobResult, Progress, admit
 from gradcam_worker.execution.scoring import explain_in_passes, method_of, spec_of
 from gradcam_worker.execution.services import Services
 from gradcam_worker.gradcam.explain import values_of
 from gradcam_worker.gradcam.methods import masking
+from gradcam_worker.images.masks import read_mask
 from gradcam_worker.images.prepare import fetch_image
 from gradcam_worker.observability import tracing
 from gradcam_worker.schemas.job import Job
@@ -53,6 +55,16 @@ def _explain(
             find_result = partial(_find_result, job, services, context, store, folder)
             if job.image.sha256 and (result := find_result(job.image.sha256)):
                 return result  # whether or not the image still exists
+            # Before the image, whose memory is reserved until it is drawn: nobody waits for two reservations.
+            mask = find_mask(
+                job.annotations,
+                partial(
+                    read_mask,
+                    services=services,
+                    deadline=context.deadline,
+                    redirects=job.image.redirects,
+                ),
+            )
             try:
                 fetched = resources.enter_context(fetch_image(job.image, services, context.deadline))
             except (ImageNotFound, ImageForbidden):
@@ -100,6 +112,8 @@ def _explain(
             )
     if placement:
         explanation = replace(explanation, placement=placement)
+    size = record.height, record.width
+    located = locate(explanation, size, job.annotations, mask, Labels(network.labels))
     if job.metrics:
         with context.enter_stage("measure"):
             explanation = services.inference.measure(
@@ -116,7 +130,7 @@ def _explain(
         image.release()
     with context.enter_stage("upload"):
         records = artifacts.describe(store, folder, rendered)
-        manifest = artifacts.build_manifest(job, record, explanation, rendered, records)
+        manifest = artifacts.build_manifest(job, record, explanation, rendered, records, located)
         reference = artifacts.write_manifest(store, folder, manifest, context.deadline, rendered.artifacts)
     if inferred:
         context.metrics |= {

@@ -25,13 +25,16 @@ from gradcam_worker.errors import (
     StorageUnavailable,
     UnknownLayer,
 )
+from gradcam_worker.execution.annotations import CLASS_UNKNOWN, FoundMask, Labels, find_mask, locate
 from gradcam_worker.execution.attempt import JobContext
 from gradcam_worker.execution.services import Services
 from gradcam_worker.gradcam.explain import Explanation, values_of
 from gradcam_worker.gradcam.imaging.region import hot_box
 from gradcam_worker.gradcam.network import Classifier
 from gradcam_worker.gradcam.sizing import Placement
+from gradcam_worker.images.masks import Mask, read_mask
 from gradcam_worker.images.prepare import FetchedImage, fetch_image
+from gradcam_worker.schemas.annotations import AnnotatedMask
 from gradcam_worker.schemas.job import ImageRef
 from gradcam_worker.schemas.manifest import InputRecord
 from gradcam_worker.schemas.model import describe_excess_length
@@ -53,6 +56,9 @@ SHARD_ERRORS = (
 )
 
 
+NO_MASK = FoundMask()
+
+
 @dataclass(frozen=True)
 class LoadedImage:
     """The image of a row, at the input size of the network."""
@@ -61,6 +67,7 @@ class LoadedImage:
     pixels: NDArray[np.uint8]  # (height, width, channels)
     placement: Placement | None = None  # of the pixels in the image
     values: NDArray[np.float32] | None = None  # of further inputs of the network
+    mask: FoundMask = NO_MASK  # of the object in the image
 
 
 class ShardRows:
@@ -75,6 +82,16 @@ class ShardRows:
     ) -> None:
         self._shard, self._services, self._context = shard, services, context
         self._store, self._network = store, network
+        self.labels = Labels(network.labels)
+
+    def own_classes(self, index: int) -> tuple[int, ...]:
+        """The ids of classes that a row asks for itself, those that the network has.
+
+        One that others are explained against is left out, as it is where all classes are ranked.
+        """
+        ids, _ = self.labels.find(self._shard.rows[index].classes or ())
+        against, _ = self.labels.find(self._shard.target.against or ())
+        return tuple(class_id for class_id in ids if class_id not in against)
 
     def load(self, index: int) -> LoadedImage | Problem:
         """Fetch, decode and fit the image of a row; on an error return the Problem."""
@@ -91,10 +108,15 @@ class ShardRows:
             message = f"{why[0].upper()}{why[1:]}."
             raise InvalidRow(message)
         values = values_of(self._network.facts, {**self._shard.inputs, **(row.inputs or {})})
+        # Before the image, whose memory is reserved while it is decoded: nobody waits for two reservations.
+        mask = find_mask(row.annotations, self._read_mask)
         reference = ImageRef(uri=row.uri, sha256=row.sha256)
         with self._open(reference) as fetched, fetched.decode() as image:
             facts = self._network.facts
-            return LoadedImage(image.record, image.fit(facts), image.placement(facts), values)
+            return LoadedImage(image.record, image.fit(facts), image.placement(facts), values, mask)
+
+    def _read_mask(self, mask: AnnotatedMask) -> Mask:
+        return read_mask(mask, self._services, self._context.deadline)
 
     def _open(self, image: ImageRef) -> AbstractContextManager[FetchedImage]:
         return fetch_image(image, self._services, self._context.deadline)
@@ -129,6 +151,10 @@ class ShardRows:
                 values=loaded.values,
             )
         size = image.height, image.width
+        row = self._shard.rows[index]
+        located = locate(explanation, size, row.annotations, loaded.mask, self.labels)
+        _, unknown = self.labels.find(row.classes or ())
+        warnings = *located.warnings, *(one.model_copy(update={"code": CLASS_UNKNOWN}) for one in unknown)
         boxes = [
             hot_box(heatmap, size, dataset.BOX_THRESHOLD, explanation.placement)
             for heatmap in explanation.shown
@@ -150,7 +176,16 @@ class ShardRows:
             for artifact, record in zip(rendered.artifacts, records, strict=True):
                 if artifact.class_index is not None:
                     overlays[artifact.class_index] = overlays[artifact.class_index] or record.uri
-        return ExplainedRow(image, explanation, boxes, overlays)
+        return ExplainedRow(
+            image,
+            replace(explanation, ranks=None, features=None),  # ranks are as many as the network has classes
+            boxes,
+            overlays,
+            located.localizations,
+            located.truth,
+            explanation.features,
+            warnings,
+        )
 
     def row_id(self, index: int) -> str:
         """The id of a row. It names the folder of the row's overlays."""

@@ -36,7 +36,7 @@ from gradcam_worker.execution.attempt import JobContext, JobResult, Progress, ad
 from gradcam_worker.execution.scoring import explain_in_passes, method_of, spec_of
 from gradcam_worker.execution.services import Services
 from gradcam_worker.execution.shard_rows import SHARD_ERRORS, LoadedImage, ShardRows
-from gradcam_worker.gradcam.explain import Explanation
+from gradcam_worker.gradcam.explain import Explanation, choose_method, pad_selections
 from gradcam_worker.gradcam.methods import integrated, masking
 from gradcam_worker.gradcam.network import Classifier, repeat_values, sample_values
 from gradcam_worker.inference.model_cache import GREY
@@ -44,7 +44,14 @@ from gradcam_worker.observability.logs import ContextThreadPool
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.schemas.legacy_rows import metrics_of_failed, stage_of_progress
 from gradcam_worker.schemas.shard import READERS, Shard, data_key, failed_key
-from gradcam_worker.schemas.status import ManifestRef, NetworkRef, Problem, RowSearch, RowState
+from gradcam_worker.schemas.status import (
+    ManifestRef,
+    NetworkRef,
+    Problem,
+    ResultWarning,
+    RowSearch,
+    RowState,
+)
 from gradcam_worker.storage.store import Object, Store
 from gradcam_worker.text.log_events import EventLogger
 
@@ -92,7 +99,9 @@ def run_shard(shard: Shard, services: Services, context: JobContext) -> JobResul
         reference = NetworkRef(name=shard.network, layer=layer, weights_sha256=sha256)
     with context.enter_stage("render"):
         has_shown = run.network.facts.sizing.fit != "squash"
-        data, summary = dataset.to_bytes(shard, reference, grid, outcomes, kept_rows, has_shown=has_shown)
+        data, summary = dataset.to_bytes(
+            shard, reference, grid, outcomes, kept_rows, has_shown=has_shown, features=run.channels
+        )
     lines = dataset.failed_lines(shard, outcomes)
     with context.enter_stage("upload"):
         if not context.after_crash:  # else the checkpoint of the row search must stay the last one
@@ -143,7 +152,10 @@ def _job_result(uri: str, data: bytes, summary: Summary) -> JobResult:
         network=summary.network,
         predictions=(),
         result=result,
-        warnings=(),
+        warnings=tuple(
+            ResultWarning(code=code, detail=f"{rows} of {summary.rows} rows. {first}")
+            for code, (rows, first) in summary.warnings.items()
+        ),
         metrics=metrics,
         rows=RowState(failed=failed) if failed else None,
     )
@@ -156,6 +168,7 @@ class _ShardRun:
         self.shard, self.inference, self.context = shard, services.inference, context
         self._grid: dataset.Grid | None = None
         self._layer = ""
+        self.channels: int | None = None  # of the target layer, where features are asked for
         row = services.networks.find(shard.network)
         self.network: Classifier = services.inference.load(row, context.deadline)
         weights_sha256 = self.network.facts.weights_sha256
@@ -168,7 +181,8 @@ class _ShardRun:
             raise WeightsChecksumMismatch(message)
         self.classes = self.network.labels.select(top_n=shard.target.top_n, classes=shard.target.classes)
         against = self.network.labels.select_against(shard.target.against, self.classes)
-        self.method = replace(method_of(shard.method, self.network.facts), against=against)
+        method = replace(method_of(shard.method, self.network.facts), against=against)
+        self.method = choose_method(replace(method, features=shard.features), self.network.facts)
         # By a method that needs many passes for each image, images are explained one by one.
         self.in_passes = masking.is_masking(self.method)
         if (
@@ -176,10 +190,26 @@ class _ShardRun:
         ):  # what the shard leaves open is written into its file
             self.shard = shard = shard.model_copy(update={"method": spec_of(self.method)})
         self.rows = ShardRows(shard, services, context, store, self.network)
+        self._selections, self._filler = self._select(shard)
         self.batch_size = 1 if self.in_passes else services.inference.shard_batch_size(self.network)
         if self.method.name == integrated.NAME:
-            at_once = integrated.images_at_once(len(self.classes), self.network.facts.input_size)
+            at_once = integrated.images_at_once(len(self._filler), self.network.facts.input_size)
             self.batch_size = min(self.batch_size, at_once)
+
+    def _select(self, shard: Shard) -> tuple[dict[int, tuple[int, ...]], tuple[int, ...]]:
+        """The classes of rows that ask for some of their own, and those of all other images.
+
+        All have the same number, so that all passes of the shard have the same shape: the last one is
+        repeated. What is explained twice is told once.
+        """
+        own = {
+            index: tuple(dict.fromkeys((*self.classes, *self.rows.own_classes(index))))
+            for index, row in enumerate(shard.rows)
+            if row.classes
+        }
+        width = max(map(len, (self.classes, *own.values())))
+        filled = pad_selections([(0,) * width, self.classes, *own.values()])[1:].tolist()
+        return dict(zip(own, map(tuple, filled[1:]), strict=True)), tuple(filled[0])
 
     def grid_and_layer(self) -> tuple[dataset.Grid, str]:
         """Return the grid and the layer of the heatmaps. If no row was explained, explain a grey image."""
@@ -333,6 +363,13 @@ class _ShardRun:
                 further[index % size] = values[index]
         return further
 
+    def _selections_of(self, images: Iterable[int], size: int) -> list[tuple[int, ...]]:
+        """The classes of each image of a batch."""
+        selections = [self._filler] * size
+        for index in images:
+            selections[index % size] = self._selections.get(index, self._filler)
+        return selections
+
     def _infer(
         self,
         images: Mapping[int, Pixels],
@@ -354,8 +391,9 @@ class _ShardRun:
         for index, pixels in images.items():
             batch[index % size] = pixels
         further = self._further_values(values, images, size)
+        selections = self._selections_of(images, size)
         try:
-            explanations = self._explain_batch(batch, further, alone=alone)
+            explanations = self._explain_batch(batch, selections, further, alone=alone)
         except SHARD_ERRORS:
             raise
         except BaseException as error:  # noqa: BLE001  # a custom layer may raise anything
@@ -380,27 +418,40 @@ class _ShardRun:
         for result in results.values():
             if isinstance(result, Explanation):
                 self._grid, self._layer = result.heatmaps.shape[1:], result.layer
+                if result.features is not None:
+                    self.channels = result.features.shape[1]
         return results
 
     def _explain_batch(
-        self, batch: Pixels, further: NDArray[np.float32] | None, *, alone: bool
+        self,
+        batch: Pixels,
+        selections: Sequence[tuple[int, ...]],
+        further: NDArray[np.float32] | None,
+        *,
+        alone: bool,
     ) -> list[Explanation | GradcamError]:
         network, method, context = self.network, self.method, self.context
         if not self.in_passes:
             return self.inference.infer_many(
-                network, batch, self.classes, method, context.deadline, alone=alone, values=further
+                network,
+                batch,
+                selections if self._selections else self.classes,
+                method,
+                context.deadline,
+                alone=alone,
+                values=further,
             )
         return [
             explain_in_passes(
                 self.inference,
                 network,
                 pixels,
-                self.classes,
+                selection,
                 method,
                 context,
                 values=None if further is None else further[index],
             )
-            for index, pixels in enumerate(batch)
+            for index, (pixels, selection) in enumerate(zip(batch, selections, strict=True))
         ]
 
 

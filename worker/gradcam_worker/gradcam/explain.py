@@ -78,6 +78,9 @@ class Explanation:
         method: Of a method with parameters of its own: it, with each of them.
         against: The classes that each is explained against: why it is that class and not one of these.
         placement: The part of the image that the heatmaps lie on; None: exactly all of it.
+        ranks: (classes,), the rank of each class of the network by score, from 1; None: not kept.
+        features: (k, channels), float16: what the network looks at as a vector, see `cam.heat_features`; nan
+            where a heatmap is zero; None: not asked for.
         completeness_error: (k,), of Integrated Gradients: how far the sum of the attributions is from the
             difference between the scores of image and baseline, as a share of it; None: of other methods.
     """
@@ -93,6 +96,8 @@ class Explanation:
     method: Method | None = field(default=None, kw_only=True)
     against: tuple[Label, ...] = field(default=(), kw_only=True)
     placement: Placement | None = field(default=None, kw_only=True)
+    ranks: NDArray[np.int32] | None = field(default=None, kw_only=True)
+    features: NDArray[np.float16] | None = field(default=None, kw_only=True)
     completeness_error: NDArray[np.float32] | None = field(default=None, kw_only=True)
 
     def __repr__(self) -> str:
@@ -368,6 +373,12 @@ def choose_method(method: Method | None, facts: NetworkFacts) -> Method:
     """
     method = Method(default_method(facts)) if method is None else method
     check_method(method)
+    if method.features and (masking.is_masking(method) or method.name == integrated.NAME):
+        message = (
+            f"features are activations of a network's target layer, and {method.name} uses none: take one of "
+            f"{', '.join(cam.METHODS)}, or no features."
+        )
+        raise MethodNotSupported(message)
     if facts.scores_only and not masking.is_masking(method):
         message = (
             f"{facts.name} only gives scores, and {method.name} needs the gradients or the feature maps of a "
@@ -484,6 +495,17 @@ def explain_by_scores(
     return replace(explanation, method=method)
 
 
+def selections_of(classes: Sequence[int] | Sequence[tuple[int, ...]], images: int) -> list[tuple[int, ...]]:
+    """The classes of each image, where they are the same for all, or a tuple for each.
+
+    Args:
+        classes: From `ClassIndex.select`, or a list of these.
+        images: Their number.
+    """
+    each: list[Any] = [*classes]
+    return each if isinstance(each[0], tuple) else [tuple(each)] * images
+
+
 def pad_selections(selections: Sequence[tuple[int, ...]]) -> NDArray[np.int32]:
     """Pad the selected classes of n images to one length.
 
@@ -504,6 +526,8 @@ def extract_explanation(
 ) -> Explanation:
     """Extract the explanation of one image from the results of a pass.
 
+    A class that is selected twice, as by its rank and its id, is explained once.
+
     Args:
         network: The network.
         computed: The results.
@@ -517,13 +541,14 @@ def extract_explanation(
     Raises:
         NetworkIncompatible: Scores or heatmaps are not finite, or contradict the outputs of the network.
     """
-    count, are_listed = len(selection), selection[0] >= 0
-    scores, raw = computed.scores[index].astype(np.float64), computed.raw[index, :count]
+    ids = computed.class_ids[index, : len(selection)]
+    kept = np.sort(np.unique(ids, return_index=True)[1])
+    scores, raw = computed.scores[index].astype(np.float64), computed.raw[index, kept]
     if not (np.isfinite(scores).all() and np.isfinite(raw).all()):
         message = f"{network.facts.name} computes scores or gradients for this image that are no numbers."
         raise NetworkIncompatible(message)
     order = np.argsort(-scores, kind="stable")
-    ranks = np.empty_like(order)
+    ranks = np.empty(len(order), np.int32)
     ranks[order] = np.arange(1, len(order) + 1)
     probabilities = to_probabilities(scores, network.facts.head)
     _check_probabilities(network.facts, scores, probabilities, computed, index)
@@ -531,21 +556,28 @@ def extract_explanation(
     def prediction(class_id: int) -> Prediction:
         return _prediction(network.labels, class_id, int(ranks[class_id]), probabilities[class_id])
 
-    most_probable = order[: MAX_LISTED_PREDICTIONS if are_listed else count]
+    most_probable = order[: len({wanted for wanted in selection if wanted < 0}) or MAX_LISTED_PREDICTIONS]
     return Explanation(
         network=network.facts,
         layer=computed.layer,
         predictions=tuple(prediction(int(class_id)) for class_id in most_probable),
-        explained=tuple(prediction(int(class_id)) for class_id in computed.class_ids[index, :count]),
+        explained=tuple(prediction(int(class_id)) for class_id in ids[kept]),
         heatmaps=cam.heatmaps(raw, method.normalize),
         raw_min=raw.min(axis=(1, 2)),
         raw_max=raw.max(axis=(1, 2)),
         against=tuple(network.labels[class_id] for class_id in method.against),
         method=method if method.name == integrated.NAME else None,
+        ranks=ranks,
+        features=None if computed.features is None else _to_float16(computed.features[index, kept]),
         completeness_error=(
-            None if computed.completeness_error is None else computed.completeness_error[index, :count]
+            None if computed.completeness_error is None else computed.completeness_error[index, kept]
         ),
     )
+
+
+def _to_float16(features: NDArray[np.float32]) -> NDArray[np.float16]:
+    largest = np.finfo(np.float16).max
+    return np.clip(features, -largest, largest).astype(np.float16)
 
 
 def _check_probabilities(

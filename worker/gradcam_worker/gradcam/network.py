@@ -75,6 +75,7 @@ class Method:
         seed: Of `rise`: of the random masks.
         window: Of `occlusion`: side of the square that covers the image, in pixels of the network's input.
         stride: Of `occlusion`: distance between two positions of the square, in the same pixels.
+        features: Whether `Computed.features` are wanted, too.
 
     Parameters that are None have the defaults of `masking.with_defaults`.
     """
@@ -93,6 +94,7 @@ class Method:
     seed: int | None = None
     window: int | None = None
     stride: int | None = None
+    features: bool = False
 
 
 GRADCAM = Method()
@@ -108,14 +110,16 @@ class Computed:
     raw: NDArray[np.float32]  # (n, k, map height, map width), before the ReLU
     outputs: NDArray[np.float32] | None = None  # (n, units): those of the network; None: the scores
     completeness_error: NDArray[np.float32] | None = None  # (n, k): see `Explanation.completeness_error`
+    features: NDArray[np.float32] | None = None  # (n, k, channels): see `cam.heat_features`
 
     __repr__ = short_repr
 
     def of(self, images: slice, classes: int) -> "Computed":
         """The results of some of the images, and of their first `classes`."""
         outputs = None if self.outputs is None else self.outputs[images]
+        features = None if self.features is None else self.features[images, :classes]
         class_ids, raw = self.class_ids[images, :classes], self.raw[images, :classes]
-        return Computed(self.layer, self.scores[images], class_ids, raw, outputs)
+        return Computed(self.layer, self.scores[images], class_ids, raw, outputs, features=features)
 
 
 class Classifier(Protocol):

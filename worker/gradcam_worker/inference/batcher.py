@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradcam_worker.errors import DeviceOutOfMemory, GradcamError, InternalError, PermanentError
-from gradcam_worker.gradcam.explain import pad_selections
+from gradcam_worker.gradcam.explain import pad_selections, selections_of
 from gradcam_worker.gradcam.network import Method, Network
 from gradcam_worker.gradcam.network import begin as begin_network
 from gradcam_worker.inference.request import (
@@ -484,7 +484,7 @@ def begin_batch(
 
     The classes are the same for all images, or a tuple for each.
     """
-    of_each = [*classes] if isinstance(classes[0], tuple) else [tuple(classes)] * len(pixels)
+    of_each = selections_of(classes, len(pixels))
 
     def begin(_: list[InferenceRequest]) -> Finish:
         return begin_network(network, pixels, pad_selections(of_each), method, values)

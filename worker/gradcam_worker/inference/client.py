@@ -73,7 +73,7 @@ class InferenceClient(Protocol[C]):
         self,
         network: C,
         pixels: NDArray[np.uint8],
-        classes: Sequence[int],
+        classes: Sequence[int] | Sequence[tuple[int, ...]],
         method: Method,
         deadline: Deadline,
         *,

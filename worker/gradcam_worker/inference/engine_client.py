@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from gradcam_worker.errors import (
 )
 from gradcam_worker.gradcam.catalog import NetworkRow
 from gradcam_worker.gradcam.classes import ClassIndex
-from gradcam_worker.gradcam.explain import Explanation, extract_explanation, pad_selections
+from gradcam_worker.gradcam.explain import Explanation, extract_explanation, pad_selections, selections_of
 from gradcam_worker.gradcam.faithfulness import measure
 from gradcam_worker.gradcam.methods import integrated
 from gradcam_worker.gradcam.network import Computed, Method, NetworkFacts, repeat_values
@@ -349,7 +349,7 @@ class EngineClient:
         self,
         network: RemoteNetwork,
         pixels: NDArray[np.uint8],
-        classes: Sequence[int],
+        classes: Sequence[int] | Sequence[tuple[int, ...]],
         method: Method,
         deadline: Deadline,
         *,
@@ -358,6 +358,7 @@ class EngineClient:
     ) -> list[Explanation | GradcamError]:
         """See `InferenceClient.infer_many`."""
         wanted, images = tuple(classes), len(pixels)
+        of_each = selections_of(classes, images)
         if method.name == integrated.NAME:
 
             def compute(each: NDArray[np.uint8], ids: NDArray[np.int32], part: Method) -> Computed:
@@ -367,13 +368,13 @@ class EngineClient:
                 ).computed
 
             score = partial(self._scores_of_each, network, values, deadline)
-            selected = pad_selections([wanted] * images)
+            selected = pad_selections(of_each)
             computed = integrated.integrate(compute, score, pixels, selected, method, network.facts.head)
-            return extract_each(network, computed, wanted, method)
+            return extract_each(network, computed, of_each, method)
         answer = self.compute(
             network, pixels, wanted, method, deadline, images=images, bulk=True, alone=alone, values=values
         )
-        return extract_each(network, answer.computed, wanted, method)
+        return extract_each(network, answer.computed, of_each, method)
 
     def _scores_of_each(
         self,
@@ -678,8 +679,9 @@ class EngineClient:
     def _distribute(self, results: Results, body: memoryview) -> None:
         """Complete the requests of a batch."""
         arrays = messages.split_body(results.arrays, body)
-        scores, class_ids, raw = arrays[:3]
-        outputs = arrays[3] if len(arrays) > 3 else None  # noqa: PLR2004  # the fourth
+        scores, class_ids, raw, *others = arrays
+        features = others.pop() if results.has_features else None
+        outputs = others[0] if others else None
         first = 0
         for number, images, waited_s in zip(results.requests, results.images, results.waited_s, strict=True):
             rows = slice(first, first + images)
@@ -690,6 +692,7 @@ class EngineClient:
                 class_ids[rows],
                 raw[rows],
                 None if outputs is None else outputs[rows],
+                features=None if features is None else features[rows],
             )
             self._complete(number, Answer(computed, waited_s, results.computed_s, results.batch_size))
 
@@ -776,4 +779,7 @@ class EngineSlot:
 def _fields(method: Method) -> tuple[Any, ...]:
     plain = method.name, method.layer, method.score, method.normalize, method.flip
     further = method.against, method.baseline, method.steps, method.part
+    if method.features:  # of a method that has none of the fields between
+        of_masking = (None,) * (len(fields(Method)) - len(plain) - len(further) - 1)
+        return (*plain, *further, *of_masking, True)
     return (*plain, *further) if any(further) else plain

@@ -602,6 +602,8 @@ def _answer(
     ]
     if computed.outputs is not None:
         parts.append((computed.outputs, floats))
+    if computed.features is not None:
+        parts.append((computed.features, floats))
     arrays = tuple(np.ascontiguousarray(part[rows], dtype) for part, dtype in parts)
     results = Results(
         requests=tuple(request.number for request, _ in together),
@@ -611,6 +613,7 @@ def _answer(
         batch_size=first.batch_size,
         layer=computed.layer,
         arrays=messages.describe_arrays(arrays),
+        has_features=computed.features is not None,
     )
     return results, arrays
 

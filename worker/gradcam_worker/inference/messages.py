@@ -128,7 +128,10 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """The results of requests that shared a batch. Body: scores, class ids, heatmaps, and outputs if any."""
+    """The results of requests that shared a batch.
+
+    Body: scores, class ids, heatmaps; outputs if any; features if any.
+    """
 
     requests: tuple[int, ...]
     images: tuple[int, ...]  # of each request
@@ -137,6 +140,7 @@ class Results:
     batch_size: int
     layer: str
     arrays: tuple[tuple[str, tuple[int, ...]], ...]  # type and shape
+    has_features: bool = False
 
 
 @dataclass(frozen=True, slots=True)

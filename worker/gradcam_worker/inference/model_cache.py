@@ -21,6 +21,7 @@ from gradcam_worker.gradcam.explain import (
     explain_by_scores,
     extract_explanation,
     pad_selections,
+    selections_of,
 )
 from gradcam_worker.gradcam.faithfulness import measure
 from gradcam_worker.gradcam.methods import integrated
@@ -416,7 +417,7 @@ class ModelCache:
         self,
         network: Network,
         pixels: NDArray[np.uint8],
-        classes: Sequence[int],
+        classes: Sequence[int] | Sequence[tuple[int, ...]],
         method: Method,
         deadline: Deadline,
         *,
@@ -429,7 +430,7 @@ class ModelCache:
             network: The network.
             pixels: Images of the network's input size (n, height, width, channels).
             classes: Ids of the classes to explain in each image; -1 is the best one, -2 the second, and so
-                on.
+                on. They may be a tuple for each image instead.
             method: The method.
             deadline: The job's deadline.
             alone: Whether nothing else may be at the device: they may have ended an engine process.
@@ -443,6 +444,7 @@ class ModelCache:
             DeviceOutOfMemory: The device has too little memory for this batch.
             JobTimeout: The deadline passed.
         """
+        of_each = selections_of(classes, len(pixels))
         if method.name == integrated.NAME:
 
             def compute(images: NDArray[np.uint8], wanted: NDArray[np.int32], part: Method) -> Computed:
@@ -457,11 +459,11 @@ class ModelCache:
                     lambda: scores(network, images, values), deadline, bulk=True
                 )
 
-            selected = pad_selections([tuple(classes)] * len(pixels))
+            selected = pad_selections(of_each)
             computed = integrated.integrate(compute, score, pixels, selected, method, network.facts.head)
-            return extract_each(network, computed, tuple(classes), method)
+            return extract_each(network, computed, of_each, method)
         response = self._batcher.compute_many(network, pixels, classes, method, deadline, values)
-        return extract_each(network, response.computed, tuple(classes), method)
+        return extract_each(network, response.computed, of_each, method)
 
     def scores(
         self,
@@ -539,20 +541,20 @@ def choose_shard_batch_size(facts: NetworkFacts, max_batch: int, *, on_gpu: bool
 
 
 def extract_each(
-    network: Classifier, computed: Computed, classes: tuple[int, ...], method: Method
+    network: Classifier, computed: Computed, classes: Sequence[tuple[int, ...]], method: Method
 ) -> list[Explanation | GradcamError]:
     """Extract the explanation of each image of a pass; its error where its scores are not finite.
 
     Args:
         network: The network.
         computed: The results of the pass.
-        classes: Ids of the classes that were explained in each image.
+        classes: Of each image, from `ClassIndex.select`.
         method: How they were explained.
     """
     results: list[Explanation | GradcamError] = []
-    for index in range(len(computed.scores)):
+    for index, selection in enumerate(classes):
         try:
-            results.append(extract_explanation(network, computed, index, classes, method))
+            results.append(extract_explanation(network, computed, index, selection, method))
         except NetworkIncompatible as error:
             results.append(error)
     return results

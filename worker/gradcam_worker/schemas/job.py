@@ -289,6 +289,8 @@ class Job(RequestModel):
     def _check_no_credentials(self) -> Self:
         """Refuse credentials before the ledger stores them: it keeps the content of failed jobs."""
         uris = [("image.uri", self.image.uri), ("output", self.output or "")]
+        if self.annotations and self.annotations.mask:
+            uris.append(("annotations.mask.uri", self.annotations.mask.uri or ""))
         uris += [(f"webhooks.{index}.url", hook.url) for index, hook in enumerate(self.webhooks)]
         for name, uri in uris:
             if has_credentials(uri):

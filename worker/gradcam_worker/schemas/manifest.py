@@ -42,6 +42,28 @@ class SalientRegion(ResponseModel):
     ]  # left, top, right, bottom, in pixels of the image; right and bottom are exclusive
 
 
+class LocalizationRecord(ResponseModel):
+    """Where the heat of a class lies. What is not known is None, and all if the heatmap is zero."""
+
+    heat_at_border: float | None = (
+        None  # share in the outer band of the image, of a tenth of its shorter side
+    )
+    heat_inside: float | None = None  # share inside the boxes or the mask of the object
+    inside_area: float | None = None  # what that would be if the heat were everywhere the same
+    pointing_hit: bool | None = None  # whether the peak is inside
+    iou: float | None = None  # of the region at half of the peak and the object: intersection over union
+
+
+class TruthRecord(ResponseModel):
+    """What is known about the image."""
+
+    classes: tuple[ClassRef, ...] | None = None  # the true ones, those that the network has; None: no label
+    correct: bool | None = None  # whether the class with the highest score is one of them
+    rank: int | None = None  # the best one of them, among all classes
+    boxes: tuple[tuple[float, float, float, float], ...] | None = None  # in pixels of the upright image
+    mask: str | None = None  # URI without secrets, or run lengths as JSON
+
+
 class ExplainedClass(ResponseModel):
     """One explained class. `peak_xy`: the center of the heatmap's highest cell, in pixels of the image."""
 
@@ -56,6 +78,7 @@ class ExplainedClass(ResponseModel):
     # Of integrated_gradients: how far the sum of the attributions is from the difference between the scores
     # of image and baseline, as a share of it.
     completeness_error: float | None = None
+    localization: LocalizationRecord = LocalizationRecord()
     artifacts: tuple[ArtifactRecord, ...]
 
 
@@ -138,6 +161,7 @@ class Manifest(ResponseModel):
     inputs: Inputs = Field(default_factory=dict)  # beside the image: as given, or the registry's defaults
     predictions: tuple[ClassScore, ...]
     explanations: tuple[ExplainedClass, ...]
+    truth: TruthRecord | None = None  # None: the job names nothing
     against: tuple[ClassRef, ...] = ()  # each is explained against these: why it is that class and not one
     artifacts: tuple[ArtifactRecord, ...] = ()  # of the whole job, not of one class
     warnings: tuple[ResultWarning, ...] = ()

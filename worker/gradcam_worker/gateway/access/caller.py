@@ -109,12 +109,16 @@ class Caller:
             allowed = ", ".join(policy.priorities) or "none"
             message = f"priority {job.priority!r} is not allowed: {allowed} would be"
             raise _refusal(InvalidJob, "priority", message)
-        self.check_image(job.image.uri)
+        images = [job.image.uri]
+        if job.annotations and job.annotations.mask and job.annotations.mask.uri:
+            images.append(job.annotations.mask.uri)
+        for uri in images:
+            self.check_image(uri)
         for number, webhook in enumerate(job.webhooks):
             _check_webhook(policy, number, webhook)
         changes: dict[str, object] = {"output": job.output or policy.output}
         self.check_output(str(changes["output"]))
-        if job.image.uri.partition(":")[0].lower() in DEFAULT_PORTS:
+        if any(uri.partition(":")[0].lower() in DEFAULT_PORTS for uri in images):
             changes["image"] = job.image.model_copy(update={"redirects": False})
         return job.model_copy(update=changes)
 

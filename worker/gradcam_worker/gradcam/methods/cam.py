@@ -98,6 +98,24 @@ def notebook(ops: Any, activations: Any, gradients: Any) -> Any:
     return gradcam(ops, activations, gradients) / activations.shape[-1]
 
 
+def heat_features(ops: Any, activations: Any, raw: Any) -> Any:
+    """Activations averaged over the image with the heat of a class as weights: what it looks at, as a vector.
+
+    The class-weighted sum pooling of Jimenez et al., arXiv 1707.02581, section 3.1. Departures: the weights
+    are those of any formula here, after the ReLU; the sum is divided by theirs, not by its own length.
+
+    Args:
+        ops: As for the formulas.
+        activations: (n, rows, columns, channels).
+        raw: (n, k, rows, columns), what a formula returned.
+
+    Returns:
+        (n, k, channels); nan where the map has no positive value.
+    """
+    heat = ops.maximum(raw, 0)
+    return ops.einsum("nhwc,nkhw->nkc", activations, heat) / ops.sum(heat, axis=(2, 3))[..., None]
+
+
 METHODS: dict[str, Callable[[Any, Any, Any], Any]] = {
     "gradcam": gradcam,
     "counterfactual": counterfactual,

@@ -12,6 +12,7 @@ from gradcam_worker.errors import DeviceOutOfMemory
 from gradcam_worker.gradcam import backend
 from gradcam_worker.gradcam.backend import keras
 from gradcam_worker.gradcam.graph.saturation import EXCLUDED
+from gradcam_worker.gradcam.methods.cam import heat_features
 
 ops = keras.ops
 Pull = Callable[[Any], Any]  # cotangents (k, n, classes) -> gradients (k, n, ...)
@@ -74,6 +75,7 @@ def one_pass(
     *,
     flip: bool = False,
     contrastive: bool = False,
+    features: bool = False,
     forward: Forward | None = None,
 ) -> Pass:
     """The whole computation as one compiled function, for every batch size and number of classes.
@@ -86,14 +88,15 @@ def one_pass(
         formula: From activations and gradients to raw maps: see `cam.METHODS`.
         flip: Whether the mirror image of each image is computed too; the maps are the means of both.
         contrastive: Whether classes are explained against others.
+        features: Whether `cam.heat_features` are computed, of the image itself where its mirror image is too.
         forward: Computes the trunk, in place of `parts.trunk`.
 
     Returns:
         A function of pixels (n, height, width, channels) uint8, wanted classes (n, k); if `contrastive`, also
         of `contrast_weights`; if there are further inputs, of their values (n, `parts.values`). It launches
         the computation, and returns a function that waits for (scores (n, classes), class ids (n, k), raw
-        maps (n, k, rows, columns)) and the network's own outputs where `parts.outputs` is set. Both raise
-        DeviceOutOfMemory.
+        maps (n, k, rows, columns)), features (n, k, channels) where they are wanted, and the network's own
+        outputs where `parts.outputs` is set. Both raise DeviceOutOfMemory.
     """
 
     def compute(pixels: Any, wanted: Any, *more: Any) -> tuple[Any, ...]:
@@ -113,11 +116,13 @@ def one_pass(
         if flip:
             classes = ops.concatenate([classes, classes], axis=1)
         gradients = _unscaled(parts, pull, parts.score_gradient(scores, classes))
-        raw = formula(ops, ops.cast(parts.grid(activations), "float32"), gradients)
+        cells = ops.cast(parts.grid(activations), "float32")
+        raw = formula(ops, cells, gradients)
         if flip:
             raw = (raw[:count] + ops.flip(raw[count:], axis=-1)) / 2
+        looked_at = (heat_features(ops, cells[:count], raw),) if features else ()
         outputs = (parts.outputs(scores[:count]),) if parts.outputs else ()
-        return scores[:count], class_ids, raw, *outputs
+        return scores[:count], class_ids, raw, *looked_at, *outputs
 
     classes_signature: Signature = [((None, None), "int32"), *[((None,), "float32")] * contrastive]
     if forward is None:

@@ -132,10 +132,15 @@ class KerasNetwork:
         ]
 
         def wait() -> Computed:
-            scores, class_ids, raw, *reported = zip(*(result() for result in launched), strict=True)
-            outputs = np.asarray(reported[0][0], np.float32) if reported else None
+            scores, class_ids, raw, *others = zip(*(result() for result in launched), strict=True)
+            features = np.concatenate(others.pop(0), 1, dtype=np.float32) if method.features else None
             return Computed(
-                layer.path, scores[0], np.concatenate(class_ids, 1), np.concatenate(raw, 1), outputs
+                layer.path,
+                scores[0],
+                np.concatenate(class_ids, 1),
+                np.concatenate(raw, 1),
+                np.asarray(others[0][0], np.float32) if others else None,
+                features=features,
             )
 
         return wait
@@ -302,12 +307,14 @@ class KerasNetwork:
                 result = replace(result, raw=np.asarray(mean, np.float32))
             results.append(result)
         outputs = [result.outputs for result in results if result.outputs is not None]
+        features = [result.features for result in results if result.features is not None]
         return Computed(
             layer=results[0].layer,
             scores=np.concatenate([result.scores for result in results]),
             class_ids=np.concatenate([result.class_ids for result in results]),
             raw=np.concatenate([result.raw for result in results]),
             outputs=np.concatenate(outputs) if outputs else None,
+            features=np.concatenate(features) if features else None,
         )
 
     def scores(
@@ -360,7 +367,7 @@ class KerasNetwork:
     def _pass(self, layer: TargetLayer, method: Method) -> tuple[gradients.Pass, int]:
         """The compiled function of a layer and method, and the numbers it holds for each image and class."""
         # One function for all classes `against`, which are an argument of it.
-        key = layer, method.name, method.score, method.flip, bool(method.against)
+        key = layer, method.name, method.score, method.flip, bool(method.against), method.features
         if key not in self._passes:
             way_back = self._shortcut(layer, method)
             run_pass = gradients.one_pass(
@@ -368,6 +375,7 @@ class KerasNetwork:
                 cam.METHODS[method.name],
                 flip=method.flip,
                 contrastive=bool(method.against),
+                features=method.features,
                 forward=self._forward if self._is_default_cut(layer, way_back, method) else None,
             )
             self._keep_pass(key, (run_pass, way_back.size if way_back else layer.size))
