@@ -5,6 +5,7 @@ from pydantic import ValidationError
 
 from gradcam_worker.schemas.annotations import AnnotatedBox, AnnotatedMask, Annotations, RunLengths
 from gradcam_worker.schemas.job import Job
+from gradcam_worker.schemas.shard import Row
 
 BOX = {"xyxy": [1, 2, 3.5, 4]}
 JOB = {"image": "s3://in/a.png", "network": "vgg16", "target": {"top_n": 1}}
@@ -51,6 +52,14 @@ def test_a_mask_is_a_picture_or_run_lengths() -> None:
     for fields in ({}, {"uri": "s3://in/mask.png", "rle": {"size": [1, 1], "counts": [1]}}):
         with pytest.raises(ValidationError, match="exactly one of uri and rle is needed"):
             AnnotatedMask.model_validate(fields)
+
+
+def test_a_row_names_all_that_is_fetched_for_it() -> None:
+    masks = {"s3://in/a.png": None, "s3://in/b.png": {"rle": {"size": [1, 1], "counts": [1]}}}
+    for uri, mask in masks.items():
+        assert Row(uri=uri, annotations=Annotations(mask=mask)).uris == (uri,)
+    row = Row(uri="s3://in/a.png", annotations=Annotations(mask={"uri": "s3://in/m.png"}))
+    assert row.uris == ("s3://in/a.png", "s3://in/m.png")
 
 
 def test_a_job_without_annotations_is_written_as_earlier_versions_write_it() -> None:

@@ -327,8 +327,8 @@ def _policy(tenant: str | None, ledger: "RedisLedger") -> "TenantPolicy | None":
 
 
 def _allowed(rows: "Iterable[Row]", policy: "TenantPolicy") -> "Iterable[Row]":
-    """Yield the rows; those whose image a tenant may not use, with the problem."""
-    return (row if policy.allows_row(row.uri) else _refused(row) for row in rows)
+    """Yield the rows; those whose image or mask a tenant may not use, with the problem."""
+    return (row if all(map(policy.allows_row, row.uris)) else _refused(row) for row in rows)
 
 
 def _refused(row: "Row") -> "Row":

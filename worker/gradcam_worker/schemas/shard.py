@@ -43,6 +43,12 @@ class Row(RequestModel):
     # are texts. What is missing at the end is null.
     carried: Annotated[tuple[Any, ...], Field(max_length=MAX_COLUMNS)] | None = None
 
+    @property
+    def uris(self) -> tuple[str, ...]:
+        """What is fetched for it: its image, and the mask if that is a picture."""
+        mask = self.annotations.mask if self.annotations else None
+        return (self.uri, mask.uri) if mask and mask.uri else (self.uri,)
+
 
 # Columns of the dataset that are the input's own: name -> Arrow type, see `gradcam_worker.artifacts.columns`.
 CarriedColumns = Annotated[
