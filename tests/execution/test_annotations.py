@@ -152,7 +152,7 @@ def test_a_job_says_where_its_heat_lies() -> None:
     assert (blue["inside_area"], blue["pointing_hit"]) == (0.25, False)
     assert manifest.truth is not None
     assert [one.name for one in manifest.truth.classes or ()] == ["red"]
-    assert [*manifest.truth.boxes or ()] == [(0, 20, 24, 60)]
+    assert list(manifest.truth.boxes or ()) == [(0, 20, 24, 60)]
     assert result.warnings == ()
 
 
