@@ -109,6 +109,7 @@ def write(
     network: Mapping[str, Any] = NETWORK,
     heatmaps: Floats | None = None,
     size: tuple[int, int] = (WIDTH, HEIGHT),
+    method: str = "gradcam",
 ) -> None:
     """Write a dataset.
 
@@ -122,6 +123,7 @@ def write(
         network: Name, layer and weights.
         heatmaps: (n, rows, columns) of the predictions, instead of round regions.
         size: Width and height of every image, in pixels.
+        method: The name of the method.
     """
     if heatmaps is not None:
         grid = (heatmaps.shape[1], heatmaps.shape[2])
@@ -143,7 +145,7 @@ def write(
             "codes": {code: errors.count(code) for code in sorted(set(errors))},
             "grid": grid,
             "network": dict(network),
-            "method": {"name": "gradcam"},
+            "method": {"name": method},
             "generator": "gradcam-worker 0.1.0",
         }
         if not previous_version and images.carried:

@@ -28,6 +28,7 @@ WRITTEN = [README, *(ROOT / name for name in ("CONTRIBUTING.md", "deploy/README.
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), *WRITTEN]
 WORKER_PAGE = ROOT / "docs" / "how-to" / "run-a-worker.md"
 ELSEWHERE = {
+    "docs/how-to/compare.md": "tests/docs/test_compare.py",
     "docs/how-to/http-api.md": "tests/live/test_gateway.py",
     "docs/how-to/other-languages.md": "tests/live/test_queue_doc.py",
     "docs/reference/dataset.md": "tests/docs/test_dataset.py",

@@ -8,7 +8,18 @@ import click
 from click.core import ParameterSource
 
 from gradcam_worker import __version__, extras
-from gradcam_worker.cli import audit, backfill, convert, gallery, jobs, operate, replay, serve, tenants
+from gradcam_worker.cli import (
+    audit,
+    backfill,
+    compare,
+    convert,
+    gallery,
+    jobs,
+    operate,
+    replay,
+    serve,
+    tenants,
+)
 from gradcam_worker.cli.exit_codes import ExitCode, of_error
 from gradcam_worker.cli.options import asks_for_json, json_option
 from gradcam_worker.errors import GradcamError, InvalidSettings
@@ -266,6 +277,7 @@ def doctor(
 
 for _command in (
     convert.convert,
+    compare.compare,
     gallery.gallery,
     audit.audit,
     jobs.explain,
