@@ -290,6 +290,49 @@ def test_a_program_submits_one_and_learns_how_it_ended(worker: WorkerThread, ima
     assert "ends_with_parent" not in plan["given"]
 
 
+def test_a_dry_run_measures_a_few_rows_and_leaves_nothing(
+    worker: WorkerThread, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    listed = tmp_path / "many.csv"
+    uris = [f"s3://in/{number % 50}.png" for number in range(1000)]  # ten of fifty are not there
+    listed.write_text("image,id\n" + "".join(f"{uri},{row}\n" for row, uri in enumerate([*uris, "no uri"])))
+    command = arguments(listed, worker, "--overlays", "--dry-run", "--price-per-hour", "36")
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["event"] == "estimate"
+    assert found["input"] == {"rows": 1001, "total": 1001, "whole": True, "unreadable": {"invalid_row": 1}}
+    measured, whole = found["measured"], found["extrapolated"]
+    assert measured["rows"] == 2 * 4 + 2 * measured["shard_rows"]  # two shards at a time, in three rounds
+    assert measured["failed"].keys() <= {"image_not_found"}
+    assert whole["rows"] == 1001
+    share = sum(measured["failed"].values()) / measured["rows"]
+    assert whole["failed"] == round(1 + share * 1000)
+    assert whole["seconds"] == pytest.approx(1000 / measured["rows_per_s"], rel=0.1)
+    assert whole["device_hours"] == pytest.approx(whole["seconds"] / 3600, abs=0.001)
+    assert whole["price"] == pytest.approx(whole["device_hours"] * 36, abs=0.01)
+    assert whole["bytes"] > 1000 * measured["bytes_per_row"] > 0
+    assert not output_of(worker).exists(), "nothing is left"
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"read +1,001 rows, all of the input", shown)
+    assert re.search(r"measured +\d+ rows by 1 worker: [\d.,]+ rows/s", shown)
+    assert re.search(r"extrapolated +1,001 rows, about \d+ of them fail", shown)
+    assert re.search(r"price \d", shown)
+    assert main(arguments(listed, worker)) == 0, "it is no beginning of the backfill"
+
+
+@pytest.mark.usefixtures("environment")
+def test_a_dry_run_without_a_worker_says_what_it_has_read(
+    image_list: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRADCAM_OUTPUT", tmp_path.as_uri())
+    output = f"{tmp_path.as_uri()}/x"
+    assert main(["backfill", str(image_list), "--output", output, "--dry-run"]) == 5
+    out, err = capsys.readouterr()
+    assert re.search(r"read +20 rows, all of the input", out)
+    assert "Error (no_worker): No worker is alive" in err
+
+
 @pytest.mark.usefixtures("interruptible")
 def test_a_backfill_is_cancelled_by_another_process_while_it_runs_and_after_it_was_stopped(
     worker: WorkerThread, image_list: Path, capsys: pytest.CaptureFixture[str]

@@ -22,7 +22,7 @@ from gradcam_worker.cli.options import (
     parse_named,
     with_default_target,
 )
-from gradcam_worker.errors import InvalidInput, InvalidJob, UnknownNetwork, UriNotAllowed
+from gradcam_worker.errors import InvalidInput, InvalidJob, NoWorker, UnknownNetwork, UriNotAllowed
 from gradcam_worker.operations import console
 from gradcam_worker.schemas.model import describe
 from gradcam_worker.schemas.options import is_default_target
@@ -33,6 +33,7 @@ from gradcam_worker.settings import Settings
 from gradcam_worker.text.visible import counted
 
 if TYPE_CHECKING:  # slow to import
+    from gradcam_worker.backfill.inputs.open import Input
     from gradcam_worker.backfill.output import DatasetDir
     from gradcam_worker.backfill.plan import Plan
     from gradcam_worker.gateway.access.tenants import TenantPolicy
@@ -40,9 +41,10 @@ if TYPE_CHECKING:  # slow to import
     from gradcam_worker.schemas.shard import Row
 
 GIVEN = "gradcam.given"  # in a context's `meta`: what is stored as `Plan.given`
+DRY_RUN, PRICE = "gradcam.dry_run", "gradcam.price_per_hour"  # in a context's `meta`
 REPEATING = ("only_failed", "changed")  # these options continue a backfill, too
 MAY_CHANGE = {"output", "resume", *REPEATING, "as_json", "window", "rate", "max_failed"}
-NOT_STORED = {"output", "resume", *REPEATING, "as_json", "ends_with_parent"}
+NOT_STORED = {"output", "resume", *REPEATING, "as_json", "ends_with_parent", "dry_run", "price_per_hour"}
 LOCAL_PATHS = {"input_"}  # parameters whose value may be the path of a local file
 STATE_COLORS = {"running": "cyan", "complete": "green", "stopped": "yellow", "damaged": "red"}
 
@@ -66,6 +68,15 @@ def _end_with_parent(_: click.Context, __: click.Parameter, ends: bool) -> None:
 
     if ends:
         parent_watch.on_parent_exit(lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+
+def _note_dry_run(context: click.Context, _: click.Parameter, is_dry: bool) -> None:  # click calls it
+    if is_dry:
+        context.meta[DRY_RUN] = True
+
+
+def _note_price(context: click.Context, _: click.Parameter, price: float | None) -> None:
+    context.meta[PRICE] = price
 
 
 class _RunContext(click.Context):
@@ -201,6 +212,20 @@ def backfill() -> None:
     help="Column of INPUT with what the network takes beside the image, as in age=patient_age; may be "
     "repeated.",
 )
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    callback=_note_dry_run,
+    expose_value=False,
+    help="Explain a few rows only, remove them, and say what the whole would take.",
+)
+@click.option(
+    "--price-per-hour",
+    type=click.FloatRange(0),
+    callback=_note_price,
+    expose_value=False,
+    help="Of --dry-run: what a device costs in an hour.",
+)
 @click.option("--ends-with-parent", is_flag=True, hidden=True, callback=_end_with_parent, expose_value=False)
 @click.option("--for-api", callback=lambda *parts: json.loads(parts[2] or "{}"), hidden=True)
 def run(
@@ -226,6 +251,10 @@ def run(
     Progress is printed on standard error, the result on standard output; with --json both are printed on
     standard output. Stop with Ctrl-C at any time, and continue with --resume. Exit code 4 if the dataset is
     not complete, or if more rows failed than --max-failed allows.
+
+    With --dry-run it reads the list, or as much of it as 20 seconds allow, lets workers explain a few rows,
+    removes what they wrote, and says what the whole will take: rows, failures, time, device-hours, objects,
+    bytes, and with --price-per-hour the price. It needs at least one worker.
 
     `gradcam backfill status OUTPUT` shows the progress, `gradcam backfill cancel OUTPUT` stops it.
 
@@ -261,10 +290,9 @@ def run(
         )
         resume = resume or run_options.only_failed or run_options.changed
         plan = dataset.resolve(requested, resume=resume, changed=run_options.changed)
-        progress_form = (
-            "none" if for_api else "json" if as_json else "terminal" if console.err.is_terminal else "lines"
-        )
-        progress = BackfillProgressBar(progress_form, opened.total)
+        if DRY_RUN in click.get_current_context().meta:
+            return _estimate(opened, plan, settings, as_json=as_json)
+        progress = BackfillProgressBar(_progress_form(as_json=as_json), opened.total)
         policy = _policy(for_api.get("tenant"), ledger)
         runner = BackfillRunner(
             plan,
@@ -300,15 +328,50 @@ def run(
         print_line("complete" if summary else "incomplete", {"output": plan.output, **facts})
     elif summary:
         print_summary(summary, plan.output, settings)
+    return _exit_code(summary, runner.progress.lost, run_options.max_failed)
+
+
+def _exit_code(summary: dict[str, Any] | None, lost: int, max_failed: float) -> ExitCode:
+    """Return the exit code of a run; what is not in its summary is printed."""
     if not summary:
-        lost = counted(runner.progress.lost, "shard")
-        console.err.print(f"[red]Incomplete[/]: {lost} failed as a whole. Run them again with --resume.")
+        shards = counted(lost, "shard")
+        console.err.print(f"[red]Incomplete[/]: {shards} failed as a whole. Run them again with --resume.")
         return ExitCode.ROWS_FAILED
     if summary["failed"] == summary["rows"]:
         return ExitCode.ROWS_FAILED  # the summary shows it
-    if summary["failed"] > run_options.max_failed * summary["rows"]:
-        console.err.print(f"[red]More than {run_options.max_failed:.0%} of the rows have failed.[/]")
+    if summary["failed"] > max_failed * summary["rows"]:
+        console.err.print(f"[red]More than {max_failed:.0%} of the rows have failed.[/]")
         return ExitCode.ROWS_FAILED
+    return ExitCode.SUCCESS
+
+
+def _estimate(opened: "Input", plan: "Plan", settings: Settings, *, as_json: bool) -> int:
+    """Print what a backfill would take."""
+    from gradcam_worker.ledger.redis.store import RedisLedger
+    from gradcam_worker.operations import trial
+    from gradcam_worker.operations.estimate_table import show_estimate
+    from gradcam_worker.storage.s3 import S3
+    from gradcam_worker.storage.stores import Stores
+
+    def report(sentence: str) -> None:
+        console.err.print(console.plain(sentence), soft_wrap=True)
+
+    listing = trial.read_listing(opened)
+    measured = estimate = missing = None
+    workers = len(RedisLedger(settings).find_workers())
+    try:
+        stores = Stores(settings, S3(settings))
+        measured = trial.Trial(plan, stores, settings, _publisher(settings), report).run(listing.sample)
+        price = click.get_current_context().meta[PRICE]
+        estimate = trial.extrapolate(listing, measured, plan, workers, price)
+    except NoWorker as error:
+        missing = error
+    if as_json:
+        console.print_json_line({"event": "estimate", **trial.facts(listing, measured, estimate)})
+    else:
+        show_estimate(listing, measured, estimate)
+    if missing:
+        raise missing
     return ExitCode.SUCCESS
 
 
