@@ -26,7 +26,8 @@ def show_estimate(listing: Listing, measured: Measurement | None, estimate: Esti
         facts.add_row("", console.plain(f"{count:,} {code}", "red"))
     if measured:
         tried = f"{counted(measured.rows, 'row')} by {counted(measured.workers, 'worker')}"
-        facts.add_row("measured", f"{tried}: {measured.rows_per_s:,.1f} rows/s")
+        loading = ", with the loading of the network" if measured.includes_loading else ""
+        facts.add_row("measured", f"{tried}: {measured.rows_per_s:,.1f} rows/s{loading}")
         for code, count in measured.failed.items():
             facts.add_row("", console.plain(f"{count:,} {code}", "red"))
     if estimate:

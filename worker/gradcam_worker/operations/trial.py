@@ -76,6 +76,7 @@ class Measurement:
     shards: int  # of the measured round
     shard_rows: int
     seconds: float  # of the measured round, from its first start to its last end
+    includes_loading: bool  # of the network: the input is too short for a second round
     rows_per_s: float
     bytes_per_file: float  # without its rows
     bytes_per_row: float
@@ -179,27 +180,27 @@ class Trial:
         rest = list(sample)
         try:
             self._report(f"Trial: {slots} shards of {WARM_ROWS} rows, on {workers} workers")
-            self._round(_take(rest, slots * WARM_ROWS), WARM_ROWS)
-            few = self._round(_take(rest, slots * WARM_ROWS), WARM_ROWS) or _NOTHING
-            fitting = int(WARM_ROWS * TARGET_S / max(few.seconds, 0.01)) if few.documents else WARM_ROWS
+            warm = self._round(_take(rest, slots * WARM_ROWS), WARM_ROWS) or _Round()
+            few = self._round(_take(rest, slots * WARM_ROWS), WARM_ROWS) or warm
+            fitting = int(WARM_ROWS * TARGET_S / max(few.seconds, 0.01))
             shard_rows = max(min(fitting, self._plan.shard_rows, len(rest) // slots), 1)
             self._report(f"Trial: {slots} shards of {shard_rows} rows")
             many = self._round(_take(rest, slots * shard_rows), shard_rows) or few
         finally:
             self._remove()
-        return self._measurement(few, many)
+        return self._measurement(few, many, includes_loading=many is warm)
 
-    def _measurement(self, few: "_Round", many: "_Round") -> Measurement:
-        documents = many.documents or few.documents
+    def _measurement(self, few: "_Round", many: "_Round", *, includes_loading: bool) -> Measurement:
         slope = (many.file_bytes - few.file_bytes) / max(many.shard_rows - few.shard_rows, 1)
         per_row = slope if slope > 0 else many.file_bytes / max(many.shard_rows, 1)
         return Measurement(
             rows=self._rows,
             failed=dict(sorted(self._failed.items())),
-            workers=len({document.worker.id for document in documents if document.worker}),
-            shards=len(documents),
+            workers=len({document.worker.id for document in many.documents if document.worker}),
+            shards=len(many.documents),
             shard_rows=many.shard_rows,
             seconds=round(many.seconds, 3),
+            includes_loading=includes_loading,
             rows_per_s=round(many.rows / max(many.seconds, 1e-3), 2),
             bytes_per_file=round(max(many.file_bytes - per_row * many.shard_rows, 0)),
             bytes_per_row=round(per_row, 1),
@@ -279,9 +280,6 @@ class _Round:
         starts = [document.started_at.timestamp() for document in self.documents if document.started_at]
         ends = [document.completed_at.timestamp() for document in self.documents if document.completed_at]
         return max(ends) - min(starts) if ends else 0.0
-
-
-_NOTHING = _Round()
 
 
 def extrapolate(
