@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 
 from gradcam_worker.artifacts.dataset import failed_lines
 from gradcam_worker.backfill.inputs.open import open_input
+from gradcam_worker.backfill.inputs.options import InputOptions
 from gradcam_worker.backfill.inputs.rows import MAX_URI, Ids, RowParser
-from gradcam_worker.backfill.inputs.tables import MAX_LINE_BYTES, json_rows
+from gradcam_worker.backfill.inputs.tables import MAX_LINE_BYTES, JsonReader
 from gradcam_worker.backfill.plan import Plan
 from gradcam_worker.backfill.sharding import cut_shards
 from gradcam_worker.errors import InvalidInput
@@ -33,6 +34,7 @@ from gradcam_worker.storage.s3 import NO_DEADLINE, S3
 
 A, B, C = "s3://photos/a.jpg", "https://example.com/b.jpg?size=1", "file:///photos/c%20d.jpg"
 SHA = "ab" * 32
+INVENTORY = InputOptions(form="inventory")
 PLAN = Plan.model_validate({"input": "x", "output": "s3://r/x", "network": "vgg16", "target": {"top_n": 1}})
 
 Write = Callable[..., str]
@@ -51,7 +53,7 @@ def write(tmp_path: Path) -> Write:
 
 
 def read(where: str, settings: Settings | None = None, **how: Any) -> list[Row]:
-    with open_input(where, settings or Settings(), **how) as found:
+    with open_input(where, settings or Settings(), InputOptions(**how)) as found:
         return list(found.rows())
 
 
@@ -76,10 +78,10 @@ def refused(where: str, settings: Settings | None = None, **how: Any) -> str:
 
 
 class TestJsonLines:
-    def test_a_line_is_a_uri_or_an_object_with_one_and_other_fields_are_let_be(self, write: Write) -> None:
+    def test_a_line_is_a_uri_or_an_object_with_one(self, write: Write) -> None:
         lines = [
             f'"{A}"',
-            json.dumps({"image": A, "id": "one", "sha256": SHA, "taken": [1, {"by": "me"}]}),
+            json.dumps({"image": A, "id": "one", "sha256": SHA}),
             json.dumps({"image": {"uri": B, "sha256": SHA.upper()}, "id": 7}),
             json.dumps({"uri": C, "custom_id": "c-7"}),
             json.dumps({"url": "data:image/png;base64,AA=="}),
@@ -197,7 +199,7 @@ class TestJsonLines:
 
         long = b'{"image": "' + b"x" * (3 * MAX_LINE_BYTES)
         text = b'"%b"\n%b\n"%b"\n%b' % (A.encode(), long, B.encode(), long)
-        first, bad, other, last = json_rows(Watched(text), RowParser(), None)
+        first, bad, other, last = JsonReader(InputOptions()).rows(Watched(text), RowParser(), {})
         assert (first.uri, other.uri) == (A, B)
         assert why(bad) == f"Line 2: it is longer than {MAX_LINE_BYTES:,} bytes."
         assert why(last).startswith("Line 4: ")
@@ -245,7 +247,8 @@ class TestEncodings:
         found = read(
             write("a.csv", b"image,title\n%b,1\n%b,2\n%b,\xfc\n" % (A.encode(), strange, B.encode()))
         )
-        assert [row.uri for row in found] == [A, "s3://photos/\\udcfc.jpg", B]  # nobody reads the titles
+        assert [row.uri for row in found] == [A, "s3://photos/\\udcfc.jpg", B]
+        assert [row.carried for row in found] == [("1",), ("2",), None]
         assert why(found[1]) == "Line 3: its URI is not UTF-8."
 
     @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl"])
@@ -273,10 +276,13 @@ class TestEncodings:
 
 class TestTables:
     def test_columns_are_found_by_their_names_in_any_case(self, write: Write) -> None:
-        text = f'Title, SHA256 ,ID,URL\n"a, ""b""\nc",{SHA},7,{A}\n\nx,,,"{B}"\r\n'
-        assert read(write("a.csv", text)) == [Row(uri=A, id="7", sha256=SHA), Row(uri=B)]
+        text = f'Title, SHA256 ,ID,URL\n"a, ""b""\nc",{SHA},7,{A}\n\n,,,"{B}"\r\n'
+        assert read(write("a.csv", text)) == [
+            Row(uri=A, id="7", sha256=SHA, carried=('a, "b"\nc',)),
+            Row(uri=B),
+        ]
         assert read(write("a.tsv", f"id\tPath\n1,2\t{A}\n")) == [Row(uri=A, id="1,2")]
-        assert uris(write("a.csv.gz", gzip.compress(f"uri,image\n{B},{A}\n".encode()))) == [A]
+        assert uris(write("a.csv.gz", gzip.compress(f"url,image\n{B},{A}\n".encode()))) == [A]
 
     def test_a_column_can_be_named(self, write: Write) -> None:
         path = write("a.csv", f"image,Thumbnail\n{A},{B}\n")
@@ -376,13 +382,14 @@ class TestParquet:
         pq.write_table(pa.table(columns), path, **how)
         return str(path)
 
-    def test_columns_are_found_as_in_csv_and_no_others_are_read(self, tmp_path: Path) -> None:
+    def test_columns_are_found_as_in_csv(self, tmp_path: Path) -> None:
         large = pa.array([A, B, None], pa.large_string())
         path = self.table(
             tmp_path, {"x": [1.5, 2.5, 3.5], "URI": large, "ID": [7, None, 9], "sha256": [None, SHA, None]}
         )
         first, second, bad = read(path)
-        assert (first, second) == (Row(uri=A, id="7"), Row(uri=B, sha256=SHA))
+        assert first == Row(uri=A, id="7", carried=(1.5,))
+        assert second == Row(uri=B, sha256=SHA, carried=(2.5,))
         assert why(bad) == "Row 2: it names no image."
         assert bad.id == "9"
 
@@ -567,7 +574,7 @@ class TestListsThatLookLikePrefixes:
     def odd(self, bucket: Settings) -> Iterator[Settings]:
         s3, names = (
             S3(bucket),
-            ("a.json", "b.csv.bz2", "c.orc", "manifest.json", "none", "d.jpg", "part/1", "e"),
+            ("a.json", "b.zip", "c.avro", "none", "d.jpg", "part/1", "e"),
         )
         for name in names:
             s3.put("photos", f"odd/{name}", f'"{A}"\n'.encode(), "text/plain")
@@ -580,9 +587,8 @@ class TestListsThatLookLikePrefixes:
     ) -> None:
         for name, hint in {
             "a.json": "JSON is read a line at a time",
-            "b.csv.bz2": "it looks packed: unpack it, or pack it with gzip",
-            "c.orc": "ORC is not read: write it as Parquet, or as CSV",
-            "manifest.json": "of an S3 inventory the files that its manifest.json names",
+            "b.zip": "it looks like an archive: unpack it",
+            "c.avro": "Avro is not read: write it as Parquet, or as JSON Lines",
             "none": "say with --format what it is",
         }.items():
             said = refused(f"s3://photos/odd/{name}", odd)
@@ -611,14 +617,16 @@ OWN = (
     "failed/00000000-0123456789abcdef.jsonl",
     "overlays/01234567-89ab-5def-8123-456789abcdef/overlay-1-282-tabby.jpg",
 )
-OTHERS = ("a.jpg", "data/b.parquet", "failed.jpg", "overlays/c.jpg", "z.json")
+LATER = ("gallery.html", "audit/index.html", "data/compact-1.parquet")
+OTHERS = ("a.jpg", "failed.jpg", "overlays/c.jpg", "z.json")
 
 
 class TestOutputsBelow:
     @pytest.fixture
     def written(self, bucket: Settings) -> Iterator[Settings]:
         s3 = S3(bucket)
-        keys = [f"mixed/{folder}{name}" for name in (*OWN, *OTHERS) for folder in ("", "out/", "another/")]
+        names = (*OWN, *LATER, *OTHERS)
+        keys = [f"mixed/{folder}{name}" for name in names for folder in ("", "out/", "another/")]
         for key in keys:
             s3.put("photos", key, b"1", "text/plain")
         yield bucket
@@ -637,14 +645,32 @@ class TestOutputsBelow:
             ("mixed/", "elsewhere"),
         ],
     )
-    def test_nothing_that_a_backfill_has_left_is_a_row_and_everything_else_is(
+    def test_nothing_that_a_backfill_has_left_is_a_row_nor_anything_below_its_own_output(
         self, written: Settings, where: str, output: str
     ) -> None:
         with open_input(f"s3://photos/{where}", written, output=f"s3://photos/{output}") as opened:
             found = {row.uri.removeprefix("s3://photos/mixed/") for row in opened.rows()}
         folders = ("out/",) if where == "mixed/out/" else ("", "out/", "another/")
-        assert found == {f"{folder}{name}" for name in OTHERS for folder in folders}
-        assert opened.own_files() == len(OWN) * len(folders)
+        below = "out/" if where.rstrip("/") != output == "mixed/out" else None
+        assert found == {f"{folder}{name}" for name in OTHERS for folder in folders if folder != below}
+        skipped = (len(OWN) + len(LATER)) * len(folders) + (len(OTHERS) if below else 0)
+        assert opened.notes() == [
+            f"Skipped {skipped} files of the input that a backfill wrote, or below the output."
+        ]
+
+    def test_what_anybody_puts_into_the_output_is_no_row_either(self, tmp_path: Path) -> None:
+        for name in ("a.jpg", "out/notes/mine.jpg", "out.jpg", "out/backfill.json"):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_bytes(b"1")
+        with open_input(str(tmp_path), Settings(), output=f"file://{tmp_path}/out/") as opened:
+            assert [row.uri.rpartition("/")[2] for row in opened.rows()] == ["a.jpg", "out.jpg"]
+
+    def test_an_inventory_of_its_bucket_does_not_bring_them(self, write: Write) -> None:
+        names = ("a.jpg", "out/backfill.json", "out/data/x", "outer/b.jpg")
+        where = write("a.csv", "".join(f"photos,{name}\n" for name in names) + "other,out/c.jpg\n")
+        with open_input(where, Settings(), INVENTORY, output="s3://photos/out") as opened:
+            found = [row.uri for row in opened.rows()]
+        assert found == ["s3://photos/a.jpg", "s3://photos/outer/b.jpg", "s3://other/out/c.jpg"]
 
     def test_without_a_plan_nobody_knows_that_it_is_an_output_but_whoever_writes_there(
         self, bucket: Settings
@@ -701,7 +727,7 @@ class TestOpening:
 
     def test_an_empty_folder_and_an_empty_table_are_refused(self, tmp_path: Path) -> None:
         (tmp_path / ".hidden").write_bytes(b"")
-        assert refused(str(tmp_path)) == f"{tmp_path} is empty: there is no image in it."
+        assert refused(str(tmp_path)).startswith(f"{tmp_path} is empty: there is no image in it. Skipped 1")
         path = tmp_path / "a.parquet"
         pq.write_table(pa.table({"image": pa.array([], pa.string())}), path)
         assert refused(str(path)) == f"{path} is empty: there is no image in it."
@@ -735,7 +761,9 @@ class TestOpening:
                 assert (found.share(), found.total()) == (1, 20_000)
         stdin(given[0].encode())
         for where in ("-", str(tmp_path)):
-            with open_input(where, Settings(), form="auto" if where != "-" else "text") as found:
+            with open_input(
+                where, Settings(), InputOptions(form="auto" if where != "-" else "text")
+            ) as found:
                 assert next(found.rows())
                 assert found.share() is None
                 assert found.total() is None
@@ -747,11 +775,12 @@ class TestOpening:
             ("{}/a.json", {}, "{}/a.json does not end in .jsonl, .ndjson, .csv,"),
             ("{}/a.json", {"form": "xml"}, "There is no form 'xml': it is one of auto, jsonl,"),
             ("{}/a.json", {"form": "folder"}, "{}/a.json is no folder."),
-            ("{}", {"form": "csv"}, "{} is a folder: it cannot be read as csv."),
+            ("{}", {"form": "csv"}, "{} is empty: none of its files ends in .csv."),
+            ("{}", {"form": "inventory"}, "{} is a folder: it cannot be read as inventory."),
             ("https://me:secret@host/a.csv?key=secret", {}, "https://host/a.csv cannot be read: name a path"),
             ("{}/a\0.csv", {}, "cannot be read: embedded null byte"),
         ],
-        ids=["none", "ending", "form", "no-folder", "folder", "https", "nul"],
+        ids=["none", "ending", "form", "no-folder", "folder", "inventory", "https", "nul"],
     )
     def test_what_cannot_be_opened_is_told(self, tmp_path: Path, where: str, how: Any, message: str) -> None:
         (tmp_path / "a.json").write_text("{}")

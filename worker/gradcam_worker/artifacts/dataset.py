@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -349,8 +350,10 @@ def failed_lines(shard: Shard, outcomes: Sequence[Outcome | None]) -> bytes:
     lines = []
     for index, (row, outcome) in enumerate(zip(shard.rows, outcomes, strict=True)):
         if isinstance(outcome, Problem):
-            fields = row.model_dump(mode="json", exclude_none=True, exclude={"uri", "problem", "version"})
+            left_out = {"uri", "problem", "version", "carried"}
+            fields = row.model_dump(mode="json", exclude_none=True, exclude=left_out)
             line = {
+                **dict(zip_longest(shard.carried, row.carried or ())),
                 "image": row.uri,
                 **fields,
                 "row": shard.first + index,

@@ -30,23 +30,32 @@ PLAN, NETWORK, SUMMARY = "backfill.json", "network.json", "dataset.json"
 JSON, LINES = "application/json", "application/x-ndjson"
 STORE_TIMEOUT_S = 120.0
 MAX_FAILED_FILE_BYTES = 32 * 1024 * 1024
-OWN_FILES = re.compile(r"failed(?:-[0-9]+)?\.jsonl\Z|overlays/[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}/")
+OWN_FILES = re.compile(  # an audit and a gallery are written there, too
+    r"failed(?:-[0-9]+)?\.jsonl\Z|overlays/[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}/"
+    r"|data/[^/]+\.parquet\Z|gallery\.html\Z|audit/"
+)
 MAX_NAMED_KEYS = 3  # in an error message
+AUDIT_FILES = re.compile(r"(?:^|/)audit/(?:index\.html|(?:report|page)\.json|(?:rows|map)[^/]*\.parquet)$")
 
 
 class OwnFileFilter:
     """Recognizes files that backfills wrote into an input's folder, so that they are left out.
 
-    Call it with each name, a key of a bucket or a path, in sorted order. A backfill's own file is inside an
-    output, of this or another backfill, and has a name that backfills give. Other outputs are recognized by
-    their plans, which sort before their other files.
+    Call it with each name, a key of a bucket or a path, in sorted order. If this backfill's output is a
+    folder below the input, all of it is left out. If it is the input itself, and of outputs of other
+    backfills, what has a name that backfills give: there may be images beside it. Other outputs are
+    recognized by their plans, which sort before their other files.
     """
 
-    def __init__(self, output: str | None = None) -> None:
-        """`output`: the prefix of its names, '' for a whole bucket; None if it is outside the input."""
-        self._output = output
+    def __init__(self, output: str | None = None, *, below: bool = False) -> None:
+        """Know this backfill's output.
+
+        Args:
+            output: The prefix of its names, '' for a whole bucket; None if it is outside the input.
+            below: Whether it is a folder below the input.
+        """
+        self._output, self._below = output, below
         self._others: list[str] = []  # prefixes of other outputs, each inside the previous one
-        self.count = 0  # of own files so far
 
     def __call__(self, name: str) -> bool:
         """Return whether a backfill wrote this file."""
@@ -54,13 +63,15 @@ class OwnFileFilter:
             self._others.pop()
         if name.rpartition("/")[2] == PLAN:
             self._others.append(name.removesuffix(PLAN))
+        if AUDIT_FILES.search(name):  # they sort before the plan
+            return True
         if self._output is None and not self._others:
             return False
+        if self._below and name.startswith(self._output or ""):
+            return True
         prefixes = (self._output, *self._others)
         outputs = [prefix for prefix in prefixes if prefix is not None and name.startswith(prefix)]
-        is_own = any(_is_own_file(name.removeprefix(prefix)) for prefix in outputs)
-        self.count += is_own
-        return is_own
+        return any(_is_own_file(name.removeprefix(prefix)) for prefix in outputs)
 
 
 def _is_own_file(name: str) -> bool:
@@ -85,6 +96,11 @@ class DatasetDir:
             message = f"{self._store.uri(PLAN)} is there, and is no plan that this version can read."
             raise BackfillConflict(message) from error
 
+    def carried_before(self) -> dict[str, str] | None:
+        """Return the columns that finished shards have from the input; None: no shard is finished."""
+        stored = self.read_plan()
+        return stored.carried if stored and self.done_keys() else None
+
     def require_plan(self) -> Plan:
         """Return the stored plan. Raises BackfillConflict if there is none."""
         plan = self.read_plan()
@@ -101,7 +117,7 @@ class DatasetDir:
         Args:
             asked: The requested plan.
             resume: Continue the stored backfill if it is the same; its input may have moved.
-            changed: Accept that its weights differ.
+            changed: Accept that its weights differ, or what is known of its images.
 
         Returns:
             The plan.
@@ -119,7 +135,8 @@ class DatasetDir:
             return asked
         # The list may have moved; the keys of its shards tell whether its rows are the same.
         same_input = asked.model_copy(update={"input": stored.input}) if resume else asked
-        same_weights = same_input.model_copy(update={"weights_sha256": stored.weights_sha256})
+        may_change = ("weights_sha256", "carried", "annotated")
+        same_weights = same_input.model_copy(update={name: getattr(stored, name) for name in may_change})
         difference = (same_weights if changed else same_input).difference_from(stored)
         if difference and not done:
             return asked

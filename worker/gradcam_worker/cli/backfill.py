@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -14,14 +15,10 @@ import click
 from click.core import ParameterSource
 from pydantic import ValidationError
 
+from gradcam_worker.backfill.inputs.options import InputOptions
 from gradcam_worker.cli.exit_codes import ExitCode
-from gradcam_worker.cli.options import (
-    OF_SPEC,
-    explanation_options,
-    json_option,
-    parse_named,
-    with_default_target,
-)
+from gradcam_worker.cli.input_options import input_options
+from gradcam_worker.cli.options import OF_SPEC, explanation_options, json_option, with_default_target
 from gradcam_worker.errors import InvalidInput, InvalidJob, NoWorker, UnknownNetwork, UriNotAllowed
 from gradcam_worker.operations import console
 from gradcam_worker.schemas.model import describe
@@ -45,7 +42,8 @@ DRY_RUN, PRICE = "gradcam.dry_run", "gradcam.price_per_hour"  # in a context's `
 REPEATING = ("only_failed", "changed")  # these options continue a backfill, too
 MAY_CHANGE = {"output", "resume", *REPEATING, "as_json", "window", "rate", "max_failed"}
 NOT_STORED = {"output", "resume", *REPEATING, "as_json", "ends_with_parent", "dry_run", "price_per_hour"}
-LOCAL_PATHS = {"input_"}  # parameters whose value may be the path of a local file
+LOCAL_PATHS = {"input_", "label_map", "boxes"}  # parameters whose value may be the path of a local file
+COLUMN_OR_FILE = {"boxes"}  # of these, those whose value may be the name of a column instead
 STATE_COLORS = {"running": "cyan", "complete": "green", "stopped": "yellow", "damaged": "red"}
 
 
@@ -129,11 +127,12 @@ def _plain_values(parsed: Mapping[str, object]) -> dict[str, Any]:
 def _absolute(given: Mapping[str, Any]) -> dict[str, Any]:
     """The values of a command line, with absolute paths where they name files of this machine."""
 
-    def absolute(value: str) -> str:
+    def absolute(name: str, value: str) -> str:
         is_path = "://" not in value and value != "-" and Path(value).exists()
-        return str(Path(value).absolute()) if is_path else value
+        is_column = name in COLUMN_OR_FILE and not Path(value).suffix
+        return str(Path(value).absolute()) if is_path and not is_column else value
 
-    paths = {name: absolute(given[name]) for name in LOCAL_PATHS & given.keys()}
+    paths = {name: absolute(name, given[name]) for name in LOCAL_PATHS & given.keys()}
     return {**given, **paths}
 
 
@@ -199,19 +198,7 @@ def backfill() -> None:
 @click.option("--resume", is_flag=True, help="Continue an existing backfill; finished rows are not repeated.")
 @click.option("--only-failed", is_flag=True, help="Continue, and run the failed rows again.")
 @click.option("--changed", is_flag=True, help="Continue, and run again what changed in the input or weights.")
-@click.option(
-    "--format", "form", default="auto", help="Format of INPUT, if its name does not show it. [auto]"
-)
-@click.option("--column", help="Column of INPUT that holds the URIs.")
-@click.option(
-    "--input-column",
-    "input_columns",
-    metavar="NAME=COLUMN",
-    multiple=True,
-    callback=parse_named,
-    help="Column of INPUT with what the network takes beside the image, as in age=patient_age; may be "
-    "repeated.",
-)
+@input_options
 @click.option(
     "--dry-run",
     is_flag=True,
@@ -232,18 +219,19 @@ def run(
     input_: str,
     output: str,
     shard_rows: int,
-    form: str,
-    column: str | None,
-    input_columns: dict[str, str],
     *,
+    reading: InputOptions,
     spec: dict[str, Any],
     for_api: dict[str, Any],
     resume: bool,
     as_json: bool,
     **options: Any,
 ) -> int:
-    """Explain every image of INPUT: a list (JSON Lines, CSV, Parquet, or one URI per line), a folder,
-    s3://bucket/prefix, or - for standard input.
+    """Explain every image of INPUT: a list (JSON Lines, CSV, Parquet, ORC, or one URI per line), the
+    manifest.json of an S3 inventory, a folder, s3://bucket/prefix, or - for standard input.
+
+    Further columns of a list become columns of the dataset. --label, --boxes and --masks say what is known
+    about the images: then the dataset says whether the network is right, and looks at the object.
 
     With --resume, --only-failed or --changed, INPUT and all options may be omitted: they are those that the
     backfill was begun with, and each that is given replaces one of them.
@@ -282,18 +270,19 @@ def run(
     settings = Settings.from_environment()
     dataset, ledger = open_dataset(output, settings), RedisLedger(settings)
     spec = for_api.get("spec") or _with_target(spec, dataset, settings)
-    with open_input(
-        input_, settings, form=form, column=column, output=dataset.uri, inputs=input_columns
-    ) as opened:
-        requested = _plan(
-            {**spec, "input": opened.name, "output": dataset.uri, "shard_rows": shard_rows}, settings
-        )
-        resume = resume or run_options.only_failed or run_options.changed
+    resume = resume or run_options.only_failed or run_options.changed
+    fixed = dataset.carried_before() if resume and not run_options.changed else None
+    reading = _as_begun(reading, fixed)
+    policy = _policy(for_api.get("tenant"), ledger)
+    may_read = policy.allows_list if policy else None
+    with open_input(input_, settings, reading, output=dataset.uri, fixed=fixed, may_read=may_read) as opened:
+        known = {"carried": opened.carried, "annotated": opened.annotated}
+        where = {"input": opened.name, "output": dataset.uri, "shard_rows": shard_rows}
+        requested = _plan({**spec, **known, **where}, settings)
         plan = dataset.resolve(requested, resume=resume, changed=run_options.changed)
         if DRY_RUN in click.get_current_context().meta:
             return _estimate(opened, plan, settings, as_json=as_json)
         progress = BackfillProgressBar(_progress_form(as_json=as_json), opened.total)
-        policy = _policy(for_api.get("tenant"), ledger)
         runner = BackfillRunner(
             plan,
             dataset,
@@ -320,9 +309,8 @@ def run(
             if as_json:
                 print_line("stopped", {"output": plan.output, **runner.progress.facts()})
             return ExitCode.INTERRUPTED
-        if skipped := opened.own_files():
-            files = counted(skipped, "file")
-            progress.note(f"Skipped {files} of the input folder that a backfill wrote.")
+        for note in opened.notes():
+            progress.note(note)
     if as_json:
         facts = summary or runner.progress.facts()
         print_line("complete" if summary else "incomplete", {"output": plan.output, **facts})
@@ -380,6 +368,11 @@ def _progress_form(*, as_json: bool) -> str:
     if click.get_current_context().get_parameter_source("for_api") is ParameterSource.COMMANDLINE:
         return "none"
     return "json" if as_json else "terminal" if console.err.is_terminal else "lines"
+
+
+def _as_begun(reading: "InputOptions", fixed: dict[str, str] | None) -> "InputOptions":
+    """The options of an input; without further columns where finished shards have none."""
+    return replace(reading, keep=()) if fixed == {} and reading.keep is None else reading
 
 
 def _policy(tenant: str | None, ledger: "RedisLedger") -> "TenantPolicy | None":

@@ -4,39 +4,56 @@ A bad row becomes a row with a problem, see `gradcam_worker.backfill.inputs.rows
 read raises InvalidInput, when it is opened or between two rows.
 """
 
-import gzip
 import io
+import lzma
 import os
 import shutil
 import stat
-import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, Protocol, cast
 from urllib.parse import unquote
 
-from gradcam_worker.backfill.inputs.rows import RowParser
-from gradcam_worker.backfill.inputs.tables import (
-    NO_INPUTS,
-    columns,
-    input_columns,
-    inventory_rows,
-    json_rows,
-    table_rows,
-    text_rows,
+from gradcam_worker.backfill.inputs.arrow_tables import ArrowFile, ArrowReader
+from gradcam_worker.backfill.inputs.files import (
+    STDIN,
+    display_name,
+    on_s3,
+    open_file,
+    packed_name,
+    unpacked,
 )
+from gradcam_worker.backfill.inputs.filters import NameFilter
+from gradcam_worker.backfill.inputs.further import (
+    ROLES,
+    FurtherColumns,
+    Kinds,
+    box_columns,
+    choose_carried,
+    is_coco,
+)
+from gradcam_worker.backfill.inputs.inventory import (
+    MANIFEST,
+    MAX_MANIFEST_BYTES,
+    InventoryReader,
+    read_manifest,
+)
+from gradcam_worker.backfill.inputs.known import NO_MAP, CocoBoxes, read_label_map
+from gradcam_worker.backfill.inputs.options import DEFAULT_OPTIONS, FORMS, InputOptions
+from gradcam_worker.backfill.inputs.parts import Part, parts_below, table_form
+from gradcam_worker.backfill.inputs.rows import RowParser
+from gradcam_worker.backfill.inputs.tables import JsonReader, TableReader, TextReader
 from gradcam_worker.backfill.output import OwnFileFilter
-from gradcam_worker.errors import InvalidInput, WeightsUnavailable
+from gradcam_worker.errors import InvalidInput
 from gradcam_worker.schemas.shard import Row
 from gradcam_worker.settings import Settings
-from gradcam_worker.text.urls import without_user
-from gradcam_worker.text.visible import counted, visible
+from gradcam_worker.text.visible import counted
 
-FORMS = ("auto", "jsonl", "csv", "tsv", "text", "inventory", "parquet", "folder")
 SUFFIXES = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -44,19 +61,31 @@ SUFFIXES = {
     ".tsv": "tsv",
     ".txt": "text",
     ".parquet": "parquet",
+    ".orc": "orc",
 }
 IMAGE_SUFFIXES = {".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
-COMPRESSED = "it looks packed: unpack it, or pack it with gzip; or "
+ARCHIVE = "it looks like an archive: unpack it; or "
 HINTS = {  # for suffixes of formats that are not supported, or whose content is not known
     ".json": "JSON is read a line at a time, and of an S3 inventory the files that its manifest.json names; ",
-    ".orc": "ORC is not read: write it as Parquet, or as CSV; or ",
     ".avro": "Avro is not read: write it as Parquet, or as JSON Lines; or ",
-    **dict.fromkeys((".bz2", ".xz", ".zst", ".zip", ".7z", ".tar", ".tgz"), COMPRESSED),
+    **dict.fromkeys((".zip", ".7z", ".tar", ".tgz"), ARCHIVE),
 }
-STDIN = "-"
-PARQUET_BATCH_ROWS = 8192
-PARQUET_BUFFER_BYTES = 1024 * 1024  # of each column: a column may have ten million values
-_GZIP = b"\x1f\x8b"
+TABLES = ("jsonl", "csv", "tsv", "parquet", "orc")  # forms with columns
+ARROW = ("parquet", "orc")
+READ_ERRORS = (EOFError, OSError, zlib.error, lzma.LZMAError)
+
+
+class Reader(Protocol):
+    """Reads one form of list. All methods may raise InvalidInput; its message begins with the verb."""
+
+    def kinds(self, file: BinaryIO, constants: Mapping[str, str]) -> Kinds:
+        """Return the columns and their Arrow types, without reading all rows."""
+
+    def used(self, names: Sequence[str]) -> set[str]:
+        """Return those columns that mean something to us."""
+
+    def rows(self, file: BinaryIO, parser: RowParser, constants: Mapping[str, str]) -> Iterator[Row]:
+        """Yield the rows; `constants` are columns with one value in all of them."""
 
 
 class Input:
@@ -67,8 +96,12 @@ class Input:
         name: str,
         unit: str,
         read: Callable[[RowParser], Iterator[Row]],
+        names: NameFilter,
+        further: FurtherColumns,
+        *,
         share: Callable[[int], float | None] = lambda _: None,
-        own_files: Callable[[], int] = lambda: 0,
+        filter_rows: bool = False,
+        notes: Sequence[str] = (),
     ) -> None:
         """Nothing is read yet.
 
@@ -76,15 +109,16 @@ class Input:
             name: Its name for messages, without secrets.
             unit: What the numbers of its rows count, such as Line.
             read: Yields its rows, from the first one.
+            names: What leaves files out.
+            further: Its further columns.
             share: Returns the share of the input that a number of rows is, from 0 to 1; None: unknown.
-            own_files: Returns the number of files left out because backfills wrote them.
+            filter_rows: Whether rows are left out by `names`, as `read` does not do it.
+            notes: What is to be told of it.
         """
-        self.own_files = own_files
-        self.name = name
-        self._unit = unit
-        self._read = read
-        self._share = share
-        self._count = 0
+        self.name, self.carried, self.annotated = name, further.carried, further.annotated
+        self._unit, self._read, self._share = unit, read, share
+        self._names, self._further, self._filter_rows = names, further, filter_rows
+        self._notes, self._count = notes, 0
 
     def share(self) -> float | None:
         """Return the share that has been read, from 0 to 1; None if the size is unknown."""
@@ -95,47 +129,66 @@ class Input:
         share = self.share()
         return round(self._count / share) if share and self._count else None
 
+    def notes(self) -> list[str]:
+        """Return sentences about what was left out so far."""
+        return [*self._notes, *self._names.notes(), *self._further.notes()]
+
     def rows(self) -> Iterator[Row]:
         """Yield the rows in order, from the first one. A pipe can be read only once.
 
         Raises InvalidInput if the input cannot be read further, or has no row.
         """
-        self._count = 0
+        self._count = yielded = 0
+        self._names.skipped.clear()
+        self._further.forget()
         try:
-            for row in self._read(RowParser(self._unit)):
+            for row in self._read(RowParser(self._unit, self._further)):
                 self._count += 1
+                if self._filter_rows and not row.problem and self._names.is_unwanted(_path(row.uri)):
+                    continue
+                yielded += 1
                 yield row
         except InvalidInput as error:
             message = f"{self.name} {error}"
             raise InvalidInput(message) from error
-        except (EOFError, OSError, zlib.error) as error:
+        except READ_ERRORS as error:
             so_far = counted(self._count, "row")
             message = f"{self.name} is damaged, or cannot be read further, after {so_far}: {error}"
             raise InvalidInput(message) from error
-        if not self._count:
-            message = f"{self.name} is empty: there is no image in it."
+        if not yielded:
+            left_out = f" {' '.join(self._names.notes())}" if self._names.skipped else ""
+            message = f"{self.name} is empty: there is no image in it.{left_out}"
             raise InvalidInput(message)
+
+
+def _path(uri: str) -> str:
+    """The path of a URI, to which patterns are applied."""
+    scheme, slashes, rest = uri.partition("://")
+    if not slashes:
+        return ""
+    path = rest.partition("/")[2]
+    return path if scheme.casefold() == "s3" else unquote(path.partition("?")[0])
 
 
 @contextmanager
 def open_input(
     where: str,
     settings: Settings,
+    options: InputOptions = DEFAULT_OPTIONS,
     *,
-    form: str = "auto",
-    column: str | None = None,
     output: str | None = None,
-    inputs: Mapping[str, str] = NO_INPUTS,
+    fixed: Mapping[str, str] | None = None,
+    may_read: Callable[[str], bool] | None = None,
 ) -> Iterator[Input]:
-    """Open an input. Files compressed with gzip are recognized, whatever their name.
+    """Open an input. Packed files are recognized, whatever their name.
 
     Args:
         where: A path, `s3://bucket/prefix`, `s3://bucket/list.jsonl`, or `-` for standard input.
         settings: For S3.
-        form: One of FORMS; auto: by the suffix of the name.
-        column: The column, or the field, with the URIs.
-        output: This backfill's. Its files, and those of other backfills, are left out of a folder or prefix.
-        inputs: The columns, or the fields, with what the network takes beside the image, by its names.
+        options: How it is read, and what is left out.
+        output: This backfill's. Its files, and those of other backfills, are left out.
+        fixed: Types of carried columns that an earlier run has found.
+        may_read: Whether files that an input or its options name may be read, by URI; None: all may.
 
     Yields:
         The input.
@@ -143,71 +196,257 @@ def open_input(
     Raises:
         InvalidInput: It cannot be read, or its format is unknown.
     """
-    requested, form = form, _resolve_form(where, form)
-    if inputs and form not in {"jsonl", "csv", "tsv", "parquet"}:
-        message = f"{_display_name(where)} is read as {form}, which has no columns for {', '.join(inputs)}."
-        raise InvalidInput(message)
+    form = _resolve_form(where, options.form, settings)
+    _check_columns(where, form, options)
     with ExitStack() as stack:
+        names = NameFilter(options.include, options.exclude, _own_file_filter(where, output, form))
+        opening = _Opening(where, settings, options, stack, names, fixed, may_read)
         if form == "folder":
-            yield _folder(where, settings, output, explicit=requested == "folder")
-            return
-        file = _open_file(where, settings, stack)
-        if form == "parquet":
-            yield _parquet(file, _display_name(where), column, inputs, stack)
-            return
-        start = file.tell() if file.seekable() else None
-        size = os.fstat(file.fileno()).st_size
-        readers: dict[str, Callable[[BinaryIO, RowParser], Iterator[Row]]] = {
-            "jsonl": partial(json_rows, column=column, inputs=inputs),
-            "csv": partial(table_rows, delimiter=",", column=column, inputs=inputs),
-            "tsv": partial(table_rows, delimiter="\t", column=column, inputs=inputs),
-            "text": text_rows,
-            "inventory": inventory_rows,
-        }
-
-        def read_text(parser: RowParser) -> Iterator[Row]:
-            if start is not None:
-                file.seek(start)
-            return readers[form](_decompressed(file), parser)
-
-        def share(_: int) -> float | None:
-            return None if start is None or file.closed else file.tell() / max(size, file.tell(), 1)
-
-        yield Input(_display_name(where), "Line", read_text, share)
+            yield _folder(opening, output, explicit=options.form == "folder")
+        else:
+            yield _list(opening, form)
 
 
-def _folder(where: str, settings: Settings, output: str | None, *, explicit: bool) -> Input:
+@dataclass(frozen=True)
+class _Opening:
+    """What an input is opened with."""
+
+    where: str
+    settings: Settings
+    options: InputOptions
+    stack: ExitStack
+    names: NameFilter
+    fixed: Mapping[str, str] | None
+    may_read: Callable[[str], bool] | None
+    notes: list[str] = field(default_factory=list)
+
+    def check(self, where: str) -> None:
+        """Raise InvalidInput if a file that the input or an option names may not be read."""
+        if self.may_read and not self.may_read(where):
+            message = f"{display_name(where)} may not be read by this tenant."
+            raise InvalidInput(message)
+
+    def further(self, reader: Reader | None = None, kinds: Kinds = ()) -> FurtherColumns:
+        """The further columns of the input."""
+        options, settings = self.options, self.settings
+        label_map, coco = NO_MAP, None
+        carried: Mapping[str, str] = {}
+        if options.label_map:
+            self.check(options.label_map)
+            with ExitStack() as stack:
+                file = unpacked(open_file(options.label_map, settings, stack))
+                label_map = read_label_map(file, display_name(options.label_map))
+        if options.boxes and is_coco(options.boxes):
+            self.check(options.boxes)
+            with ExitStack() as stack:
+                file = unpacked(open_file(options.boxes, settings, stack))
+                coco = CocoBoxes(file, display_name(options.boxes), label_map)
+        if kinds and reader:
+            used = reader.used([name for name, _ in kinds])
+            carried, notes = choose_carried(kinds, used, options, self.fixed)
+            self.notes.extend(notes)
+        return FurtherColumns(options, carried, label_map, coco)
+
+
+def _check_columns(where: str, form: str, options: InputOptions) -> None:
+    """Raise InvalidInput if columns are named where there are none."""
+    named = [*options.inputs, *(name for role in ROLES if (name := getattr(options, role)))]
+    named += box_columns(options)
+    if named and form not in TABLES:
+        message = f"{display_name(where)} is read as {form}, which has no columns for {', '.join(named)}."
+        raise InvalidInput(message)
+
+
+def _folder(opening: _Opening, output: str | None, *, explicit: bool) -> Input:
     """The files below a folder, or the objects below a prefix. Raises InvalidInput if there is none.
 
     `explicit`: the user asked for a folder, so an object is not taken for a list.
     """
     from gradcam_worker.backfill.inputs import scan
 
-    own_files = [_own_file_filter(where, output)]
+    where, names = opening.where, opening.names
 
     def read(parser: RowParser) -> Iterator[Row]:
-        own_files[0] = _own_file_filter(where, output)  # a new one for each reading
-        if not _on_s3(where):
-            return scan.list_files(where, parser, own_files[0])
-        return scan.list_objects(
-            where, settings, parser, own_files[0], (lambda _: None) if explicit else _not_a_prefix
-        )
+        names.restart(_own_file_filter(where, output, "folder"))
+        if not on_s3(where):
+            return scan.list_files(where, parser, names)
+        allowed: Callable[[str], str | None] = (lambda _: None) if explicit else _not_a_prefix
+        return scan.list_objects(where, opening.settings, parser, names, allowed)
 
-    opened = Input(_display_name(where), "Row", read, own_files=lambda: own_files[0].count)
+    opened = Input(display_name(where), "Row", read, names, opening.further())
     next(opened.rows(), None)  # so that its errors are raised before anything is written
     return opened
 
 
-def _own_file_filter(where: str, output: str | None) -> OwnFileFilter:
-    """A filter for the files of a folder, or of a prefix, that backfills wrote."""
-    if output is None or _on_s3(where) != _on_s3(output):
-        return OwnFileFilter()
-    if not _on_s3(where):
-        return OwnFileFilter(os.path.realpath(unquote(output.partition("://")[2])).rstrip("/") + "/")
-    bucket, _, key = output[5:].rstrip("/").partition("/")
-    return (
-        OwnFileFilter(f"{key}/" if key else "") if bucket == where[5:].partition("/")[0] else OwnFileFilter()
+def _list(opening: _Opening, form: str) -> Input:
+    """The rows of a list, in one file or in many. Raises InvalidInput."""
+    name = display_name(opening.where)
+    try:
+        parts, reader, form = _parts_and_reader(opening, form)
+        with _told_with(name if len(parts) == 1 else f"{name}: {parts[0].name}"):
+            first = _OpenPart(parts[0], opening.settings, opening.stack, form)
+            kinds = reader.kinds(first.content(), parts[0].constants)
+            further = opening.further(reader, kinds)
+    except READ_ERRORS as error:
+        message = f"{name} is damaged, or cannot be read: {error}"
+        raise InvalidInput(message) from error
+    if getattr(reader, "has_annotations", False):
+        further.annotated = True
+    now: list[_OpenPart] = [first]
+
+    def read(parser: RowParser) -> Iterator[Row]:
+        for index, part in enumerate(parts):
+            with ExitStack() as stack:
+                now[:] = [_OpenPart(part, opening.settings, stack, form) if index else first]
+                parser.part = part.name if len(parts) > 1 else ""
+                done[0] = index
+                yield from reader.rows(now[0].content(), parser, part.constants)
+
+    done = [0]
+
+    def share(rows: int) -> float | None:
+        inside = now[0].share(rows if len(parts) == 1 else None)
+        return None if inside is None else min((done[0] + inside) / len(parts), 1.0)
+
+    unit = "Row" if form in ARROW else "Line"
+    by_row = not isinstance(reader, InventoryReader)
+    return Input(
+        name,
+        unit,
+        read,
+        opening.names,
+        further,
+        share=share,
+        filter_rows=by_row and _has_patterns(opening.options),
+        notes=opening.notes,
     )
+
+
+def _has_patterns(options: InputOptions) -> bool:
+    return bool(options.include or options.exclude)
+
+
+@contextmanager
+def _told_with(name: str) -> Iterator[None]:
+    """Put the name of the input before the messages of its reader."""
+    try:
+        yield
+    except InvalidInput as error:
+        message = f"{name} {error}"
+        raise InvalidInput(message) from error
+
+
+def _parts_and_reader(opening: _Opening, form: str) -> tuple[Sequence[Part], Reader, str]:
+    """The files of a list, what reads them, and their form. Raises InvalidInput."""
+    where, options, settings = opening.where, opening.options, opening.settings
+    name = display_name(where)
+    if form == "manifest":
+        with ExitStack() as stack, _told_with(name):
+            manifest = read_manifest(where, open_file(where, settings, stack).read(MAX_MANIFEST_BYTES))
+        for file in manifest.files:
+            opening.check(file)
+        parts = [Part(file, file.rpartition("/")[2]) for file in manifest.files]
+        if not parts:
+            message = f"{name} is empty: it names no files."
+            raise InvalidInput(message)
+        return parts, InventoryReader(manifest.form, manifest.names, opening.names), manifest.form
+    if form == "inventory":
+        return [Part(where, "")], InventoryReader("csv", (), opening.names), "csv"
+    readers: dict[str, Callable[[], Reader]] = {
+        "jsonl": lambda: JsonReader(options),
+        "csv": lambda: TableReader(options, ","),
+        "tsv": lambda: TableReader(options, "\t"),
+        "text": TextReader,
+        "parquet": lambda: ArrowReader(options, "parquet"),
+        "orc": lambda: ArrowReader(options, "orc"),
+    }
+    parts = parts_below(where, form, settings) if _is_table_folder(where) else [Part(where, "")]
+    return parts, readers[form](), form
+
+
+def _is_table_folder(where: str) -> bool:
+    return where.endswith("/") if on_s3(where) else where != STDIN and Path(where).is_dir()
+
+
+class _OpenPart:
+    """A file of a list that can be read several times; a pipe once beyond what was read of it first."""
+
+    def __init__(self, part: Part, settings: Settings, stack: ExitStack, form: str) -> None:
+        self._file, self._form = open_file(part.where, settings, stack), form
+        self._replayed: _Replayed | None = None
+        self._rows: int | None = None
+        if form in ARROW:
+            if not self._file.seekable():
+                copy = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115  # the stack closes it
+                shutil.copyfileobj(self._file, copy)
+                self._file = cast("io.BufferedReader", copy)
+            return
+        self._start = self._file.tell() if self._file.seekable() else None
+        self._size = os.fstat(self._file.fileno()).st_size
+
+    def content(self) -> BinaryIO:
+        """The file from its beginning, unpacked."""
+        if self._form in ARROW:
+            self._file.seek(0)
+            self._rows = ArrowFile(self._file, self._form).num_rows
+            return self._file
+        if self._start is not None:
+            self._file.seek(self._start)
+            return unpacked(self._file)
+        if self._replayed is None:
+            self._replayed = _Replayed(unpacked(self._file))
+        else:
+            self._replayed.rewind()
+        return cast("BinaryIO", self._replayed)
+
+    def share(self, rows: int | None) -> float | None:
+        """The share that has been read of it, if `rows` are that many rows of it."""
+        if self._form in ARROW:
+            return rows / max(self._rows or 0, 1) if rows is not None else 0.0
+        if self._start is None or self._file.closed:
+            return None
+        return self._file.tell() / max(self._size, self._file.tell(), 1)
+
+
+class _Replayed:
+    """The lines of a pipe; those read before `rewind` come again, once."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._lines: deque[bytes] = deque()
+        self._recording = True
+
+    def rewind(self) -> None:
+        """Begin again with the first line."""
+        self._recording = False
+
+    def readline(self, size: int = -1) -> bytes:
+        """See `io.IOBase`. It must be called with the same sizes again."""
+        if not self._recording and self._lines:
+            return self._lines.popleft()
+        line = self._file.readline(size)
+        if self._recording:
+            self._lines.append(line)
+        return line
+
+
+def _own_file_filter(where: str, output: str | None, form: str) -> OwnFileFilter:
+    """A filter for the files of a folder, of a prefix or of an inventory that backfills wrote."""
+    if form in {"manifest", "inventory"}:
+        remote = output is not None and on_s3(output)
+        return OwnFileFilter(f"{(output or '')[5:].rstrip('/')}/", below=True) if remote else OwnFileFilter()
+    if form != "folder" or output is None or on_s3(where) != on_s3(output):
+        return OwnFileFilter()
+    if not on_s3(where):
+        own = os.path.realpath(unquote(output.partition("://")[2])).rstrip("/") + "/"
+        base = os.path.realpath(where).rstrip("/") + "/"
+        return OwnFileFilter(own, below=own != base and own.startswith(base))
+    bucket, _, key = output[5:].rstrip("/").partition("/")
+    listed, _, prefix = where[5:].partition("/")
+    if bucket != listed:
+        return OwnFileFilter()
+    below = bool(key) and f"{key}/".startswith(prefix) and key != prefix.rstrip("/")
+    return OwnFileFilter(f"{key}/" if key else "", below=below)
 
 
 def _not_a_prefix(key: str) -> str | None:
@@ -219,32 +458,37 @@ def _not_a_prefix(key: str) -> str | None:
 
 
 def _format_hint(name: str) -> str:
-    suffix = Path(name.casefold()).suffix
+    suffix = Path(packed_name(name)).suffix
     hint = HINTS.get(suffix, "")
     forms = ", ".join(FORMS[1:-1])
     return f"{hint}say with --format what it is, one of {forms}; or folder, for all whose names begin so."
 
 
-def _resolve_form(where: str, form: str) -> str:
+def _resolve_form(where: str, form: str, settings: Settings) -> str:
     """The form of an input. Raises InvalidInput if it is unknown."""
     if form not in FORMS:
         message = f"There is no form {form!r}: it is one of {', '.join(FORMS)}."
         raise InvalidInput(message)
-    remote = _on_s3(where)
+    remote = on_s3(where)
     folder = not remote and where != STDIN and _is_folder(where)
     if form == "folder" and not (folder or remote):
-        message = f"{_display_name(where)} is no folder."
+        message = f"{display_name(where)} is no folder."
         raise InvalidInput(message)
-    if folder and form not in {"auto", "folder"}:
-        message = f"{_display_name(where)} is a folder: it cannot be read as {form}."
+    if folder and form not in {"auto", "folder", *TABLES, "text"}:
+        message = f"{display_name(where)} is a folder: it cannot be read as {form}."
         raise InvalidInput(message)
+    if form in {"auto", "inventory"} and where.rpartition("/")[2].casefold() == MANIFEST:
+        return "manifest"
     if form != "auto" or where == STDIN:
         return "jsonl" if form == "auto" else form
-    suffix = Path(where.casefold().removesuffix(".gz")).suffix
-    resolved = "folder" if folder else SUFFIXES.get(suffix, "folder" if remote else None)
+    if folder or (remote and where.endswith("/")):
+        return table_form(where, settings) or "folder"
+    suffix = Path(packed_name(where)).suffix
+    resolved = SUFFIXES.get(suffix, "folder" if remote else None)
     if resolved is None:
         message = (
-            f"{_display_name(where)} does not end in {', '.join(SUFFIXES)}, or one of these and .gz: "
+            f"{display_name(where)} does not end in {', '.join(SUFFIXES)}, "
+            "or one of these and .gz, .bz2, .xz or .zst: "
             f"{HINTS.get(suffix, '')}say with --format what it is, one of {', '.join(FORMS[1:-1])}."
         )
         raise InvalidInput(message)
@@ -254,128 +498,11 @@ def _resolve_form(where: str, form: str) -> str:
 def _is_folder(where: str) -> bool:
     if "://" in where:
         message = (
-            f"{_display_name(where)} cannot be read: name a path, s3://bucket/..., or - for standard input."
+            f"{display_name(where)} cannot be read: name a path, s3://bucket/..., or - for standard input."
         )
         raise InvalidInput(message)
     try:
         return stat.S_ISDIR(Path(where).stat().st_mode)
     except (OSError, ValueError) as error:
-        message = f"{_display_name(where)} cannot be read: {getattr(error, 'strerror', error)}."
+        message = f"{display_name(where)} cannot be read: {getattr(error, 'strerror', error)}."
         raise InvalidInput(message) from error
-
-
-def _on_s3(where: str) -> bool:
-    return where[:5].casefold() == "s3://"
-
-
-def _display_name(where: str) -> str:
-    if where == STDIN:
-        return "Standard input"
-    return visible(without_user(where) if "://" in where else where)[:4096]
-
-
-def _open_file(where: str, settings: Settings, stack: ExitStack) -> io.BufferedReader:
-    """Open a file for reading; an object is copied first. Raises InvalidInput."""
-    try:
-        if where == STDIN:
-            return cast("io.BufferedReader", sys.stdin.buffer)
-        if not _on_s3(where):
-            return stack.enter_context(Path(where).open("rb"))
-        from gradcam_worker.storage.s3 import S3
-
-        copy = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115  # the stack closes it
-        S3(settings).download("s3://" + where[5:], _FileSink(copy))
-        copy.seek(0)
-        return cast("io.BufferedReader", copy)
-    except WeightsUnavailable as error:
-        raise InvalidInput(str(error)) from error
-    except OSError as error:
-        message = f"{_display_name(where)} cannot be read: {error.strerror or error}."
-        raise InvalidInput(message) from error
-
-
-class _FileSink:
-    """See `gradcam_worker.gradcam.files.weights.Sink`."""
-
-    def __init__(self, file: Any) -> None:
-        self.write = file.write
-
-    def expect(self, size: int) -> None:
-        """Any size is accepted."""
-
-
-def _decompressed(file: io.BufferedReader) -> BinaryIO:
-    if file.peek(2)[:2] != _GZIP:
-        return file
-    return io.BufferedReader(cast("Any", gzip.GzipFile(fileobj=file)))
-
-
-def _parquet(
-    file: io.BufferedReader, name: str, column: str | None, inputs: Mapping[str, str], stack: ExitStack
-) -> Input:
-    """The rows of a Parquet file, read in batches, without other columns. Raises InvalidInput."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    source: Any = file
-    if not file.seekable():
-        source = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115  # the stack closes it
-        shutil.copyfileobj(file, source)
-    try:
-        table = stack.enter_context(
-            pq.ParquetFile(
-                source, pre_buffer=False, buffer_size=PARQUET_BUFFER_BYTES, page_checksum_verification=True
-            )
-        )
-        names = table.schema_arrow.names
-        try:
-            positions = columns(names, column)
-            further = input_columns(names, inputs)
-        except InvalidInput as error:
-            message = f"{name} {error}"
-            raise InvalidInput(message) from error
-        kind = table.schema_arrow.field(positions.image).type
-    except (pa.ArrowException, OSError) as error:
-        message = f"{name} cannot be read as Parquet: {error}"
-        raise InvalidInput(message) from error
-    text_types = (
-        pa.types.is_string,
-        pa.types.is_large_string,
-        pa.types.is_string_view,
-        pa.types.is_dictionary,
-    )
-    if not any(is_type(kind) for is_type in text_types):
-        message = f"{name} has a column {names[positions.image]!r} of {kind}: it must hold URIs, as strings."
-        raise InvalidInput(message)
-    wanted = [names[position] for position in (*positions, *further.values()) if position is not None]
-
-    def read(parser: RowParser) -> Iterator[Row]:
-        number = 0
-        try:
-            for batch in table.iter_batches(PARQUET_BATCH_ROWS, columns=wanted, use_threads=False):
-                cells = {name: _cells(batch.column(name), pa) for name in wanted}
-                values = [
-                    cells[names[position]] if position is not None else [None] * len(batch)
-                    for position in positions
-                ]
-                values += [cells[names[position]] for position in further.values()]
-                for uri, row_id, sha256, *given in zip(*values, strict=True):
-                    yield parser.parse(number, uri, row_id, sha256, dict(zip(further, given, strict=True)))
-                    number += 1
-        except pa.ArrowException as error:
-            message = f"is damaged after {counted(number, 'row')}, or soon after: {error}"
-            raise InvalidInput(message) from error
-
-    return Input(name, "Row", read, lambda rows: rows / max(table.metadata.num_rows, 1))
-
-
-def _cells(cells: Any, pa: Any) -> list[Any]:
-    """A column's values. Text that is not UTF-8 gets lone surrogates, by which it is recognized later."""
-    try:
-        return list(cells.to_pylist())
-    except UnicodeDecodeError:
-        plain = cells.dictionary_decode() if pa.types.is_dictionary(cells.type) else cells
-        raw = plain.cast(pa.large_binary() if pa.types.is_large_string(plain.type) else pa.binary())
-        return [
-            None if value is None else value.decode(errors="surrogateescape") for value in raw.to_pylist()
-        ]

@@ -8,9 +8,11 @@ import math
 import re
 from array import array
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
+from gradcam_worker.backfill.inputs.further import FurtherColumns
 from gradcam_worker.errors import DuplicateId, InvalidRow, PermanentError
 from gradcam_worker.schemas.model import describe_excess_length
 from gradcam_worker.schemas.options import MAX_INPUTS, describe_input_problem
@@ -21,8 +23,9 @@ from gradcam_worker.text.visible import visible
 
 MAX_SHOWN = 1000  # characters that are kept of an invalid value
 MAX_URI = 2_000_000  # characters: see `gradcam_worker.schemas.shard.Row`
-MAX_ID = 256  # characters
+MAX_ID = MAX_VERSION = 256  # characters
 SEGMENTS = 2**14  # of the ids' hashes: with ten million ids each has 600
+NO_FIELDS: Mapping[str, Any] = MappingProxyType({})
 
 _CONTROL = r"\x00-\x1f\x7f\ud800-\udfff"  # control characters, surrogates
 _FORBIDDEN = re.compile(f"[{_CONTROL}]")
@@ -49,16 +52,28 @@ _KINDS: Mapping[type, str] = {
 class RowParser:
     """Makes the rows of one input, in its order, and remembers their ids."""
 
-    def __init__(self, unit: str = "Line") -> None:
-        """`unit` names what the numbers of the input count, such as Line."""
-        self._unit = unit
+    def __init__(self, unit: str = "Line", further: FurtherColumns | None = None) -> None:
+        """Start without rows.
+
+        Args:
+            unit: Names what the numbers of the input count, such as Line.
+            further: The columns beside image, id, sha256 and inputs.
+        """
+        self._unit, self.further = unit, further or FurtherColumns()
+        self._has_more = not self.further.is_empty
+        self.part = ""  # the file of an input of many files, for messages
         self._ids = Ids()
         self._made = 0
 
     def listed_row(self, uri: str, version: str | None) -> Row:
         """Return the row of a listed file or object, whose name may contain any character."""
+        fields = self.further.read(self.place(self._made), uri, None, ())[0] if self._has_more else NO_FIELDS
         self._made += 1
-        return Row(uri=uri, version=version)
+        return Row(uri=uri, version=version, **fields)
+
+    def place(self, number: int) -> str:
+        """Return where a row is, for messages."""
+        return f"{self._unit} {number} of {self.part}" if self.part else f"{self._unit} {number}"
 
     def parse(
         self,
@@ -67,11 +82,28 @@ class RowParser:
         row_id: object = None,
         sha256: object = None,
         inputs: Mapping[str, object] | None = None,
+        values: Sequence[Any] = (),
+        fields: Mapping[str, Any] = NO_FIELDS,
     ) -> Row:
         """Return the row of an input's values, of any type; with a problem if they are invalid.
 
-        `inputs` are for the network, beside the image; None and empty texts are left out.
+        Args:
+            number: Where it is.
+            uri: Of its image.
+            row_id: Its own id.
+            sha256: Of its image.
+            inputs: For the network, beside the image; None and empty texts are left out.
+            values: Of further columns: see `FurtherColumns.read`.
+            fields: Further fields of the row.
         """
+        wish: PermanentError | None = None
+        if self._has_more:
+            kept = uri if isinstance(uri, str) else ""
+            given_fields, unclear = self.further.read(
+                self.place(number), kept, None if row_id is None else str(row_id), values
+            )
+            fields = {**given_fields, **fields}
+            wish = InvalidRow(unclear) if unclear else None
         if (
             type(uri) is not str
             or len(uri) > MAX_URI
@@ -79,13 +111,13 @@ class RowParser:
             or has_credentials(uri)
             or describe_excess_length(uri)
         ):
-            return self._row(number, uri, row_id, sha256, InvalidRow(_uri_problem(uri)))
-        if row_id is None and sha256 is None and not inputs:
+            return self._row(number, uri, row_id, sha256, InvalidRow(_uri_problem(uri)), None, fields)
+        if row_id is None and sha256 is None and not inputs and not wish:
             self._made += 1
-            return Row(uri=uri)
+            return Row(uri=uri, **fields)
         given, problem = _valid_inputs(inputs or {})
-        error = InvalidRow(problem) if problem else None
-        return self._row(number, uri, row_id, sha256, error, given)
+        error = InvalidRow(problem) if problem else wish
+        return self._row(number, uri, row_id, sha256, error, given, fields)
 
     def bad_row(self, number: int, received: object, reason: str) -> Row:
         """Return the row of something that cannot be read; `reason` completes the sentence "Line 3: ..."."""
@@ -99,6 +131,7 @@ class RowParser:
         sha256: object,
         error: PermanentError | None,
         inputs: dict[str, Any] | None = None,
+        fields: Mapping[str, Any] = NO_FIELDS,
     ) -> Row:
         kept = uri if isinstance(uri, str) and (error is None) else displayable(uri)
         name, checksum = _valid_id(row_id), _valid_sha256(sha256)
@@ -117,10 +150,10 @@ class RowParser:
                 error = error or DuplicateId(f"its id {name!r} is the id of row {before}, too")
         self._made += 1
         if error is None:
-            return Row(uri=kept, id=name, sha256=checksum, inputs=inputs)
-        located = type(error)(f"{self._unit} {number}: {error}")
+            return Row(uri=kept, id=name, sha256=checksum, inputs=inputs, **fields)
+        located = type(error)(f"{self.place(number)}: {error}")
         problem = Problem.of(located, stage="plan", attempt=0)
-        return Row(uri=kept, id=name, sha256=checksum, inputs=inputs, problem=problem)
+        return Row(uri=kept, id=name, sha256=checksum, inputs=inputs, problem=problem, **fields)
 
 
 class Ids:

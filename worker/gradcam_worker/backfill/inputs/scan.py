@@ -9,20 +9,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import quote_from_bytes
 
-from gradcam_worker.backfill.inputs.rows import RowParser
+from gradcam_worker.backfill.inputs.filters import NameFilter
+from gradcam_worker.backfill.inputs.rows import MAX_VERSION, RowParser
 from gradcam_worker.errors import InvalidInput
 from gradcam_worker.schemas.shard import Row
 from gradcam_worker.settings import Settings
 from gradcam_worker.storage.s3 import S3
 from gradcam_worker.storage.s3_errors import S3_ERRORS, describe
 
-MAX_VERSION_LENGTH = 256  # characters: see `gradcam_worker.schemas.shard.Row`
 
-
-def list_files(
-    where: str, parser: RowParser, is_own_file: Callable[[str], bool] = lambda _: False
-) -> Iterator[Row]:
-    """Yield every file below a folder, folder by folder in the order of names, without hidden ones.
+def list_files(where: str, parser: RowParser, names: NameFilter) -> Iterator[Row]:
+    """Yield every file below a folder, folder by folder in the order of names.
 
     A link to a folder is not followed, because it could form a cycle. It becomes a bad row, as does
     everything that is not a file.
@@ -30,7 +27,7 @@ def list_files(
     Args:
         where: The folder.
         parser: Makes the rows.
-        is_own_file: Called with each file's path, resolved; files for which it returns True are left out.
+        names: Leaves files out, by their paths from the folder on, and resolved.
     """
     base = os.path.abspath(where)  # noqa: PTH100  # unlike `resolve`, it keeps links
     real = os.path.realpath(where)
@@ -42,11 +39,13 @@ def list_files(
             folders.pop()
             continue
         uri = "file://" + quote_from_bytes(os.fsencode(path))
+        name = str(path)[len(base) :].lstrip("/")
         try:
             if stat.S_ISDIR(path.lstat().st_mode):
-                folders.append(_entries(path))
+                if not names.skips_folder(name):
+                    folders.append(_entries(path))
                 continue
-            if is_own_file(real + str(path)[len(base) :]):
+            if names.skips(name, f"{real.rstrip('/')}/{name}"):
                 continue
             status = path.stat()
             problem = (
@@ -64,14 +63,14 @@ def list_files(
 
 
 def _entries(folder: str | Path) -> Iterator[Path]:
-    return (Path(folder, name) for name in sorted(os.listdir(folder)) if not name.startswith("."))  # noqa: PTH208  # names alone: there may be millions
+    return (Path(folder, name) for name in sorted(os.listdir(folder)))  # noqa: PTH208  # names alone: there may be millions
 
 
 def list_objects(
     where: str,
     settings: Settings,
     parser: RowParser,
-    is_own_file: Callable[[str], bool] = lambda _: False,
+    names: NameFilter,
     not_a_prefix: Callable[[str], str | None] = lambda _: None,
 ) -> Iterator[Row]:
     """Yield every object below an S3 prefix, without those that only mark folders.
@@ -80,7 +79,7 @@ def list_objects(
         where: The prefix, s3://bucket/prefix.
         settings: For S3.
         parser: Makes the rows.
-        is_own_file: Called with each key; objects for which it returns True are left out.
+        names: Leaves objects out, by their keys from the last slash of the prefix on, and whole.
         not_a_prefix: Called with the key of an object that equals the prefix; returns an error message if the
             prefix must not be listed.
 
@@ -91,12 +90,15 @@ def list_objects(
     if not bucket:
         message = "names no bucket: write s3://bucket/prefix."
         raise InvalidInput(message)
+    base = prefix.rpartition("/")[0]
     try:
         for item in S3(settings).list_objects(bucket, prefix):
             if item.key == prefix and item.size and (problem := not_a_prefix(prefix)):
                 raise InvalidInput(problem)
-            if (item.size or not item.key.endswith("/")) and not is_own_file(item.key):
-                yield parser.listed_row(f"s3://{bucket}/{item.key}", item.etag[:MAX_VERSION_LENGTH] or None)
+            if not item.size and item.key.endswith("/"):
+                continue
+            if not names.skips(item.key[len(base) :].lstrip("/"), item.key):
+                yield parser.listed_row(f"s3://{bucket}/{item.key}", item.etag[:MAX_VERSION] or None)
     except S3_ERRORS as error:
         message = f"cannot be listed: {describe(error)}"
         raise InvalidInput(message) from error

@@ -6,30 +6,45 @@ next row is uncertain: a quote that is never closed, for example, would hide the
 
 import codecs
 import csv
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
-from types import MappingProxyType
 from typing import Any, BinaryIO, NamedTuple
-from urllib.parse import unquote_plus
 
+from gradcam_worker.backfill.inputs.further import (
+    MAX_CELL,
+    NOT_UTF_8,
+    ROLES,
+    TEXT,
+    TOO_LONG,
+    FurtherColumns,
+    JsonTypes,
+    Kinds,
+    as_kind,
+    box_columns,
+)
+from gradcam_worker.backfill.inputs.options import InputOptions
 from gradcam_worker.backfill.inputs.rows import MAX_SHOWN, RowParser
 from gradcam_worker.errors import InvalidInput
+from gradcam_worker.schemas.annotations import Annotations
 from gradcam_worker.schemas.shard import Row
 from gradcam_worker.schemas.strict_json import Unreadable, loads
 
 MAX_LINE_BYTES = 4 * 1024 * 1024  # a row has a few hundred, unless its image is a data URI
 IMAGE_NAMES = ("image", "uri", "url", "path")
+FAILED_FIELDS = {"row", "error", "annotations", "classes"}  # of a list of failed rows
+SAMPLE_ROWS, SAMPLE_BYTES = 4096, 8 * 1024 * 1024  # of JSON, from which the types of its fields are known
+SURROGATE = re.compile("[\ud800-\udfff]")
 _SIGNATURES = {  # first bytes of files that are not UTF-8 text, and their format
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
     b"PAR1": "Parquet",
-    b"BZh": "a bzip2 file",
+    b"ORC": "ORC",
     b"PK\x03\x04": "a zip file",
-    b"\x28\xb5\x2f\xfd": "a zstd file",
     b"\x89PNG": "a PNG image",
     b"\xff\xd8\xff": "a JPEG image",
 }
-NO_INPUTS: Mapping[str, str] = MappingProxyType({})
 _TOO_LONG = f"it is longer than {MAX_LINE_BYTES:,} bytes"
 _MAX_NAMED = 20  # columns in an error message
 
@@ -88,128 +103,260 @@ def input_columns(names: Sequence[str], wanted: Mapping[str, str]) -> dict[str, 
     return positions
 
 
-def json_rows(
-    file: BinaryIO, parser: RowParser, column: str | None, inputs: Mapping[str, str] = NO_INPUTS
-) -> Iterator[Row]:
-    """Read a JSON value a line: a URI, or an object with one in `image`, `uri`, `url`, `path` or `column`.
+class JsonReader:
+    """Reads a JSON value a line: a URI, or an object with one in `image`, `uri`, `url` or `path`.
 
-    An object may have `inputs` for the network, by name; those in fields of their own are named by `inputs`.
+    An object may have `inputs` for the network, by name. A list of failed rows that a backfill has written
+    also has `annotations` and `classes`.
     """
-    fields = IMAGE_NAMES if column is None else (column,)
-    for number, line in _lines(file):
-        try:
-            value = loads(line, "it") if len(line) <= MAX_LINE_BYTES else None
-        except Unreadable as error:
-            yield parser.bad_row(number, line, str(error))
-            continue
-        if isinstance(value, str):
-            yield parser.parse(number, value)
-        elif isinstance(value, dict):
-            yield _from_object(parser, number, value, fields, inputs)
-        elif len(line) > MAX_LINE_BYTES:
-            yield parser.bad_row(number, line, _TOO_LONG)
-        else:
-            yield parser.bad_row(number, line, "it is neither an object nor a URI")
 
+    def __init__(self, options: InputOptions) -> None:
+        """`options`: the input's."""
+        self._options = options
+        self._image_fields = IMAGE_NAMES if options.column is None else (options.column,)
+        self._is_failed_list = self.has_annotations = False
+        self._known: frozenset[str] | None = None  # fields of the first objects
 
-def _from_object(
-    parser: RowParser,
-    number: int,
-    value: dict[str, Any],
-    fields: Sequence[str],
-    inputs: Mapping[str, str],
-) -> Row:
-    name = next((name for name in fields if value.get(name) is not None), None)
-    if name is None:
-        present = ", ".join(map(repr, value))[:300] or "no field"
-        return parser.bad_row(
-            number, value, f"it names no image: {' or '.join(map(repr, fields))}; it has {present}"
-        )
-    image, sha256 = value[name], value.get("sha256")
-    if isinstance(image, dict):
-        inner = image.get("sha256")
-        if None not in (inner, sha256) and inner != sha256:
-            return parser.bad_row(number, image.get("uri"), "it names two checksums of one image")
-        image, sha256 = image.get("uri"), sha256 if inner is None else inner
-    given = value.get("inputs")
-    if not isinstance(given, dict | None):
-        return parser.bad_row(number, value, 'its inputs must be an object, as in {"age": 61}')
-    if inputs:
-        fields_given = {name: value[field] for name, field in inputs.items() if value.get(field) is not None}
-        given = {**(given or {}), **fields_given}
-    return parser.parse(number, image, value.get("id", value.get("custom_id")), sha256, given)
-
-
-def text_rows(file: BinaryIO, parser: RowParser) -> Iterator[Row]:
-    """Read a URI a line."""
-    for number, line in _lines(file):
-        if len(line) > MAX_LINE_BYTES:
-            yield parser.bad_row(number, line, _TOO_LONG)
-            continue
-        try:
-            yield parser.parse(number, line.decode().strip())
-        except UnicodeDecodeError:
-            yield parser.bad_row(number, line, "it is not UTF-8")
-
-
-def table_rows(
-    file: BinaryIO,
-    parser: RowParser,
-    delimiter: str,
-    column: str | None,
-    inputs: Mapping[str, str] = NO_INPUTS,
-) -> Iterator[Row]:
-    """Read CSV with a header. Raises InvalidInput if it has no column of images, or none of an input."""
-    records = _records(file, parser, delimiter)
-    for first in records:
-        if isinstance(first, Row):
-            message = f"has a header that cannot be read: {first.problem.detail if first.problem else ''}"
+    def kinds(self, file: BinaryIO, constants: Mapping[str, str]) -> Kinds:
+        """Find the fields and their types, from the first objects."""
+        types = JsonTypes()
+        size = 0
+        for count, (_, line) in enumerate(_lines(file)):
+            size += len(line)
+            with suppress(Unreadable):
+                value = loads(line, "it") if len(line) <= MAX_LINE_BYTES else None
+                if isinstance(value, dict):
+                    self._is_failed_list = self._is_failed_list or (count == 0 and _is_failed_row(value))
+                    self.has_annotations |= self._is_failed_list and "annotations" in value
+                    types.add(value)
+            if count + 1 >= SAMPLE_ROWS or size > SAMPLE_BYTES:
+                break
+        kinds = types.kinds()
+        self._known = frozenset({*dict(kinds), *constants})
+        wanted = [name for role in ROLES if (name := getattr(self._options, role))]
+        missing = [name for name in (*wanted, *box_columns(self._options)) if name not in self._known]
+        if missing and kinds:
+            present = ", ".join(map(repr, dict(kinds)))[:300]
+            message = f"has no field {missing[0]!r} in its first rows; it has {present}."
             raise InvalidInput(message)
-        header = first[1]
-        break
-    else:
-        return
-    positions = columns(header, column, ", or say --format inventory if it has bucket and key, and no header")
-    further = input_columns(header, inputs)
-    for record in records:
-        if isinstance(record, Row):
-            yield record
-            continue
-        number, fields = record
-        if len(fields) != len(header):
-            received = fields[positions.image] if positions.image < len(fields) else None
-            yield parser.bad_row(
-                number,
-                received if len(fields) < len(header) and received else delimiter.join(fields),
-                f"it has {len(fields)} fields, and the header {len(header)}: a URI with {delimiter!r} "
-                "in it must stand in quotes",
+        return [*kinds, *((name, TEXT) for name in constants)]
+
+    def used(self, names: Sequence[str]) -> set[str]:  # noqa: ARG002  # a row need not have all fields
+        """Return the fields that mean something to us; not those with labels."""
+        options = self._options
+        fields = {*self._image_fields, "id", "custom_id", "sha256", "inputs", *options.inputs.values()}
+        fields |= {name for name in (options.classes_from, options.mask, *box_columns(options)) if name}
+        return (fields | (FAILED_FIELDS if self._is_failed_list else set())) - {options.label or ""}
+
+    def rows(self, file: BinaryIO, parser: RowParser, constants: Mapping[str, str]) -> Iterator[Row]:
+        """Read the rows."""
+        for number, line in _lines(file):
+            try:
+                value = loads(line, "it") if len(line) <= MAX_LINE_BYTES else None
+            except Unreadable as error:
+                yield parser.bad_row(number, line, str(error))
+                continue
+            if isinstance(value, str):
+                value = {self._image_fields[0]: value}
+            if isinstance(value, dict):
+                yield self._row(parser, number, {**value, **constants})
+            elif len(line) > MAX_LINE_BYTES:
+                yield parser.bad_row(number, line, _TOO_LONG)
+            else:
+                yield parser.bad_row(number, line, "it is neither an object nor a URI")
+
+    def _row(self, parser: RowParser, number: int, value: dict[str, Any]) -> Row:
+        name = next((name for name in self._image_fields if value.get(name) is not None), None)
+        if name is None:
+            present = ", ".join(map(repr, value))[:300] or "no field"
+            expected = " or ".join(map(repr, self._image_fields))
+            return parser.bad_row(number, value, f"it names no image: {expected}; it has {present}")
+        image, sha256 = value[name], value.get("sha256")
+        if isinstance(image, dict):
+            inner = image.get("sha256")
+            if None not in (inner, sha256) and inner != sha256:
+                return parser.bad_row(number, image.get("uri"), "it names two checksums of one image")
+            image, sha256 = image.get("uri"), sha256 if inner is None else inner
+        given = value.get("inputs")
+        if not isinstance(given, dict | None):
+            return parser.bad_row(number, value, 'its inputs must be an object, as in {"age": 61}')
+        if inputs := self._options.inputs:
+            fields = {name: value[field] for name, field in inputs.items() if value.get(field) is not None}
+            given = {**(given or {}), **fields}
+        row_id = value.get("id", value.get("custom_id"))
+        further = parser.further
+        if further.is_empty:
+            return parser.parse(number, image, row_id, sha256, given)
+        values = [value.get(name) for name in further.special]
+        place = parser.place(number)
+        values += [
+            _carried(further, place, name, kind, value.get(name)) for name, kind in further.carried.items()
+        ]
+        for unknown in value.keys() - self._known if self._known is not None else ():
+            further.lose(unknown, "not in the first rows", place, value[unknown])
+        return parser.parse(number, image, row_id, sha256, given, values, self._failed_fields(value))
+
+    def _failed_fields(self, value: Mapping[str, Any]) -> dict[str, Any]:
+        """What a failed row of a backfill says of itself."""
+        if not self._is_failed_list:
+            return {}
+        annotations, classes = value.get("annotations"), value.get("classes")
+        fields: dict[str, Any] = {"classes": tuple(classes)} if isinstance(classes, list) else {}
+        if isinstance(annotations, dict):
+            fields["annotations"] = Annotations.model_validate(annotations)
+        return fields
+
+
+def _is_failed_row(value: Mapping[str, Any]) -> bool:
+    error = value.get("error")
+    return isinstance(error, dict) and "code" in error and isinstance(value.get("row"), int)
+
+
+def _carried(further: FurtherColumns, place: str, name: str, kind: str, value: Any) -> Any:
+    """A value as one of its column's type; None, counted, if it does not fit."""
+    try:
+        return as_kind(value, kind)
+    except ValueError as error:
+        further.lose(name, str(error), place, value)
+        return None
+
+
+class TextReader:
+    """Reads a URI a line."""
+
+    def kinds(self, file: BinaryIO, constants: Mapping[str, str]) -> Kinds:  # noqa: ARG002  # a reader's
+        """There are no columns."""
+        return ()
+
+    def used(self, names: Sequence[str]) -> set[str]:  # noqa: ARG002  # a reader's
+        """There are no columns."""
+        return set()
+
+    def rows(self, file: BinaryIO, parser: RowParser, constants: Mapping[str, str]) -> Iterator[Row]:  # noqa: ARG002
+        """Read the rows."""
+        for number, line in _lines(file):
+            if len(line) > MAX_LINE_BYTES:
+                yield parser.bad_row(number, line, _TOO_LONG)
+                continue
+            try:
+                yield parser.parse(number, line.decode().strip())
+            except UnicodeDecodeError:
+                yield parser.bad_row(number, line, "it is not UTF-8")
+
+
+class TableReader:
+    """Reads CSV with a header. All of its columns are text."""
+
+    def __init__(self, options: InputOptions, delimiter: str) -> None:
+        """`options`: the input's."""
+        self._options, self._delimiter = options, delimiter
+
+    def kinds(self, file: BinaryIO, constants: Mapping[str, str]) -> Kinds:
+        """Return the columns and their types. Raises InvalidInput if the header cannot be read."""
+        header, _ = self._header(file, RowParser())
+        return [(name.strip(), TEXT) for name in (*header, *constants)]
+
+    def used(self, names: Sequence[str]) -> set[str]:
+        """Return the columns that mean something to us. Raises InvalidInput if one of these is not there."""
+        return used_columns(names, self._columns(names), self._options) if names else set()
+
+    def _header(
+        self, file: BinaryIO, parser: RowParser
+    ) -> tuple[list[str], Iterator[tuple[int, list[str]] | Row]]:
+        records = csv_records(file, parser, self._delimiter)
+        for first in records:
+            if isinstance(first, Row):
+                message = f"has a header that cannot be read: {first.problem.detail if first.problem else ''}"
+                raise InvalidInput(message)
+            return first[1], records
+        return [], records
+
+    def _columns(self, header: Sequence[str]) -> "Columns":
+        hint = ", or say --format inventory if it has bucket and key, and no header"
+        return columns(header, self._options.column, hint) if header else Columns(0, None, None)
+
+    def rows(self, file: BinaryIO, parser: RowParser, constants: Mapping[str, str]) -> Iterator[Row]:
+        """Read the rows. Raises InvalidInput if there is no column of images, or of an input."""
+        header, records = self._header(file, parser)
+        if not header:
+            return
+        positions, delimiter = self._columns(header), self._delimiter
+        inputs = input_columns(header, self._options.inputs)
+        names, more, further = [*header, *constants], tuple(constants.values()), parser.further
+        wanted = positions_of(names, (*further.special, *further.carried))
+        values: Sequence[str | None] = ()
+        for record in records:
+            if isinstance(record, Row):
+                yield record
+                continue
+            number, fields = record
+            if len(fields) != len(header):
+                received = fields[positions.image] if positions.image < len(fields) else None
+                yield parser.bad_row(
+                    number,
+                    received if len(fields) < len(header) and received else delimiter.join(fields),
+                    f"it has {len(fields)} fields, and the header {len(header)}: a URI with {delimiter!r} "
+                    "in it must stand in quotes",
+                )
+                continue
+            row_id, sha256 = (
+                None if position is None else fields[position] or None for position in positions[1:]
             )
-            continue
-        row_id, sha256 = (
-            None if position is None else fields[position] or None for position in positions[1:]
-        )
-        given = {name: fields[position].strip() for name, position in further.items()}
-        yield parser.parse(number, fields[positions.image], row_id, sha256, given)
+            given = {name: fields[position].strip() for name, position in inputs.items()}
+            if wanted:
+                fields += more
+                values = [fields[position] or None for position in wanted]
+                values = without_unreadable(further, parser.place(number), values)
+            yield parser.parse(number, fields[positions.image], row_id, sha256, given, values)
 
 
-def inventory_rows(file: BinaryIO, parser: RowParser) -> Iterator[Row]:
-    """Read bucket, key and further fields, without a header.
+def without_unreadable(
+    further: FurtherColumns, place: str, values: Sequence[str | None]
+) -> Sequence[str | None]:
+    """Return texts of a row without those that cannot be carried, which are counted.
 
-    Keys are encoded as in S3's inventories: a space as + or %20, a plus as %2B.
+    Args:
+        further: Counts them.
+        place: Where the row is.
+        values: Of the special columns, and of those that are carried.
     """
-    for record in _records(file, parser, ","):
-        if isinstance(record, Row):
-            yield record
-            continue
-        number, fields = record
-        bucket, key = (*fields, "")[:2]
-        if not bucket or not key or "/" in bucket:
-            yield parser.bad_row(number, ",".join(fields), "it must begin with a bucket, a comma and a key")
-        else:
-            yield parser.parse(number, f"s3://{bucket}/{unquote_plus(key, errors='surrogateescape')}")
+    if all(text is None or (text.isascii() and len(text) <= MAX_CELL) for text in values):
+        return values
+    kept = [*values]
+    for index, name in enumerate(further.carried, len(further.special)):
+        text = kept[index] or ""
+        if len(text) > MAX_CELL or SURROGATE.search(text):
+            further.lose(name, TOO_LONG if len(text) > MAX_CELL else NOT_UTF_8, place, text)
+            kept[index] = None
+    return kept
 
 
-def _records(file: BinaryIO, parser: RowParser, delimiter: str) -> Iterator[tuple[int, list[str]] | Row]:
+def positions_of(names: Sequence[str], wanted: Sequence[str]) -> list[int]:
+    """Find columns, as they are written, else in any case. Raises InvalidInput for one that is not there."""
+    stripped = [name.strip() for name in names]
+    folded = [name.casefold() for name in stripped]
+    found = []
+    for name in wanted:
+        one = name.strip().casefold()
+        if one not in folded:
+            shown = ", ".join(repr(one[:60].partition("?")[0]) for one in names[:_MAX_NAMED])
+            message = f"has no column {name!r}; it has {shown}."
+            raise InvalidInput(message)
+        found.append(stripped.index(name) if name in stripped else folded.index(one))
+    return found
+
+
+def used_columns(names: Sequence[str], found: "Columns", options: InputOptions) -> set[str]:
+    """The columns that mean something to us, as they are written; not those with labels."""
+    inputs = input_columns(names, options.inputs).values()
+    others = [name for name in (options.classes_from, options.mask, *box_columns(options)) if name]
+    positions = [*(position for position in found if position is not None), *inputs]
+    label = positions_of(names, [options.label] if options.label else [])
+    used = {*positions, *positions_of(names, others)} - {*label}
+    return {names[position].strip() for position in used}
+
+
+def csv_records(file: BinaryIO, parser: RowParser, delimiter: str) -> Iterator[tuple[int, list[str]] | Row]:
     """Records of CSV with the numbers of their first lines; bad rows for records that cannot be read."""
     last, start, long = 0, b"", False
 
