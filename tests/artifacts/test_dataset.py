@@ -83,6 +83,7 @@ def test_a_file_holds_a_row_for_each_image_and_class_and_one_for_each_that_faile
         "row": 11,
         "id": "b",
         "uri": "https://h/b.png",
+        "row_digest": shard.row_digests()[1],
         "error": "image_not_found",
         "error_detail": "There is nothing.",
     }

@@ -563,13 +563,13 @@ def test_what_is_waited_for_before_it_begins_is_shown_and_can_be_cancelled(
 
 def test_what_is_cancelled_and_still_runs_is_remembered_as_in_flight(harness: Harness, plan: Plan) -> None:
     def claim(job_id: str) -> None:
-        if not harness.shown:
-            harness.ledger.claim(harness.ledger.read(job_id), WorkerRef(id="w", device="cpu"))
+        harness.ledger.claim(harness.ledger.read(job_id), WorkerRef(id="w", device="cpu"))
+        harness.on_progress = cancel
 
     def cancel(_: Progress) -> None:
         harness.registry.request_cancel(OUTPUT)
 
-    harness.publish, harness.on_progress = claim, cancel
+    harness.publish = claim
     with pytest.raises(BackfillCanceled):
         harness.run(plan, images(8), window=1)
     (running,) = harness.ledger._entries

@@ -132,6 +132,16 @@ def test_what_is_there_is_found_and_what_is_not_is_none(store: Store) -> None:
     assert store.find("none/none.txt", Deadline(30)) is None
 
 
+def test_a_part_is_read_from_either_end_with_the_size_of_the_whole(store: Store) -> None:
+    store.put("parts/a.bin", b"0123456789", "application/octet-stream")
+    assert store.get_part("parts/a.bin", 2, 3) == (b"234", 10)
+    assert store.get_part("parts/a.bin", 8, 9) == (b"89", 10)
+    assert store.get_part("parts/a.bin", -3, 2) == (b"78", 10)
+    assert store.get_part("parts/a.bin", -99, 99) == (b"0123456789", 10)
+    with pytest.raises((StorageUnavailable, KeyError)):
+        store.get_part("parts/none.bin", 0, 1)
+
+
 def test_all_objects_below_a_folder_are_named_in_order_and_no_others(store: Store) -> None:
     names = ["data/b.parquet", "data/a.parquet", "data/deep/c", "data/\N{SNOWMAN} +%.parquet"]
     for key in [*names, "database/x", "data2", "failed/a"]:

@@ -110,6 +110,12 @@ class MemoryStore:
         """See `gradcam_worker.storage.stores.Store.get`."""
         return self.objects[key]
 
+    def get_part(self, key: str, start: int, size: int) -> tuple[bytes, int]:
+        """See `gradcam_worker.storage.stores.Store.get_part`."""
+        data = self.objects[key]
+        first = max(len(data) + start, 0) if start < 0 else start
+        return data[first : first + size], len(data)
+
     def names(self, folder: str) -> Iterator[str]:
         """See `gradcam_worker.storage.stores.Store.names`."""
         return iter(sorted(key for key in self.objects if key.startswith(f"{folder}/")))

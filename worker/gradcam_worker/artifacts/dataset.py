@@ -53,6 +53,7 @@ BOX_THRESHOLD = 0.5  # as a share of the heatmap's peak; the default of a manife
 MAX_BATCH_CELLS = 2**22  # of all heatmaps that are read at once: 32 MB as float64
 
 FEATURES_COLUMN = "heat_features"
+DIGEST_COLUMN = "row_digest"
 UNKNOWN = -1  # of a class, or of yes and no, in the arrays of a `Batch`
 
 Grid = tuple[int, int]  # rows and columns of every heatmap
@@ -168,7 +169,7 @@ def schema(layout: DatasetLayout) -> "pa.Schema":
             (MISSING_COLUMN, pa.float32()),  # missing share of a damaged image; null if the image is whole
             *shown,  # left, top, right, bottom on the image, where the heatmap lies; null: on all of it
             *((name, pa.float32()) for name in LATER_METRICS if name in layout.metrics),
-            ("row_digest", pa.string()),  # what the row is, and what was asked of it
+            (DIGEST_COLUMN, pa.string()),  # what the row is, and what was asked of it
             ("heat_at_border", pa.float32()),  # share of the heat in the outer band of the image
             *(truth if layout.annotated else []),
             *features,  # activations of the target layer, averaged with the heat as weights
@@ -192,6 +193,7 @@ def to_bytes(
     *,
     has_shown: bool = False,
     features: int | None = None,
+    digests: Sequence[str | None] | None = None,
 ) -> tuple[bytes, Summary]:
     """Encode a shard's file. The same outcomes give the same bytes.
 
@@ -203,6 +205,8 @@ def to_bytes(
         kept_rows: Rows of an earlier file of the shard, from `read_explained_rows`.
         has_shown: Whether the network's sizing crops or pads images: then the file says what it saw of them.
         features: Channels of the target layer, where the shard asks for features.
+        digests: Of the rows, as `Shard.row_digests` returned them before what was left open was filled in;
+            None: of the shard as it is.
 
     Returns:
         The file, and the summary in its metadata.
@@ -217,15 +221,16 @@ def to_bytes(
     layout = layout_of(shard, grid, has_shown=has_shown, features=features)
     records: list[dict[str, Any]] = []
     carried: list[Sequence[Any]] = []
+    digests = shard.row_digests() if digests is None else digests
     for index, (row, outcome) in enumerate(zip(shard.rows, outcomes, strict=True)):
         if outcome is not None:
-            of_row = _records(shard.first + index, row, outcome)
+            of_row = _records(shard.first + index, row, outcome, digests[index])
             records += of_row
             carried += [row.carried or ()] * len(of_row)
     columns = schema(layout)
     table = _table(records, carried, columns, len(layout.carried))
     if kept_rows is not None:
-        with _read_errors_as_storage_unavailable():  # another version may have written other columns
+        with read_errors_as_storage_unavailable():  # another version may have written other columns
             order: Any = [("row", "ascending"), ("index", "ascending")]
             table = pa.concat_tables([table, _with_columns(kept_rows, columns)]).sort_by(order)
     codes = Counter(table["error"].drop_null().to_pylist())
@@ -295,9 +300,14 @@ def _with_columns(kept_rows: "pa.Table", columns: "pa.Schema") -> "pa.Table":
     return pa.table(arrays, schema=columns)
 
 
-def _records(number: int, row: Row, outcome: Outcome) -> list[dict[str, Any]]:
+def _records(number: int, row: Row, outcome: Outcome, digest: str | None) -> list[dict[str, Any]]:
     """The records of one row of the input: one per explained class, or one for its error."""
-    common: dict[str, Any] = {"row": number, "id": row.id, "uri": redact_uri(row.uri)}
+    common: dict[str, Any] = {
+        "row": number,
+        "id": row.id,
+        "uri": redact_uri(row.uri),
+        DIGEST_COLUMN: digest,
+    }
     if isinstance(outcome, Problem):
         return [{**common, "error": outcome.code, "error_detail": outcome.detail}]
     explanation, image = outcome.explanation, outcome.image
@@ -369,7 +379,7 @@ def read_summary(data: bytes) -> Summary:
     Raises:
         StorageUnavailable: The file is not a shard's file.
     """
-    with _read_errors_as_storage_unavailable():
+    with read_errors_as_storage_unavailable():
         metadata = _read_metadata(data)
         network = NetworkRef.model_validate(metadata["network"])
         warnings = {
@@ -385,7 +395,7 @@ def find_mismatch(data: bytes, shard: Shard) -> str | None:
     Raises:
         StorageUnavailable: The file is not a shard's file.
     """
-    with _read_errors_as_storage_unavailable():
+    with read_errors_as_storage_unavailable():
         metadata = _read_metadata(data)
         weights = NetworkRef.model_validate(metadata["network"]).weights_sha256
         key = metadata.get("key", shard.key)  # files of earlier versions have the key in their name only
@@ -410,7 +420,7 @@ def read_explained_rows(data: bytes) -> "tuple[pa.Table, frozenset[int]]":
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    with _read_errors_as_storage_unavailable():
+    with read_errors_as_storage_unavailable():
         _read_metadata(data)
         table = pq.read_table(io.BytesIO(data))
         explained = table.filter(pc.is_null(table["error"])).replace_schema_metadata(None)
@@ -418,7 +428,8 @@ def read_explained_rows(data: bytes) -> "tuple[pa.Table, frozenset[int]]":
 
 
 @contextmanager
-def _read_errors_as_storage_unavailable() -> Iterator[None]:
+def read_errors_as_storage_unavailable() -> Iterator[None]:
+    """Raise StorageUnavailable for whatever shows that a file is not one of a dataset."""
     import pyarrow as pa
 
     try:
@@ -431,7 +442,12 @@ def _read_errors_as_storage_unavailable() -> Iterator[None]:
 def _read_metadata(data: bytes) -> dict[str, Any]:
     import pyarrow.parquet as pq
 
-    metadata = json.loads((pq.read_schema(io.BytesIO(data)).metadata or {})[METADATA_KEY])
+    return read_metadata(pq.read_schema(io.BytesIO(data)))
+
+
+def read_metadata(file_schema: "pa.Schema") -> dict[str, Any]:
+    """Read the document that describes a file from its schema. Raises ValueError, KeyError, TypeError."""
+    metadata = json.loads((file_schema.metadata or {})[METADATA_KEY])
     if metadata["schema"] != DATASET:
         message = f"its schema is {metadata['schema']!r}; expected {DATASET!r}"
         raise ValueError(message)
@@ -478,7 +494,7 @@ def read_batches(data: bytes, max_rows: int = 4096) -> Iterator[Batch]:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    with _read_errors_as_storage_unavailable():
+    with read_errors_as_storage_unavailable():
         metadata = _read_metadata(data)
         rows = min(max_rows, max(MAX_BATCH_CELLS // max(math.prod(metadata["grid"]), 1), 1))
         for batch in pq.ParquetFile(io.BytesIO(data)).iter_batches(batch_size=rows):

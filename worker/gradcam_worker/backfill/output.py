@@ -4,16 +4,21 @@
     network.json     the weights and the layer that the first shard was explained with
     failed.jsonl     all rows that failed; if they are many, also failed-2.jsonl and so on
     dataset.json     the summary, written last and removed before any change: if it exists, no row is
-                     missing
+                     missing, and none is there twice
+    compacting.json  what dataset.json said, while files are merged: see `gradcam_worker.backfill.compaction`
 
-The files of the shards: see `gradcam_worker.artifacts.dataset`. A shard is done when its file is listed.
+The files of the shards: see `gradcam_worker.artifacts.dataset`. A shard is done when its file is listed, or a
+merged file that holds it. Files of shards that are not part of the input any more are removed last, since
+later shards take rows over from them.
 """
 
 import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from pydantic import ValidationError
 
@@ -21,13 +26,26 @@ from gradcam_worker.backfill.plan import Plan
 from gradcam_worker.errors import BackfillConflict
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.schemas.ids import utc_now
-from gradcam_worker.schemas.shard import DATASET, Shard, data_key, failed_key, key_of
+from gradcam_worker.schemas.shard import (
+    DATASET,
+    Shard,
+    data_key,
+    failed_key,
+    key_of,
+    merged_name_of,
+    place_in,
+)
 from gradcam_worker.schemas.status import NetworkRef, StatusDocument
+from gradcam_worker.storage.ranged_file import RangedFile
 from gradcam_worker.storage.store import Store
 from gradcam_worker.text.visible import counted
 
-PLAN, NETWORK, SUMMARY = "backfill.json", "network.json", "dataset.json"
+if TYPE_CHECKING:
+    from gradcam_worker.artifacts.merged_files import MergedShard
+
+PLAN, NETWORK, SUMMARY, COMPACTING = "backfill.json", "network.json", "dataset.json", "compacting.json"
 JSON, LINES = "application/json", "application/x-ndjson"
+PARQUET = "application/vnd.apache.parquet"
 STORE_TIMEOUT_S = 120.0
 MAX_FAILED_FILE_BYTES = 32 * 1024 * 1024
 OWN_FILES = re.compile(  # an audit and a gallery are written there, too
@@ -35,6 +53,7 @@ OWN_FILES = re.compile(  # an audit and a gallery are written there, too
     r"|data/[^/]+\.parquet\Z|gallery\.html\Z|audit/"
 )
 MAX_NAMED_KEYS = 3  # in an error message
+REQUESTS_AT_ONCE = 16  # to read or remove many files
 AUDIT_FILES = re.compile(r"(?:^|/)audit/(?:index\.html|(?:report|page)\.json|(?:rows|map)[^/]*\.parquet)$")
 
 
@@ -76,7 +95,34 @@ class OwnFileFilter:
 
 def _is_own_file(name: str) -> bool:
     """Whether a backfill gives files such a name in its output."""
-    return name in {PLAN, NETWORK, SUMMARY} or key_of(name) is not None or OWN_FILES.match(name) is not None
+    if name in {PLAN, NETWORK, SUMMARY, COMPACTING} or OWN_FILES.match(name):
+        return True
+    return key_of(name) is not None or merged_name_of(name) is not None
+
+
+@dataclass(frozen=True)
+class DataFiles:
+    """The files of finished shards."""
+
+    keys: frozenset[str]  # of shards that have a file of their own
+    merged: "Mapping[str, tuple[MergedShard, ...]]"  # merged files by name, with the shards in each
+
+    @property
+    def merged_keys(self) -> frozenset[str]:
+        """The keys of the shards in merged files."""
+        return frozenset(shard.key for shards in self.merged.values() for shard in shards)
+
+    def places(self) -> dict[str, tuple[str, ...]]:
+        """Return where the rows of each shard in a merged file are, by its key: see `Shard.reuse`.
+
+        A shard with a file of its own is not named: its place is its key.
+        """
+        return {
+            shard.key: tuple(place_in(name, group) for group in range(*shard.groups))
+            for name, shards in self.merged.items()
+            for shard in shards
+            if shard.key not in self.keys
+        }
 
 
 class DatasetDir:
@@ -84,8 +130,9 @@ class DatasetDir:
 
     def __init__(self, store: Store) -> None:
         """`store` is opened at the output."""
-        self._store = store
+        self.store = store
         self.uri = store.uri(PLAN).removesuffix(f"/{PLAN}")
+        self._merged: dict[str, tuple[MergedShard, ...]] = {}  # by name: such a file never changes
 
     def read_plan(self) -> Plan | None:
         """Return the stored plan, if any. Raises BackfillConflict if it is invalid."""
@@ -93,7 +140,7 @@ class DatasetDir:
         try:
             return Plan.model_validate_json(text) if text is not None else None
         except ValidationError as error:
-            message = f"{self._store.uri(PLAN)} is there, and is no plan that this version can read."
+            message = f"{self.store.uri(PLAN)} is there, and is no plan that this version can read."
             raise BackfillConflict(message) from error
 
     def carried_before(self) -> dict[str, str] | None:
@@ -165,12 +212,12 @@ class DatasetDir:
         if stored == plan:
             return
         if stored is not None and (stored.id, stored.weights_sha256) != (plan.id, plan.weights_sha256):
-            self._store.remove(NETWORK)
+            self.store.remove(NETWORK)
         self._put(PLAN, plan.to_json().encode(), JSON)
 
     def discard_plan(self) -> None:
         """Remove the plan, so that an inconsistent output cannot be resumed."""
-        self._store.remove(PLAN)
+        self.store.remove(PLAN)
 
     def read_network(self) -> NetworkRef | None:
         """Return the network that the shards were explained with, if known."""
@@ -186,34 +233,54 @@ class DatasetDir:
 
         Raises BackfillConflict if there is a Parquet file that no backfill wrote.
         """
+        files = self.files()
         keys: dict[int, tuple[str, ...]] = {}
-        foreign = []
-        for name in self._store.names("data"):
+        for key in sorted({*files.keys, *files.merged_keys}):
+            index = int(key.partition("-")[0])
+            keys[index] = (*keys.get(index, ()), key)
+        return keys
+
+    def files(self) -> "DataFiles":
+        """List the files of finished shards. Raises BackfillConflict if no backfill wrote one of them."""
+        keys, merged, foreign = [], [], []
+        for name in self.store.names("data"):
             if key := key_of(name):
-                index = int(key.partition("-")[0])
-                keys[index] = (*keys.get(index, ()), key)
+                keys.append(key)
+            elif of_many := merged_name_of(name):
+                merged.append(of_many)
             elif name.endswith(".parquet") and name.count("/") == 1:
                 foreign.append(name.removeprefix("data/"))
         if foreign:
             message = (
-                f"{self._store.uri('data')} holds {_names(foreign)}, which no backfill has written: whoever "
+                f"{self.store.uri('data')} holds {_names(foreign)}, which no backfill has written: whoever "
                 "reads data/*.parquet would read that, too. Move it elsewhere."
             )
             raise BackfillConflict(message)
-        return keys
+        return DataFiles(frozenset(keys), {name: self._merged_shards(name) for name in merged})
+
+    def _merged_shards(self, name: str) -> "tuple[MergedShard, ...]":
+        if name not in self._merged:
+            from gradcam_worker.artifacts.merged_files import read_merged_shards  # it is slow to import
+
+            file = cast("BinaryIO", RangedFile(self.store, data_key(name)))
+            self._merged[name] = read_merged_shards(file)
+        return self._merged[name]
 
     def has_shard(self, key: str) -> bool:
         """Return whether a shard is done."""
-        return self._find(data_key(key)) is not None
+        if self._find(data_key(key)) is not None:
+            return True
+        return any(key == shard.key for shards in self._merged.values() for shard in shards)
 
     def keys_with_failures(self) -> frozenset[str]:
         """Return the keys of shards with failed rows."""
-        return frozenset(filter(None, map(key_of, self._store.names("failed"))))
+        return frozenset(filter(None, map(key_of, self.store.names("failed"))))
 
-    def remove_shard(self, key: str) -> None:
-        """Remove the files of a shard that is no longer part of the input."""
-        self._store.remove(data_key(key))
-        self._store.remove(failed_key(key))
+    def remove(self, names: Iterable[str]) -> None:
+        """Remove files, several at once."""
+        with ThreadPoolExecutor(REQUESTS_AT_ONCE, thread_name_prefix="remove") as pool:
+            for _ in pool.map(self.store.remove, names):
+                pass
 
     def read_summary(self) -> dict[str, Any] | None:
         """Return the content of dataset.json; None if the dataset is incomplete."""
@@ -222,7 +289,29 @@ class DatasetDir:
 
     def uncommit(self) -> None:
         """Remove dataset.json, before any change."""
-        self._store.remove(SUMMARY)
+        self.store.remove(SUMMARY)
+        self.store.remove(COMPACTING)  # the change settles what a merge that was interrupted left behind
+
+    def begin_compaction(self) -> dict[str, Any]:
+        """Set dataset.json aside, before files are merged, and return its content.
+
+        Raises BackfillConflict if the dataset is not complete.
+        """
+        summary = self.read_summary()
+        text = self._find(COMPACTING) if summary is None else None
+        if text is not None:  # an earlier merge was interrupted
+            return dict(json.loads(text))
+        if summary is None:
+            message = f"{self.uri} is not complete: finish the backfill with --resume, then merge its files."
+            raise BackfillConflict(message)
+        self._put(COMPACTING, json.dumps(summary, indent=2).encode(), JSON)
+        self.store.remove(SUMMARY)
+        return summary
+
+    def end_compaction(self, summary: Mapping[str, Any]) -> None:
+        """Write dataset.json again, with what has changed."""
+        self._put(SUMMARY, json.dumps(summary, indent=2).encode(), JSON)
+        self.store.remove(COMPACTING)
 
     def commit(
         self, plan: Plan, keys: Sequence[str], rows: int, network: NetworkRef | None, *, changed: bool
@@ -242,8 +331,8 @@ class DatasetDir:
         Raises:
             BackfillConflict: A shard is missing, or there is one too many.
         """
-        expected = frozenset(keys)
-        done = {key for same_index in self.done_keys().values() for key in same_index}
+        expected, files = frozenset(keys), self.files()
+        done = files.keys | files.merged_keys
         if missing := sorted(expected - done):
             many = counted(len(missing), "shard is", "shards are")
             message = f"{many} done and not there: {_names(missing)}. Use --resume."
@@ -251,27 +340,61 @@ class DatasetDir:
         extra = sorted(done - expected)
         if extra and not changed:
             message = (
-                f"{self._store.uri('data')} holds {_names(extra)}, no part of the input: if that has become "
+                f"{self.store.uri('data')} holds {_names(extra)}, no part of the input: if that has become "
                 "shorter, --changed removes them."
             )
             raise BackfillConflict(message)
-        for key in sorted({*extra, *(self.keys_with_failures() - expected)}):
-            self.remove_shard(key)
+        failed = sorted(self.keys_with_failures() - expected)
+        self.remove([*map(data_key, sorted(files.keys - expected)), *map(failed_key, failed)])
+        data_files = len(files.keys & expected) + self._prune_merged(files, expected)
         codes: Counter[str] = Counter()
-        files = self._write_failed(expected, codes)
+        failed_files = self._write_failed(expected, codes)
         summary = {
             "schema": DATASET,
             "backfill": plan.id,
             "rows": rows,
             "failed": codes.total(),
             "codes": dict(sorted(codes.items())),
-            "failed_files": files,
+            "failed_files": failed_files,
             "shards": len(keys),
+            "files": data_files,
             "network": network.model_dump(mode="json") if network else {"name": plan.network},
             "completed_at": utc_now().isoformat(),
         }
         self._put(SUMMARY, json.dumps(summary, indent=2).encode(), JSON)
         return summary
+
+    def _prune_merged(self, files: "DataFiles", expected: frozenset[str]) -> int:
+        """Leave shards in merged files that are part of the input and have no newer file of their own.
+
+        A merged file that loses some of them is written anew, under another name, before it is removed.
+
+        Args:
+            files: What is there.
+            expected: Keys of the shards of the input.
+
+        Returns:
+            The number of merged files afterwards.
+        """
+        left = 0
+        for name, shards in files.merged.items():
+            keep = {shard.key for shard in shards} & expected - files.keys
+            left += bool(keep)
+            if len(keep) == len(shards):
+                continue
+            if keep:
+                from gradcam_worker.artifacts.merged_files import merge, read_parts  # slow to import
+
+                parts = [
+                    part for part in read_parts(self.store.get(data_key(name)), name) if part.key in keep
+                ]
+                self.put_data(*merge(parts))
+            self.store.remove(data_key(name))
+        return left
+
+    def put_data(self, name: str, data: bytes) -> None:
+        """Write a Parquet file of the dataset, by its name without folder and ending."""
+        self._put(data_key(name), data, PARQUET)
 
     def _write_failed(self, keys: Iterable[str], codes: Counter[str]) -> list[str]:
         """Write the failed rows of all shards, in files of limited size; return their names."""
@@ -281,7 +404,7 @@ class DatasetDir:
             self._put(files[-1], part, LINES)
         number = len(files) + 1
         while self._find(_failed_name(number)) is not None:  # of an earlier run with more failures
-            self._store.remove(_failed_name(number))
+            self.store.remove(_failed_name(number))
             number += 1
         return files
 
@@ -294,23 +417,35 @@ class DatasetDir:
             yield text
 
     def _find(self, key: str) -> bytes | None:
-        return self._store.find(key, Deadline(STORE_TIMEOUT_S))
+        return self.store.find(key, Deadline(STORE_TIMEOUT_S))
 
     def _put(self, key: str, data: bytes, media_type: str) -> None:
-        self._store.put_many([(key, data, media_type)], Deadline(STORE_TIMEOUT_S))
+        self.store.put_many([(key, data, media_type)], Deadline(STORE_TIMEOUT_S))
 
 
 class WeightsCheck:
     """Checks that all shards of an output are explained with the same weights, at the same layer."""
 
-    def __init__(self, output: DatasetDir) -> None:
-        """Read what the first shard was explained with, if it is known."""
+    def __init__(self, output: DatasetDir, planned_sha256: str | None) -> None:
+        """Read what the first shard was explained with, if it is known.
+
+        Args:
+            output: The dataset.
+            planned_sha256: Of the weights, if the plan names some.
+        """
         self._output, self.network = output, output.read_network()
+        self._planned_sha256 = planned_sha256
 
     def pin(self, shard: Shard) -> Shard:
         """Return the shard with the known weights, so that a worker with others refuses it."""
         sha256 = self.network and self.network.weights_sha256
         return shard.model_copy(update={"weights_sha256": sha256}) if sha256 else shard
+
+    def accepts(self, network: NetworkRef) -> bool:
+        """Whether rows that a network has explained are part of the dataset."""
+        if self.network:
+            return network == self.network
+        return self._planned_sha256 in {None, network.weights_sha256}
 
     def mismatch(self, document: StatusDocument) -> str | None:
         """Return how a shard's weights or layer differ from the first one's, which are stored; else None."""

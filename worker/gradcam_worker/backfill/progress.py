@@ -20,6 +20,7 @@ class Progress:
     whole: bool = False  # the input has been read completely
     before: int = 0  # of `planned`, done before this run
     done: int = 0  # in this run, failed or not
+    reused: int = 0  # of `done`: taken over from rows that were done, not computed
     partly: int = 0  # explained in shards that have not ended; not in `done`
     failed: int = 0  # in this run
     codes: Mapping[str, int] = field(default_factory=dict)  # rows that failed, by error code

@@ -6,11 +6,15 @@
 The runner has no state that must survive it. Shards that are done are listed in the output; those in flight
 are found again by their ids: see `gradcam_worker.backfill.inflight`. So no shard is done twice, and none is
 left out.
+
+Rows that have moved in the input, or that are in it twice, are not computed again: their shards name the
+files that hold them, see `gradcam_worker.backfill.reuse`. A shard waits for one before it that holds a row of
+it. Outdated files are removed when all shards are done.
 """
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +25,7 @@ from gradcam_worker.backfill.output import DatasetDir, WeightsCheck
 from gradcam_worker.backfill.plan import Plan
 from gradcam_worker.backfill.progress import Progress, RateMeter
 from gradcam_worker.backfill.registry import BackfillLease, BackfillRegistry
+from gradcam_worker.backfill.reuse import DoneRows, FirstShards, read_done_rows
 from gradcam_worker.errors import (
     BackfillCanceled,
     BackfillConflict,
@@ -86,6 +91,10 @@ class BackfillRunner:
         self._outages = OutageLog(warn)
         self.in_flight = InFlight(ledger, output.has_shard, self._renew_lease, warn, tenant)
         self._to_submit: deque[InFlightShard] = deque()  # before further shards of the input
+        self._held: list[tuple[InFlightShard, set[str]]] = []  # with the keys of shards that they wait for
+        self._undone: set[str] = set()  # keys of shards to submit, held or in flight
+        self._first_shards = FirstShards()
+        self._done_rows: DoneRows | None = None  # of the output; None: not read yet
         self._shard_keys: list[str] = []  # of the input so far
         self._error_codes: Counter[str] = Counter()
         self._unchecked_ids: list[str] = []  # of shards done earlier whose weights are not checked yet
@@ -120,7 +129,9 @@ class BackfillRunner:
         if lease.previous and lease.previous.facts["backfill"] != self.plan.id:
             self._cancel_previous_run()
         self._output.claim(self.plan)
-        self._weights, self._done_keys = WeightsCheck(self._output), self._output.done_keys()
+        self._weights = WeightsCheck(self._output, self.plan.weights_sha256)
+        self._done_keys = self._output.done_keys()
+        self._places = self._output.files().places()
         only_failed = self._options.only_failed
         self._keys_with_failures = self._output.keys_with_failures() if only_failed else frozenset()
         with Prefetcher(shards) as prefetched:
@@ -178,11 +189,12 @@ class BackfillRunner:
             self._workers_counted_s = time.monotonic()
 
     def _is_finished(self) -> bool:
-        return self.progress.whole and not self.in_flight and not self._to_submit
+        return self.progress.whole and not self.in_flight and not self._to_submit and not self._held
 
     def _must_wait(self) -> bool:
         """Whether the window or the rate does not allow another shard yet."""
-        return len(self.in_flight) >= self._window() or time.monotonic() < self._next_submit_s
+        at_most = max(len(self.in_flight), len(self._held))
+        return at_most >= self._window() or time.monotonic() < self._next_submit_s
 
     def _window(self) -> int:
         """The maximal number of shards in flight, shared with other running backfills."""
@@ -205,32 +217,76 @@ class BackfillRunner:
 
     def _enqueue(self, shard: Shard) -> None:
         """Record a shard of the input; queue it for submission unless it is done already."""
+        digests = shard.row_digests()
+        earlier = self._first_shards.add(len(self._shard_keys), digests)
         self._shard_keys.append(shard.key)
         rows, done, now = len(shard.rows), self._done_keys.pop(shard.index, ()), self.progress
         self.progress = replace(now, planned=now.planned + rows)
-        for key in done:
-            if key != shard.key:
-                self._remove_outdated(key, shard)
+        self._check_unchanged(shard, done)
         if shard.key not in done:
-            self._to_submit.append(InFlightShard(shard))
+            self._queue(shard, digests, earlier)
         elif shard.key in self._keys_with_failures:
-            again = with_derived_id(shard, "failed").model_copy(update={"keep": True})
+            update = {"keep": True, "reuse": self._places.get(shard.key, ())}
+            again = with_derived_id(shard, "failed").model_copy(update=update)
+            self._undone.add(shard.key)
             self._to_submit.append(InFlightShard(again))
         else:
             self.progress = replace(self.progress, before=self.progress.before + rows)
             if not self._weights.network:
                 self._unchecked_ids.append(shard.id)
 
-    def _remove_outdated(self, key: str, shard: Shard) -> None:
-        """Remove the file of a shard whose rows have changed; without --changed, raise BackfillConflict."""
-        if not self._options.changed:
+    def _check_unchanged(self, shard: Shard, done: Iterable[str]) -> None:
+        """Raise BackfillConflict if the rows of a shard have changed, without --changed."""
+        outdated = next((key for key in done if key != shard.key), None)
+        if outdated and not self._options.changed:
             message = (
                 f"The input has changed: shard {shard.index}, from row {shard.first} on, is {shard.key} now, "
-                f"and {self._output.uri} holds {key}. --changed runs again what has changed."
+                f"and {self._output.uri} holds {outdated}. --changed runs again what has changed."
             )
             raise BackfillConflict(message)
-        self._uncommit()
-        self._output.remove_shard(key)
+
+    def _queue(self, shard: Shard, digests: Sequence[str | None], earlier: Sequence[int | None]) -> None:
+        """Queue a shard for submission, with the places of rows that are done, or will be.
+
+        Args:
+            shard: The shard.
+            digests: Of its rows.
+            earlier: For each row the position of an earlier shard of the input that has it, too.
+        """
+        places: dict[str, None] = {}
+        waits_for: set[str] = set()
+        for in_output, position in zip(self._find_done_rows(digests), earlier, strict=True):
+            if in_output is not None:
+                places[in_output] = None
+            elif position is not None:
+                key = self._shard_keys[position]
+                places |= dict.fromkeys(self._places.get(key, (key,)))
+                waits_for |= {key} & self._undone
+        self._undone.add(shard.key)
+        entry = InFlightShard(shard.model_copy(update={"reuse": tuple(places)}) if places else shard)
+        if waits_for:
+            self._held.append((entry, waits_for))
+        else:
+            self._to_submit.append(entry)
+
+    def _find_done_rows(self, digests: Sequence[str | None]) -> list[str | None]:
+        """Return the place of each row in the output, if the input may have moved since it was written."""
+        if not self._options.changed:
+            return [None] * len(digests)
+        if self._done_rows is None:
+            self._done_rows = read_done_rows(self._output, self._weights.accepts, self._check_lease)
+        return self._done_rows.find(digests)
+
+    def _end(self, key: str) -> None:
+        """Submit the shards that waited for one that has ended, well or not."""
+        self._undone.discard(key)
+        held, self._held = self._held, []
+        for entry, waits_for in held:
+            waits_for.discard(key)
+            if waits_for:
+                self._held.append((entry, waits_for))
+            else:
+                self._to_submit.append(entry)
 
     def _uncommit(self) -> None:
         """Remove dataset.json before the first change."""
@@ -273,6 +329,8 @@ class BackfillRunner:
 
     def _on_shard_succeeded(self, shard: Shard, document: StatusDocument) -> None:
         self._count_rows(shard, row_state(document).failed)
+        reused = self.progress.reused + int(document.metrics.get("reused", 0))
+        self.progress = replace(self.progress, reused=reused)
         self._check_weights(document)
 
     def _on_shard_failed(self, entry: InFlightShard, document: StatusDocument) -> None:
@@ -296,6 +354,7 @@ class BackfillRunner:
     def _count_rows(self, shard: Shard, failed: Mapping[str, int]) -> None:
         """Count the rows of a shard that has ended; `failed`: error code -> number of rows."""
         self._shards_ended += 1
+        self._end(shard.key)
         self._error_codes.update(failed)
         self.progress = replace(
             self.progress,

@@ -82,6 +82,7 @@ class ShardRows:
     ) -> None:
         self._shard, self._services, self._context = shard, services, context
         self._store, self._network = store, network
+        self._digests = shard.row_digests()
         self.labels = Labels(network.labels)
 
     def own_classes(self, index: int) -> tuple[int, ...]:
@@ -188,8 +189,8 @@ class ShardRows:
         )
 
     def row_id(self, index: int) -> str:
-        """The id of a row. It names the folder of the row's overlays."""
-        name = f"gradcam:{self._shard.backfill}:{self._shard.first + index}"
+        """The id of a row. It names the folder of the row's overlays, also after the row has moved."""
+        name = f"gradcam:{self._shard.backfill}:{self._digests[index] or self._shard.first + index}"
         return str(uuid.uuid5(uuid.NAMESPACE_URL, name))
 
     def _problem_or(self, stage: str, step: Callable[[], T]) -> T | Problem:

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import groupby
 from types import MappingProxyType
 from typing import Any
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from gradcam_worker.artifacts import dataset
 from gradcam_worker.artifacts.dataset import Outcome, Summary
+from gradcam_worker.artifacts.earlier_rows import EarlierRows, find_earlier_rows
 from gradcam_worker.errors import (
     DeviceOutOfMemory,
     GradcamError,
@@ -85,24 +86,30 @@ def run_shard(shard: Shard, services: Services, context: JobContext) -> JobResul
     existing = _existing_file(shard, store, key, context.deadline)
     if existing is not None and not shard.keep:
         return _job_result(store.uri(key), existing, dataset.read_summary(existing))
-    kept_rows, kept_numbers = (
-        dataset.read_explained_rows(existing) if existing is not None else (None, frozenset())
-    )
-    indexes = [index for index in range(len(shard.rows)) if shard.first + index not in kept_numbers]
-    with context.enter_stage("load"):
-        run = _ShardRun(shard, services, context, store)
-        shard = run.shard
-    with context.enter_stage("explain"):
-        outcomes = run.outcomes(indexes)
-        grid, layer = run.grid_and_layer()
-        sha256 = run.network.facts.weights_sha256
-        reference = NetworkRef(name=shard.network, layer=layer, weights_sha256=sha256)
+    digests = shard.row_digests()
+    earlier = find_earlier_rows(shard, digests, store, context.deadline, existing)
+    if earlier and len(earlier.indexes) == len(shard.rows):
+        shard = shard.model_copy(update={"method": earlier.method})
+        nothing = [None] * len(shard.rows)
+        computed = _Computed(shard, earlier.network, earlier.grid, nothing, features=earlier.features)
+    else:
+        computed = _compute(shard, digests, earlier, services, context, store)
+        if earlier and earlier.differs_from(computed.network, computed.grid, computed.shard.method):
+            log.warning("earlier_rows_not_used", uri=store.uri(key), reason="the network has changed")
+            earlier = None
+            computed = _compute(shard, digests, None, services, context, store)
     with context.enter_stage("render"):
-        has_shown = run.network.facts.sizing.fit != "squash"
         data, summary = dataset.to_bytes(
-            shard, reference, grid, outcomes, kept_rows, has_shown=has_shown, features=run.channels
+            computed.shard,
+            computed.network,
+            computed.grid,
+            computed.outcomes,
+            earlier.table if earlier else None,
+            has_shown=computed.has_shown,
+            features=computed.features,
+            digests=digests,
         )
-    lines = dataset.failed_lines(shard, outcomes)
+    lines = dataset.failed_lines(shard, computed.outcomes)
     with context.enter_stage("upload"):
         if not context.after_crash:  # else the checkpoint of the row search must stay the last one
             # An attempt that was fenced fails here, before it writes anything.
@@ -112,10 +119,56 @@ def run_shard(shard: Shard, services: Services, context: JobContext) -> JobResul
             (failed_key(shard.key), lines, "application/x-ndjson"),
             (key, data, dataset.MEDIA_TYPE),
         ]
-        for file in files if kept_rows is None else reversed(files):
+        for file in files if existing is None else reversed(files):
             _write_or_remove(store, file, context.deadline)
-    context.metrics["images_per_s"] = round(len(indexes) / max(context.metrics["explain_s"], 1e-3), 3)
+    if reused := computed.copies + (len(earlier.indexes) if earlier else 0):
+        context.metrics["reused"] = float(reused)
     return _job_result(store.uri(key), data, summary)
+
+
+@dataclass(frozen=True)
+class _Computed:
+    """What a shard's file is made of, beside earlier rows."""
+
+    shard: Shard  # with what was left open
+    network: NetworkRef
+    grid: dataset.Grid
+    outcomes: Sequence[Outcome | None]  # None: of earlier rows
+    has_shown: bool = False
+    features: int | None = None  # channels
+    copies: int = 0  # rows with the outcome of an equal row
+
+
+def _compute(
+    shard: Shard,
+    digests: Sequence[str | None],
+    earlier: EarlierRows | None,
+    services: Services,
+    context: JobContext,
+    store: Store,
+) -> _Computed:
+    """Compute the rows that are not among the earlier ones, equal ones once."""
+    with context.enter_stage("load"):
+        run = _ShardRun(shard, services, context, store)
+    done = earlier.indexes if earlier else frozenset()
+    firsts: dict[str, int] = {}
+    first_of = {
+        index: index if digest is None else firsts.setdefault(digest, index)
+        for index, digest in enumerate(digests)
+        if index not in done
+    }
+    indexes = [index for index, first in first_of.items() if index == first]
+    with context.enter_stage("explain"):
+        outcomes = run.outcomes(indexes)
+        grid, layer = run.grid_and_layer()
+    for index, first in first_of.items():
+        outcomes[index] = outcomes[first]
+    context.metrics["images_per_s"] = round(len(indexes) / max(context.metrics["explain_s"], 1e-3), 3)
+    facts = run.network.facts
+    reference = NetworkRef(name=shard.network, layer=layer, weights_sha256=facts.weights_sha256)
+    has_shown, copies = facts.sizing.fit != "squash", len(first_of) - len(indexes)
+    features = run.channels or (earlier.features if earlier else None)
+    return _Computed(run.shard, reference, grid, outcomes, has_shown, features, copies)
 
 
 def _existing_file(shard: Shard, store: Store, key: str, deadline: Deadline) -> bytes | None:

@@ -1,5 +1,6 @@
 """The wire format of a shard, `gradcam.shard/v1`: a part of a backfill, with many images in one message."""
 
+import hashlib
 import json
 import re
 from typing import Annotated, Any, Literal
@@ -26,6 +27,12 @@ READERS = 8  # simultaneous fetches of images of one shard
 DATASET = "gradcam.dataset/v1"  # the schema of a backfill's output
 MAX_COLUMNS = 1000  # that are carried from the input into the dataset
 KEY = r"[0-9]{8}-[0-9a-f]{16}"  # of a shard: index and digest, see `gradcam_worker.backfill.sharding`
+MERGED_PREFIX = "merged-"
+MERGED = rf"{MERGED_PREFIX}{KEY}"  # a file with many shards, see `gradcam_worker.artifacts.merged_files`
+PLACE = rf"{KEY}|{MERGED}/[0-9]{{1,9}}"  # of rows: the file of a shard, or a row group of a merged one
+# What of a row, and of a shard, decides what the result of the row is. Weights are in the metadata of files.
+ROW_IDENTITY = {"uri", "version", "sha256", "inputs", "classes", "annotations"}
+WISH = {"network", "target", "inputs", "method", "metrics", "artifacts", "features"}
 
 
 class Row(RequestModel):
@@ -89,6 +96,10 @@ class Shard(RequestModel):
     # earlier version submitted the shard.
     token: Annotated[str, StringConstraints(max_length=64)] = Field(default="", repr=False)
     keep: bool = False  # take over the succeeded rows of an existing result
+    # Where rows may be found that were explained already: see `row_digests`. Their results are taken over.
+    reuse: Annotated[
+        tuple[Annotated[str, StringConstraints(pattern=f"^({PLACE})$")], ...], Field(max_length=MAX_ROWS)
+    ] = ()
     timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 7200
     max_attempts: Annotated[int, Field(ge=1, le=20)] = 8
 
@@ -99,14 +110,31 @@ class Shard(RequestModel):
             fields["method"] = {"name": self.method.name, **fields.get("method", {})}
         return json.dumps({"schema": self.schema_, **fields}, separators=(",", ":"))
 
+    def row_digests(self) -> tuple[str | None, ...]:
+        """Digest what each row is and what is asked of it; of rows with equal digests one is computed.
+
+        Returns:
+            16 hexadecimal digits for each row; None for a row with a problem, which has no result.
+        """
+        wish = self.model_dump(mode="json", include=WISH, exclude_defaults=True)
+        wish["method"] = {"name": self.method.name, **wish.get("method", {})}
+        start = hashlib.blake2b(json.dumps(wish, sort_keys=True).encode(), digest_size=8)
+        return tuple(None if row.problem else _row_digest(start.copy(), row) for row in self.rows)
+
     def fingerprint(self) -> str:
         """Get a text that is equal for equal shards."""
         return f"{self.backfill} {self.key} {self.keep}"
 
 
-def data_key(key: str) -> str:
-    """The name of a shard's Parquet file, by the shard's key."""
-    return f"data/{key}.parquet"
+def _row_digest(digest: hashlib.blake2b, row: Row) -> str:
+    text = row.model_dump_json(include=ROW_IDENTITY, exclude_none=True)
+    digest.update(text.encode(errors="surrogatepass"))
+    return digest.hexdigest()
+
+
+def data_key(name: str) -> str:
+    """The name of a Parquet file, by the shard's key, or by the name of a merged file."""
+    return f"data/{name}.parquet"
 
 
 def failed_key(key: str) -> str:
@@ -118,3 +146,20 @@ def key_of(name: str) -> str | None:
     """The key of the shard that wrote an object with this name; None for other names."""
     key = name.partition("/")[2].partition(".")[0]
     return key if re.fullmatch(KEY, key) and name in {data_key(key), failed_key(key)} else None
+
+
+def merged_name_of(name: str) -> str | None:
+    """The name of a merged file without folder and ending, by the name of its object; None for others."""
+    merged = name.partition("/")[2].partition(".")[0]
+    return merged if re.fullmatch(MERGED, merged) and name == data_key(merged) else None
+
+
+def place_in(merged: str, group: int) -> str:
+    """The place of a row group of a merged file, for `Shard.reuse`."""
+    return f"{merged}/{group}"
+
+
+def split_place(place: str) -> tuple[str, int | None]:
+    """The file of a place, and the row group if it is a merged file."""
+    name, _, group = place.partition("/")
+    return name, int(group) if group else None

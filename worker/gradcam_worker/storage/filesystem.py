@@ -104,6 +104,16 @@ class FolderStore:
         except OSError as error:
             raise self._unreadable(key, error) from error
 
+    def get_part(self, key: str, start: int, size: int) -> tuple[bytes, int]:
+        """See `Store.get_part`."""
+        try:
+            with self._open(key) as file:
+                whole = os.fstat(file.fileno()).st_size
+                file.seek(max(whole + start, 0) if start < 0 else start)
+                return file.read(size), whole
+        except OSError as error:
+            raise self._unreadable(key, error) from error
+
     def names(self, folder: str) -> Iterator[str]:
         """See `Store.names`; files that are being written are left out."""
         try:
@@ -129,13 +139,18 @@ class FolderStore:
                 raise StorageUnavailable(message) from error
 
     def _read(self, key: str) -> bytes:
+        with self._open(key) as file:
+            return file.read()
+
+    @contextmanager
+    def _open(self, key: str) -> Iterator[BinaryIO]:
         *folders, name = self._path_parts(key)
         with _open_folder(self._root, folders) as folder:
             file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
         with os.fdopen(file, "rb") as opened:
             if not stat.S_ISREG(os.fstat(file).st_mode):
                 raise FileNotFoundError(errno.ENOENT, "Not a file")
-            return opened.read()
+            yield opened
 
     def _unreadable(self, key: str, error: OSError) -> StorageUnavailable:
         return StorageUnavailable(f"{self._path(key)} could not be read: {error}")

@@ -59,6 +59,7 @@ PANIC_MODULE = "pyo3_runtime"  # of the BaseException that a panic in Rust becom
 T = TypeVar("T")
 Chunk = bytes | obstore.Bytes
 NO_DEADLINE = Deadline(math.inf)
+RANGE_REFUSED = 416
 MAX_EMPTY_PAGES = 100  # of a listing, in a row: a server may need some to pass over deleted objects
 
 
@@ -273,6 +274,41 @@ class S3:
 
         reading = self._readers.submit(_try_both, uri, with_obstore, with_boto3, retries)
         return retries.wait_for([reading], f"reading {uri}")[0]
+
+    def read_part(self, bucket: str, key: str, start: int, size: int) -> tuple[bytes, int]:
+        """Read a part of an object.
+
+        Args:
+            bucket: Its name.
+            key: The object's.
+            start: The first byte; if it is negative, it counts from the end.
+            size: The number of bytes, at most.
+
+        Returns:
+            The part, and the size of the whole object.
+
+        Raises:
+            S3_ERRORS: It was not read.
+        """
+        self._check(bucket)
+        wanted = f"bytes={start}" if start < 0 else f"bytes={start}-{start + size - 1}"
+        whole = {"Bucket": bucket, "Key": key}
+
+        def request() -> tuple[bytes, int]:
+            try:
+                answer = self.client.get_object(**whole, Range=wanted)
+            except ClientError as error:
+                if start >= 0 or error.response["ResponseMetadata"].get("HTTPStatusCode") != RANGE_REFUSED:
+                    raise
+                answer = self.client.get_object(**whole)  # it has fewer bytes, which not every server allows
+            with contextlib.closing(answer["Body"]) as body:
+                data = body.read()
+            if "ContentRange" not in answer:  # the server sent all of it
+                first = max(len(data) + start, 0) if start < 0 else start
+                return data[first : first + size], len(data)
+            return data[:size], int(answer["ContentRange"].rpartition("/")[2])
+
+        return REQUEST.call(request)
 
     def presigned_url(self, bucket: str, key: str, expires_s: int) -> str:
         """Return a URL with which anyone can read an object for `expires_s`. Raises one of S3_ERRORS."""

@@ -64,6 +64,22 @@ class Store(Protocol):
         """Read an object, without retries. Raises StorageUnavailable."""
         ...
 
+    def get_part(self, key: str, start: int, size: int) -> tuple[bytes, int]:
+        """Read a part of an object, with retries.
+
+        Args:
+            key: The object's.
+            start: The first byte; if it is negative, it counts from the end.
+            size: The number of bytes; fewer are returned where the object ends before.
+
+        Returns:
+            The part, and the size of the whole object.
+
+        Raises:
+            StorageUnavailable: It cannot be read, or there is no such part.
+        """
+        ...
+
     def names(self, folder: str) -> Iterator[str]:
         """Yield the keys of all objects below a folder, in order. Raises StorageUnavailable."""
         ...

@@ -143,6 +143,14 @@ class S3Store:
         """See `Store.get`."""
         return self._read(key, SINGLE_TRY.start())
 
+    def get_part(self, key: str, start: int, size: int) -> tuple[bytes, int]:
+        """See `Store.get_part`."""
+        try:
+            return self._s3.read_part(self._bucket, self._prefix + key, start, size)
+        except S3_ERRORS as error:
+            message = f"{self.uri(key)} could not be read: {describe(error)}"
+            raise StorageUnavailable(message) from error
+
     def names(self, folder: str) -> Iterator[str]:
         """See `Store.names`."""
         try:
