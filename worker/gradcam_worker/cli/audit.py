@@ -4,7 +4,8 @@ from pathlib import Path
 
 import click
 
-from gradcam_worker.cli.options import json_option
+from gradcam_worker.cli.export import export
+from gradcam_worker.cli.options import GroupWithRun, RunCommand, json_option
 from gradcam_worker.operations import console
 from gradcam_worker.settings import Settings
 
@@ -12,7 +13,12 @@ SHARE = click.FloatRange(0, 1)
 FACTOR = click.FloatRange(0)
 
 
-@click.command()
+@click.group(cls=GroupWithRun)
+def audit() -> None:
+    """Find where a network looks in the wrong place."""
+
+
+@audit.command(cls=RunCommand)
 @click.argument("dataset")
 @click.option(
     "-o",
@@ -58,7 +64,7 @@ FACTOR = click.FloatRange(0)
     help="Without boxes: less agreement with the typical heat of the class is looking elsewhere; 1 is what "
     "its images have on average.",
 )
-def audit(dataset: str, output: Path | None, lines: int, *, as_json: bool, **thresholds: float) -> int:
+def run(dataset: str, output: Path | None, lines: int, *, as_json: bool, **thresholds: float) -> int:
     """Find where a network looks in the wrong place.
 
     DATASET is a folder or s3://bucket/prefix that a backfill has written. For each class, and for each pair
@@ -92,3 +98,6 @@ def audit(dataset: str, output: Path | None, lines: int, *, as_json: bool, **thr
     console.out.print()
     console.out.print(console.plain(f"Report: {folder}"), soft_wrap=True)
     return 0
+
+
+audit.add_command(export)

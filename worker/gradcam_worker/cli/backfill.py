@@ -18,7 +18,14 @@ from pydantic import ValidationError
 from gradcam_worker.backfill.inputs.options import InputOptions
 from gradcam_worker.cli.exit_codes import ExitCode
 from gradcam_worker.cli.input_options import input_options
-from gradcam_worker.cli.options import OF_SPEC, explanation_options, json_option, with_default_target
+from gradcam_worker.cli.options import (
+    OF_SPEC,
+    GroupWithRun,
+    RunCommand,
+    explanation_options,
+    json_option,
+    with_default_target,
+)
 from gradcam_worker.errors import InvalidInput, InvalidJob, NoWorker, UnknownNetwork, UriNotAllowed
 from gradcam_worker.operations import console
 from gradcam_worker.schemas.model import describe
@@ -77,19 +84,8 @@ def _note_price(context: click.Context, _: click.Parameter, price: float | None)
     context.meta[PRICE] = price
 
 
-class _RunContext(click.Context):
-    """Hides the name `run` in usage and error messages: users write `backfill INPUT`."""
-
-    @property
-    def command_path(self) -> str:
-        """See `click.Context`."""
-        return self.parent.command_path if self.parent else super().command_path
-
-
-class _RunCommand(click.Command):
+class _BackfillCommand(RunCommand):
     """Replaces `--artifact` by `--overlays`: a backfill writes no other artifacts."""
-
-    context_class = _RunContext
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """See `click.Command`."""
@@ -152,24 +148,12 @@ def _stored_options(output: str) -> dict[str, Any]:
     return given
 
 
-class _BackfillGroup(click.Group):
-    """Passes an argument that names no subcommand to `run`, as its INPUT."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """See `click.Group`."""
-        return super().parse_args(ctx, args if args and args[0] in self.commands else ["run", *args])
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """See `click.Group`."""
-        return [name for name in super().list_commands(ctx) if name != "run"]
-
-
-@click.group(cls=_BackfillGroup)
+@click.group(cls=GroupWithRun)
 def backfill() -> None:
     """Explain many images into one dataset."""
 
 
-@backfill.command(cls=_RunCommand)
+@backfill.command(cls=_BackfillCommand)
 @click.argument("input_", metavar="INPUT")
 @explanation_options
 @click.option("--output", required=True, metavar="s3://...", help="Where the dataset is written.")

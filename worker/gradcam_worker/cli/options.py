@@ -95,6 +95,33 @@ def classes_option(help_text: str, name: str = "--classes") -> Callable[[Command
     return click.option(name, metavar="A,B,...", multiple=True, callback=parse_comma_lists, help=help_text)
 
 
+class _RunContext(click.Context):
+    """Hides the name `run` in usage and error messages: users write `backfill INPUT`."""
+
+    @property
+    def command_path(self) -> str:
+        """See `click.Context`."""
+        return self.parent.command_path if self.parent else super().command_path
+
+
+class RunCommand(click.Command):
+    """The command of a `GroupWithRun` that is run without a name."""
+
+    context_class = _RunContext
+
+
+class GroupWithRun(click.Group):
+    """Passes an argument that names no subcommand to `run`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """See `click.Group`."""
+        return super().parse_args(ctx, args if args and args[0] in self.commands else ["run", *args])
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """See `click.Group`."""
+        return [name for name in super().list_commands(ctx) if name != "run"]
+
+
 def explanation_options(command: Command) -> Command:
     """Add the options that say what to explain, and how.
 

@@ -1,0 +1,98 @@
+"""FiftyOne: samples with heatmaps, labels, boxes and metrics, which FiftyOne imports as a dataset.
+
+    metadata.json, samples.json    a `fiftyone.types.LegacyFiftyOneDataset`: plain JSON
+    heatmaps/<row>-<index>.png     the heat on the whole image, 255 at its peak
+    images/                        where the images are expected: copy the bucket there
+
+The samples name their images relative to the folder, as `images/<bucket>/<key>`.
+https://docs.voxel51.com/user_guide/import_datasets.html
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from gradcam_worker import extras
+from gradcam_worker.audit.exports.class_names import ClassNames
+from gradcam_worker.audit.exports.images import XYXY, ExportedExplanation, ExportedImage
+from gradcam_worker.audit.exports.source import ExportSource, as_json
+
+RESERVED = {"id", "filepath", "tags", "metadata", "media_type"}  # fields of every sample
+
+
+def files(source: ExportSource) -> Iterator[tuple[str, bytes]]:
+    """The files of the export.
+
+    Args:
+        source: The dataset.
+
+    Yields:
+        Name and content of each file.
+
+    Raises:
+        MissingExtra: OpenCV is not installed.
+    """
+    names = ClassNames()
+    images = []
+    for image in source.images():
+        names.add(image)
+        images.append(image)
+        for one in image.explanations:
+            yield _map_path(image, one), _png(one)
+    yield "samples.json", as_json({"samples": [_sample(image, names) for image in images]})
+    yield "metadata.json", as_json({"name": f"gradcam {source.name}", "media_type": "image"})
+
+
+def _sample(image: ExportedImage, names: ClassNames) -> dict[str, Any]:
+    first = image.prediction
+    sample: dict[str, Any] = {
+        f"input_{name}" if name in RESERVED else name: value
+        for name, value in image.carried.items()
+        if isinstance(value, str | int | float | bool)
+    }
+    sample |= first.metrics
+    sample |= {"filepath": image.relative_path, "tags": [], "row": image.row, "uri": image.uri}
+    sample["prediction"] = {
+        "_cls": "Classification",
+        "label": names.of(first.class_id),
+        "confidence": first.probability,
+    }
+    for number, one in enumerate(image.explanations, 1):
+        heat = {"_cls": "Heatmap", "map_path": _map_path(image, one), "range": [0, 255]}
+        sample["heat" if number == 1 else f"heat_{number}"] = heat
+    hot = [
+        _detection(image, one.hot_box, names.of(one.class_id), one.probability) for one in image.explanations
+    ]
+    sample["hot_regions"] = {"_cls": "Detections", "detections": [one for one in hot if one]}
+    if image.correct is not None:
+        sample["correct"] = image.correct
+    if image.truths:
+        labels = [{"_cls": "Classification", "label": names.of(class_id)} for class_id in image.truths]
+        sample["ground_truth"] = {"_cls": "Classifications", "classifications": labels}
+    if image.truth_boxes:
+        label = names.of(image.truths[0]) if image.truths else "object"
+        boxes = [_detection(image, box, label, None) for box in image.truth_boxes]
+        sample["objects"] = {"_cls": "Detections", "detections": boxes}
+    return sample
+
+
+def _detection(
+    image: ExportedImage, box: XYXY | None, label: str, confidence: float | None
+) -> dict[str, Any] | None:
+    """A box as shares of the image: left, top, width, height."""
+    if box is None:
+        return None
+    left, top, right, bottom = box
+    width, height = right - left, bottom - top
+    shares = [left / image.width, top / image.height, width / image.width, height / image.height]
+    known = {} if confidence is None else {"confidence": confidence}
+    return {"_cls": "Detection", "label": label, "bounding_box": shares, **known}
+
+
+def _map_path(image: ExportedImage, one: ExportedExplanation) -> str:
+    return f"heatmaps/{image.row}-{one.index}.png"
+
+
+def _png(one: ExportedExplanation) -> bytes:
+    with extras.required("An export to FiftyOne", extras.WORKER):
+        import cv2
+    return cv2.imencode(".png", one.heat)[1].tobytes()
