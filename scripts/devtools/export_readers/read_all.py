@@ -37,7 +37,7 @@ def labelstudio(folder: Path) -> dict[str, object]:
     valid = [
         all(
             [
-                interface.validate_task(task),
+                interface.validate_task({"data": task["data"]}),  # with annotations it fails by itself
                 *(interface.validate_prediction(one) for one in task["predictions"]),
                 *(interface.validate_annotation(one) for one in task.get("annotations", ())),
             ]
