@@ -228,6 +228,20 @@ def test_a_stream_that_says_no_more_keeps_nobody_from_stopping(system: Any) -> N
     process.stdin.close()
 
 
+def test_a_dry_run_predicts_what_the_run_finds_and_leaves_nothing(at_work: Any) -> None:
+    system = at_work
+    command = [str(system.listed), "--top-n", "2", "--shard-rows", str(SHARD), "--output", system.uri("dry")]
+    done = system.run(*command, "--dry-run", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["input"] == {"rows": ROWS, "total": ROWS, "whole": True, "unreadable": {}}
+    measured = found["measured"]
+    assert measured["failed"].keys() == {"image_not_found"}
+    assert found["extrapolated"]["failed"] == pytest.approx(75, abs=50), "of a few dozen rows"
+    assert found["extrapolated"]["rows"] == ROWS
+    assert [*system.stage.s3.list_objects("results", "cams/dry")] == []
+
+
 TASK = Path(__file__).parents[2] / "docs" / "examples" / "backfill_task.py"
 
 
