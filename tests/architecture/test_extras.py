@@ -22,8 +22,10 @@ DISTRIBUTIONS = {  # what brings a package that is not installed here, or that c
     "keras_hub": "keras-hub",
     "prometheus_client": "prometheus-client",
     "pynvml": "nvidia-ml-py",
+    "sklearn": "scikit-learn",
     "starlette": "fastapi",
     "tf_keras": "tf-keras",
+    "threadpoolctl": "scikit-learn",
     "urllib3": "boto3",
 }
 CHOSEN = {"jax", "torch"}  # by KERAS_BACKEND: no extra brings them

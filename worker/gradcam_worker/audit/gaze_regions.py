@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -14,16 +15,13 @@ Heat = NDArray[np.float32]
 Region = NDArray[np.bool_]  # (rows, columns) of cells
 
 
-def share_near_boxes(
-    boxes: Sequence[Sequence[Sequence[float]]], sizes: NDArray[np.int32], grid: Grid
-) -> Heat:
+def share_near_boxes(boxes: Sequence[NDArray[np.float32]], grid: Grid) -> Heat:
     """Compute which share of each cell lies within the boxes of an image, or nearer to them than a cell.
 
     The heat of an object reaches that far beyond it.
 
     Args:
-        boxes: Left, top, right, bottom in pixels of each box of n images.
-        sizes: (n, 2) width and height of the images.
+        boxes: Of each of n images (b, 4): left, top, right, bottom as shares of its width and height.
         grid: Rows and columns.
 
     Returns:
@@ -33,10 +31,9 @@ def share_near_boxes(
     owners = np.repeat(np.arange(len(boxes)), [len(of_image) for of_image in boxes])
     if not len(owners):
         return inside
-    flat = np.array([box for of_image in boxes for box in of_image], np.float32)
-    width, height = sizes[owners].T
-    across = _covered(flat[:, 0] / width - 1 / grid[1], flat[:, 2] / width + 1 / grid[1], grid[1])
-    down = _covered(flat[:, 1] / height - 1 / grid[0], flat[:, 3] / height + 1 / grid[0], grid[0])
+    left, top, right, bottom = np.concatenate(boxes).T
+    across = _covered(left - 1 / grid[1], right + 1 / grid[1], grid[1])
+    down = _covered(top - 1 / grid[0], bottom + 1 / grid[0], grid[0])
     np.add.at(inside, owners, down[:, :, None] * across[:, None, :])
     return np.minimum(inside, 1)
 
@@ -72,9 +69,7 @@ def window_sums(maps: Heat, side: Grid) -> Heat:
 
 def hot_region(map_: Heat) -> Region:
     """The connected cells around the peak of a map (rows, columns) that have at least half of its value."""
-    from scipy import ndimage
-
-    labels, _ = ndimage.label(map_ >= HOT_SHARE * map_.max(), np.ones((3, 3)))
+    _, labels = cv2.connectedComponents((map_ >= HOT_SHARE * map_.max()).astype(np.uint8), connectivity=8)
     peak = np.unravel_index(map_.argmax(), map_.shape)
     return np.asarray(labels == labels[peak], np.bool_)
 

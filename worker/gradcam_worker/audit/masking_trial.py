@@ -346,11 +346,9 @@ def _image(sample: ClassSample, number: int, pixels: Pixels, placement: Placemen
     xs = shown.left + (np.arange(width) + 0.5) / width * (shown.right - shown.left)
     ys = shown.top + (np.arange(height) + 0.5) / height * (shown.bottom - shown.top)
     objects = np.zeros((height, width), np.bool_)
-    image_width, image_height = sample.sizes[number].tolist()
-    for left, top, right, bottom in sample.boxes[number]:
-        across = (xs * image_width >= left) & (xs * image_width < right)
-        down = (ys * image_height >= top) & (ys * image_height < bottom)
-        objects |= down[:, None] & across
+    boxes = sample.boxes[number]
+    for left, top, right, bottom in () if boxes is None else boxes:
+        objects |= ((ys >= top) & (ys < bottom))[:, None] & ((xs >= left) & (xs < right))
     return _Image(sample.class_id, pixels, blurred(pixels), xs, ys, objects)
 
 

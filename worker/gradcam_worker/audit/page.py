@@ -156,7 +156,7 @@ def _examples(
     for confusion in report.confusions[:CONFUSIONS]:
         yield from confusion.examples[:EXAMPLES]
     for shortcut in report.shortcuts:
-        yield from ((row, index) for row, index in shortcut.get("examples", ()))
+        yield from ((row, index) for row, index in shortcut.examples)
     for one in report.classes[:CLASSES]:
         for cause in TELLING:
             yield from one.examples.get(cause, ())[:EXAMPLES]

@@ -123,6 +123,72 @@ class Confusion(ResponseModel):
     examples: tuple[RowIndex, ...]  # most confident first; the row of the predicted class
 
 
+ShortcutKind = Literal["place", "background", "spread"]
+ShortcutBasis = Literal["boxes", "other_classes"]
+
+
+class ClusterReport(ResponseModel):
+    """Images of a class that look at the same, in a sample of its predictions."""
+
+    class_id: int
+    number: int  # of the cluster on the map
+    images: int  # of the sample
+    share: float  # of the sample of the class
+    accuracy: float | None  # share of them that are right; None: no labels
+    place: str  # where most of their heat lies
+    heat_inside: float | None  # mean share of their heat within boxes or masks
+    heat: HeatCells  # the mean of their heat
+    examples: tuple[RowIndex, ...]  # nearest to the middle first
+
+
+class SuspectReport(ResponseModel):
+    """What predictions of one class look at, and those of other classes do not, apart from the object."""
+
+    class_id: int
+    kind: ShortcutKind  # `spread`: heat all over the image, where no boxes are known
+    basis: ShortcutBasis  # what it was told from the object by
+    place: str  # as in `top left corner`
+    images: int  # of a sample of the class's predictions, that look at it
+    share: float  # of that sample
+    accuracy: float | None  # share of them that are right; None: no labels
+    other_accuracy: float | None  # the same of the other predictions of the sample
+    heat_share: float  # mean share of their heat that lies there; of `spread`: of cells it is spread over
+    expected_heat_share: float  # the same in other classes
+    heat: HeatCells  # the mean of their heat
+    region: HeatCells | None  # which cells are the region; None: no place
+    examples: tuple[RowIndex, ...]  # with the most heat there first
+
+
+class ShortcutReport(SuspectReport):
+    """A suspect that has an effect: masking it makes the class's probability fall.
+
+    `effect` is the mean of both falls less the fall by masking elsewhere: see
+    `gradcam_worker.audit.masking_trial`.
+    """
+
+    masked: int  # images that were masked
+    probability: float  # mean of the class's probability before
+    fall_blurred: float  # by blurring the region
+    fall_filled: float  # by filling it with the mean colour
+    fall_elsewhere: float
+    effect: float
+    confidence_interval: tuple[float, float]
+    confidence: float  # of the interval, corrected for the number of suspects
+
+
+class MaskingFacts(ResponseModel):
+    """What was tried on the network itself."""
+
+    suspects: int = 0
+    named: int = 0
+    dropped: int = 0  # without an effect
+    untested: int = 0
+    left_out: str | None = None  # why nothing was tried
+    unread: dict[str, int] = Field(default_factory=dict)  # error code -> images that could not be read
+    min_effect: float | None = None
+    seed: int = 0
+
+
 class DataFile(ResponseModel):
     """A Parquet file of the dataset."""
 
@@ -146,6 +212,9 @@ class AuditReport(ResponseModel):
     classes: tuple[ClassReport, ...]  # those with the most to learn first
     confusions: tuple[Confusion, ...]  # likewise
     confusions_left_out: int = 0  # pairs with less to learn than the listed ones
-    shortcuts: tuple[dict[str, Any], ...] = ()
+    clusters: tuple[ClusterReport, ...] = ()  # of each class, the largest first
+    shortcuts: tuple[ShortcutReport, ...] = ()  # those with the surest effect first
+    suspects: tuple[SuspectReport, ...] = ()  # untested; the most conspicuous first
+    masking: MaskingFacts = MaskingFacts()
     files: tuple[DataFile, ...]
     map: str | None = None  # name of a Parquet file beside the report: row, index, x, y, cluster

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from gradcam_worker.audit.gaze_regions import Heat, Region, hot_region, share_near_boxes, window_sums
 from gradcam_worker.audit.samples import ClassSample
+from gradcam_worker.audit.significance import binomial_log_tail
 
 Kind = Literal["place", "background", "spread"]
 Basis = Literal["boxes", "other_classes"]
@@ -104,7 +105,7 @@ def find_suspects(samples: Sequence[ClassSample]) -> list[Suspect]:
 
 
 def _boxed(sample: ClassSample) -> NDArray[np.bool_]:
-    return np.array([len(boxes) > 0 for boxes in sample.boxes], np.bool_)
+    return np.array([boxes is not None and len(boxes) > 0 for boxes in sample.boxes], np.bool_)
 
 
 def _gaze(sample: ClassSample, basis: Basis) -> _Gaze:
@@ -114,17 +115,17 @@ def _gaze(sample: ClassSample, basis: Basis) -> _Gaze:
     whole = sample.heat[numbers]
     grid = whole.shape[1], whole.shape[2]
     side = max(round(WINDOW * grid[0]), 1), max(round(WINDOW * grid[1]), 1)
-    heat, hottest = whole, window_sums(whole, side).max((1, 2), keepdims=True)
+    heat, hottest = whole, window_sums(whole, side).max((1, 2), keepdims=True, initial=0)
     if basis == "boxes":
-        boxes = [sample.boxes[number] for number in numbers]
-        heat = whole * (1 - share_near_boxes(boxes, sample.sizes[numbers], grid))
+        boxes = [of_image for number in numbers.tolist() if (of_image := sample.boxes[number]) is not None]
+        heat = whole * (1 - share_near_boxes(boxes, grid))
     looks = window_sums(heat, side) >= LOOKS_AT * hottest
     return _Gaze(numbers, heat, looks, _spread(whole))
 
 
 def _spread(heat: Heat) -> NDArray[np.float64]:
     """Over which share of the cells each map is spread: the exponential of its entropy."""
-    flat = heat.reshape(len(heat), -1).astype(np.float64)
+    flat = heat.reshape(len(heat), heat.shape[1] * heat.shape[2]).astype(np.float64)
     entropy = -(flat * np.log(np.maximum(flat, 1e-12))).sum(1)
     return np.asarray(np.exp(entropy) / flat.shape[1], np.float64)
 
@@ -175,8 +176,6 @@ def _means(gaze: _Gaze, images: int) -> _Others:
 
 def _places(class_id: int, basis: Basis, gaze: _Gaze, others: _Others) -> list[Suspect]:
     """The windows that the class looks at more often than others, each with the images that look at it."""
-    from scipy.stats import binom
-
     count = len(gaze.numbers)
     chance = (others.looks * others.images + 1) / (others.images + 1)
     least = max(MIN_IMAGES, 0 if basis == "boxes" else MIN_SHARE_WITHOUT_BOXES * count)
@@ -184,7 +183,7 @@ def _places(class_id: int, basis: Basis, gaze: _Gaze, others: _Others) -> list[S
     suspects: list[Suspect] = []
     while len(suspects) < PLACES_PER_CLASS:
         looking = gaze.looks[left].sum(0)
-        unlikely = binom.logsf(looking - 1, count, chance)
+        unlikely = binomial_log_tail(looking, count, chance)
         suspicious = (looking >= least) & (looking >= TIMES_AS_OFTEN * chance * count)
         unlikely[~suspicious] = 0
         window = np.unravel_index(unlikely.argmin(), unlikely.shape)

@@ -126,3 +126,27 @@ def benjamini_hochberg(p_values: Sequence[float]) -> list[float]:
     adjusted = np.empty_like(p)
     adjusted[order] = np.minimum(np.minimum.accumulate(scaled[::-1])[::-1], 1)
     return [float(value) for value in adjusted]
+
+
+def binomial_log_tail(
+    least: NDArray[np.int64], count: int, chances: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Compute how unlikely so many hits are.
+
+    Args:
+        least: Numbers of hits.
+        count: Tries.
+        chances: Of a hit in each try, between 0 and 1; of the shape of `least`.
+
+    Returns:
+        The logarithm of the probability of at least so many hits.
+    """
+    hits = np.arange(count + 1)
+    factorials = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, count + 1)))])
+    ways = factorials[count] - factorials[hits] - factorials[count - hits]
+    chance = np.clip(chances, TINY, 1 - TINY)[..., None]
+    logs = ways + hits * np.log(chance) + (count - hits) * np.log1p(-chance)
+    logs = np.where(hits >= least[..., None], logs, -np.inf)
+    greatest = logs.max(-1, keepdims=True)
+    tail = greatest[..., 0] + np.log(np.exp(logs - greatest).sum(-1))
+    return np.asarray(np.minimum(tail, 0), np.float64)
