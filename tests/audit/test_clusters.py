@@ -2,8 +2,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from class_samples import GRID, anywhere, sample_of
 
+from devtools.planted.samples import GRID, anywhere, sample_of
 from gradcam_worker.audit.clusters import MIN_IMAGES, draw_map, find_clusters
 from gradcam_worker.audit.samples import ClassSample
 

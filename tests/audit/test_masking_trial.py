@@ -2,8 +2,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from class_samples import anywhere, boxes_around, sample_of
 
+from devtools.planted.samples import anywhere, boxes_around, sample_of
 from gradcam_worker.audit.masking_trial import TrialOutcome, try_suspects
 from gradcam_worker.audit.samples import ClassSample
 from gradcam_worker.audit.shortcuts import Suspect

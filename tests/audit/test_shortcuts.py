@@ -3,8 +3,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from class_samples import anywhere, boxes_around, sample_of
 
+from devtools.planted.samples import anywhere, boxes_around, sample_of
 from gradcam_worker.audit.gaze_regions import describe_place, hot_region, share_near_boxes, window_sums
 from gradcam_worker.audit.samples import ClassSample
 from gradcam_worker.audit.shortcuts import Suspect, find_suspects

@@ -1,4 +1,4 @@
-"""Samples of predictions with known gazes."""
+"""Samples of predictions with known gazes, for tests."""
 
 from collections.abc import Sequence
 
