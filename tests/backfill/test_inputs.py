@@ -607,6 +607,64 @@ class TestListsThatLookLikePrefixes:
                 pass
 
 
+class TestListsOnS3:
+    """What names further files on S3, or is many files there."""
+
+    @pytest.fixture
+    def named(self, bucket: Settings) -> Iterator[Settings]:
+        manifest = {
+            "fileFormat": "CSV",
+            "fileSchema": "Bucket, Key, Size",
+            "destinationBucket": "arn:aws:s3:::photos",
+            "files": [{"key": f"named/inv/data/{number}.csv.gz"} for number in range(2)],
+        }
+        coco = {
+            "images": [{"id": 1, "file_name": "a.jpg"}],
+            "annotations": [{"image_id": 1, "bbox": [0, 0, 1, 1]}],
+        }
+        objects = {
+            "named/inv/now/manifest.json": json.dumps(manifest).encode(),
+            "named/inv/data/0.csv.gz": gzip.compress(b"photos,a.jpg,1\n"),
+            "named/inv/data/1.csv.gz": gzip.compress(b"photos,b.jpg,2\n"),
+            "named/table/_SUCCESS": b"",
+            "named/table/day=1/part-0.csv": f"image\n{A}\n".encode(),
+            "named/table/day=2/part-0.csv": f"image\n{B}\n".encode(),
+            "named/instances.json": json.dumps(coco).encode(),
+        }
+        for key, data in objects.items():
+            S3(bucket).put("photos", key, data, "text/plain")
+        yield bucket
+        for key in objects:
+            S3(bucket).remove("photos", key)
+
+    def test_an_inventory_and_a_table_in_many_files(self, named: Settings) -> None:
+        found = read("s3://photos/named/inv/now/manifest.json", named)
+        assert [(row.uri, row.carried) for row in found] == [
+            ("s3://photos/a.jpg", ("1",)),
+            ("s3://photos/b.jpg", ("2",)),
+        ]
+        found = read("s3://photos/named/table/", named, boxes="s3://photos/named/instances.json")
+        assert [(row.uri, row.carried, bool(row.annotations)) for row in found] == [
+            (A, ("1",), True),
+            (B, ("2",), False),
+        ]
+
+    def test_files_that_may_not_be_read_are_refused_however_they_are_named(self, named: Settings) -> None:
+        def may_read(uri: str) -> bool:
+            return uri.startswith("s3://photos/named/inv/now/")
+
+        for where, options in (
+            ("s3://photos/named/inv/now/manifest.json", InputOptions()),
+            ("s3://photos/plan/lists/a.jsonl", InputOptions(boxes="s3://photos/named/instances.json")),
+            ("s3://photos/plan/lists/a.jsonl", InputOptions(label_map="s3://photos/named/instances.json")),
+        ):
+            with (
+                pytest.raises(InvalidInput, match="may not be read by this tenant"),
+                open_input(where, named, options, may_read=may_read),
+            ):
+                pass
+
+
 OWN = (
     "backfill.json",
     "dataset.json",

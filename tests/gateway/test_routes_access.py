@@ -292,6 +292,8 @@ def test_another_tenants_backfill_is_as_one_that_does_not_exist(api: Api, name: 
         {"input": "s3://acme-photos/../globex-photos/"},
         {"output": "s3://results/globex/cams"},
         {"output": "s3://results/acme/../globex"},
+        {"label_map": "s3://globex-photos/map.json"},
+        {"boxes": "s3://globex-photos/instances.json"},
     ],
 )
 def test_no_backfill_reaches_into_the_places_of_another(api: Api, changes: dict[str, Any]) -> None:
@@ -300,6 +302,13 @@ def test_no_backfill_reaches_into_the_places_of_another(api: Api, changes: dict[
     answer = api.call(ROUTES["submit_backfill"], api.keys["acme"], json=body)
     assert answer.status_code == 422, answer.text
     assert answer.json()["errors"][0]["pointer"] == f"#/{next(iter(changes))}"
+
+
+@pytest.mark.parametrize("changes", [{"boxes": "/etc/instances.json"}, {"label_map": "/etc/map.json"}])
+def test_no_backfill_reads_a_file_of_the_gateway(api: Api, changes: dict[str, Any]) -> None:
+    wanted = {"input": "s3://acme-photos/", "output": "s3://results/acme/cams", "network": "vgg16"}
+    body = {**wanted, "target": {"top_n": 1}, **changes}
+    assert api.call(ROUTES["submit_backfill"], api.keys["acme"], json=body).status_code == 400
 
 
 def test_a_tenants_idempotency_keys_are_its_own(api: Api) -> None:

@@ -8,13 +8,14 @@ from contextlib import suppress
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from fastapi import APIRouter, Request
-from pydantic import Field, StringConstraints, ValidationError
+from pydantic import Field, StringConstraints, ValidationError, model_validator
 from starlette.responses import Response
 
 from gradcam_worker import extras
+from gradcam_worker.backfill.inputs.options import BoxFormat, is_coco
 from gradcam_worker.backfill.plan import SPEC_FIELDS, Plan
 from gradcam_worker.backfill.registry import RedisBackfillRegistry
 from gradcam_worker.client import backfills
@@ -35,6 +36,7 @@ from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.schemas.model import RequestModel, ResponseModel, describe
 from gradcam_worker.schemas.options import Inputs, MethodSpec, Metric, Name, OverlaySpec, Target
 from gradcam_worker.schemas.shard import MAX_ROWS
+from gradcam_worker.text import comma_lists
 from gradcam_worker.text.log_events import EventLogger
 
 log = EventLogger("gradcam")
@@ -43,11 +45,14 @@ MAX_BODY_BYTES = 512 * 1024
 
 OPTIONS = (
     *("shard_rows", "max_failed", "window", "rate", "column"),
-    *("resume", "only_failed", "changed", "format"),
+    *("resume", "only_failed", "changed", "format", "include", "exclude"),
+    *("classes_from", "label", "label_map", "boxes", "boxes_format", "mask_column"),
 )
 
 router = APIRouter(prefix="/v1/backfills", tags=["backfills"])
 Starter = Annotated[Caller, CallerWith("backfills")]
+Text = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
+Texts = Annotated[tuple[Text, ...], Field(max_length=100)]
 S3Uri = Annotated[str, StringConstraints(pattern=r"^s3://[^/?#\s]+(/[^?#]*)?$", max_length=1024)]
 
 
@@ -55,7 +60,8 @@ class BackfillRequest(RequestModel):
     """What to explain of each image of a list, or of a folder, in a bucket."""
 
     input: S3Uri
-    """a list (JSON Lines, CSV, Parquet, or one URI per line), or a folder, which ends with a slash"""
+    """a list (JSON Lines, CSV, Parquet, ORC, or one URI per line), the manifest.json of an S3 inventory, or a
+    folder, which ends with a slash"""
     output: S3Uri
     """where the dataset is written"""
     network: Name
@@ -84,6 +90,40 @@ class BackfillRequest(RequestModel):
     """column of the list that holds the URIs"""
     input_columns: Annotated[dict[Name, str], Field(max_length=16)] = Field(default_factory=dict)
     """columns with what the network takes beside the image, by its name"""
+    include: Texts = ()
+    """only images whose name or path matches one of these patterns"""
+    exclude: Texts = ()
+    """patterns of what is left out"""
+    keep_columns: Texts | None = None
+    """columns of the list that the dataset gets; none: all"""
+    drop_columns: Texts = ()
+    """columns of the list that it does not get"""
+    classes_from: Text | None = None
+    """column with classes that are explained for its row, beside the others"""
+    label: Text | None = None
+    """column with the true classes"""
+    label_map: S3Uri | None = None
+    """JSON or CSV that says which class of the network each label is"""
+    boxes: Text | None = None
+    """column with the boxes of the objects, or a COCO annotation file in a bucket"""
+    boxes_format: BoxFormat = "xywh"
+    """what the four numbers of a box are"""
+    mask_column: Text | None = None
+    """column with a mask of the object"""
+
+    @model_validator(mode="after")
+    def _check_boxes(self) -> Self:
+        if self.boxes and is_coco(self.boxes) and not self.boxes.startswith("s3://"):
+            message = f"a COCO annotation file is named as s3://bucket/key, not {self.boxes[:100]!r}"
+            raise ValueError(message)
+        return self
+
+    @property
+    def files(self) -> dict[str, str]:
+        """What is read of buckets, by field."""
+        coco = self.boxes if self.boxes and is_coco(self.boxes) else None
+        files = {"input": self.input, "label_map": self.label_map, "boxes": coco}
+        return {name: uri for name, uri in files.items() if uri}
 
 
 class BackfillStatus(backfills.BackfillStatus):
@@ -120,7 +160,8 @@ async def submit(request: Request, gateway: GatewayOf, caller: Starter) -> Respo
     wanted = await bodies.read_json(request, BackfillRequest, MAX_BODY_BYTES)
     if not extras.is_installed("pyarrow"):
         raise MissingExtra(extras.describe("pyarrow", "A backfill", "backfill", "serve"))
-    caller.check_list(wanted.input)
+    for name, uri in wanted.files.items():
+        caller.check_list(uri, name)
     caller.check_output(wanted.output)
     _check_plan(wanted)
     await asyncio.to_thread(partial(_start, gateway, caller, wanted))
@@ -229,16 +270,8 @@ def _start(gateway: Gateway, caller: Caller, wanted: BackfillRequest) -> None:
 def command_of(wanted: BackfillRequest, caller: Caller) -> list[str]:
     """The command that runs a backfill."""
     spec = wanted.model_dump(mode="json", include={*SPEC_FIELDS} - {"weights_sha256"})
-    names = (
-        "shard_rows",
-        "max_failed",
-        "window",
-        "rate",
-        "column",
-        "resume",
-        "only_failed",
-        "changed",
-        "format",
-    )
-    options = {name: getattr(wanted, name) for name in names} | {"input_column": wanted.input_columns}
+    options = {name: getattr(wanted, name) for name in OPTIONS} | {"input_column": wanted.input_columns}
+    for name in ("keep_columns", "drop_columns"):  # lists with commas
+        columns: tuple[str, ...] | None = getattr(wanted, name)
+        options[name] = None if columns is None else comma_lists.join(columns)
     return command(wanted.input, wanted.output, spec, options, caller.tenant_name)

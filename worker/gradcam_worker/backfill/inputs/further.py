@@ -20,7 +20,13 @@ from gradcam_worker.backfill.inputs.known import (
     parse_classes,
     parse_mask,
 )
-from gradcam_worker.backfill.inputs.options import DEFAULT_OPTIONS, NO_COLUMNS, InputOptions
+from gradcam_worker.backfill.inputs.options import (
+    CORNERS,
+    DEFAULT_OPTIONS,
+    NO_COLUMNS,
+    InputOptions,
+    box_columns,
+)
 from gradcam_worker.errors import InvalidInput
 from gradcam_worker.schemas.annotations import AnnotatedBox, Annotations
 from gradcam_worker.schemas.shard import MAX_COLUMNS
@@ -33,7 +39,6 @@ MAX_TOLD = 20  # sentences about values that were lost
 MAX_COUNTED = 1000  # of their kinds
 NOT_UTF_8, TOO_LONG = "not UTF-8", f"longer than {MAX_CELL:,}"
 ROLES = ("classes_from", "label", "mask")  # options that name a single column
-CORNERS = 4
 Kinds = Sequence[tuple[str, str]]  # columns and their Arrow types; a name may be there twice
 
 
@@ -158,19 +163,6 @@ class FurtherColumns:
         if more := len(self._lost) - len(sentences):
             sentences.append(f"Values of {counted(more, 'other column', 'other columns')} are left out, too.")
         return sentences
-
-
-def box_columns(options: InputOptions) -> tuple[str, ...]:
-    """The column with boxes, or the four with the corners of one; none: they are in no column."""
-    if not options.boxes or is_coco(options.boxes):
-        return ()
-    names = tuple(name.strip() for name in options.boxes.split(","))
-    return names if len(names) == CORNERS else (options.boxes,)
-
-
-def is_coco(boxes: str) -> bool:
-    """Return whether boxes are in a COCO file, not in a column."""
-    return boxes.casefold().removesuffix(".gz").endswith(".json")
 
 
 def choose_carried(

@@ -33,9 +33,7 @@ from gradcam_worker.backfill.inputs.further import (
     ROLES,
     FurtherColumns,
     Kinds,
-    box_columns,
     choose_carried,
-    is_coco,
 )
 from gradcam_worker.backfill.inputs.inventory import (
     MANIFEST,
@@ -44,7 +42,13 @@ from gradcam_worker.backfill.inputs.inventory import (
     read_manifest,
 )
 from gradcam_worker.backfill.inputs.known import NO_MAP, CocoBoxes, read_label_map
-from gradcam_worker.backfill.inputs.options import DEFAULT_OPTIONS, FORMS, InputOptions
+from gradcam_worker.backfill.inputs.options import (
+    DEFAULT_OPTIONS,
+    FORMS,
+    InputOptions,
+    box_columns,
+    is_coco,
+)
 from gradcam_worker.backfill.inputs.parts import Part, parts_below, table_form
 from gradcam_worker.backfill.inputs.rows import RowParser
 from gradcam_worker.backfill.inputs.tables import JsonReader, TableReader, TextReader

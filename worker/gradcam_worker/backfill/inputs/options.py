@@ -8,6 +8,7 @@ from typing import Literal, get_args
 NO_COLUMNS: Mapping[str, str] = MappingProxyType({})
 BoxFormat = Literal["xywh", "xyxy", "xywh-relative", "xyxy-relative"]
 BOX_FORMATS: tuple[str, ...] = get_args(BoxFormat)
+CORNERS = 4
 FORMS = ("auto", "jsonl", "csv", "tsv", "text", "inventory", "parquet", "orc", "folder")
 
 
@@ -31,3 +32,16 @@ class InputOptions:
 
 
 DEFAULT_OPTIONS = InputOptions()
+
+
+def box_columns(options: InputOptions) -> tuple[str, ...]:
+    """The column with boxes, or the four with the corners of one; none: they are in no column."""
+    if not options.boxes or is_coco(options.boxes):
+        return ()
+    names = tuple(name.strip() for name in options.boxes.split(","))
+    return names if len(names) == CORNERS else (options.boxes,)
+
+
+def is_coco(boxes: str) -> bool:
+    """Return whether boxes are in a COCO file, not in a column."""
+    return boxes.casefold().removesuffix(".gz").endswith(".json")

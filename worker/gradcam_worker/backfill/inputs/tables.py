@@ -22,9 +22,8 @@ from gradcam_worker.backfill.inputs.further import (
     JsonTypes,
     Kinds,
     as_kind,
-    box_columns,
 )
-from gradcam_worker.backfill.inputs.options import InputOptions
+from gradcam_worker.backfill.inputs.options import InputOptions, box_columns
 from gradcam_worker.backfill.inputs.rows import MAX_SHOWN, RowParser
 from gradcam_worker.errors import InvalidInput
 from gradcam_worker.schemas.annotations import Annotations
@@ -320,7 +319,8 @@ def without_unreadable(
         place: Where the row is.
         values: Of the special columns, and of those that are carried.
     """
-    if all(text is None or (text.isascii() and len(text) <= MAX_CELL) for text in values):
+    together = "".join(filter(None, values))  # one look at most rows: a row has many values
+    if together.isascii() and len(together) <= MAX_CELL:
         return values
     kept = [*values]
     for index, name in enumerate(further.carried, len(further.special)):

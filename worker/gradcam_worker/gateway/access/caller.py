@@ -130,12 +130,12 @@ class Caller:
             message = f"image {_shown(uri)} is not allowed: images may come from below {places}"
             raise _refusal(UriNotAllowed, "image", message)
 
-    def check_list(self, uri: str) -> None:
-        """Raise UriNotAllowed if the tenant may not have a backfill of a list or a folder."""
+    def check_list(self, uri: str, name: str = "input") -> None:
+        """Raise UriNotAllowed if a backfill of the tenant may not read it; `name`: of the request's field."""
         if self.policy and not self.policy.allows_list(uri):
             places = " or ".join(self.policy.inputs) or "nowhere"
-            message = f"input {_shown(uri)} is not allowed: it must be below {places}"
-            raise _refusal(UriNotAllowed, "input", message)
+            message = f"{name} {_shown(uri)} is not allowed: it must be below {places}"
+            raise _refusal(UriNotAllowed, name, message)
 
     def check_output(self, uri: str) -> None:
         """Raise OutputNotAllowed if the tenant may not store artifacts there."""
