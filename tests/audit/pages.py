@@ -1,6 +1,6 @@
 """Audits with a page, for tests."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,10 @@ def page_of(
     images: Mapping[str, bytes],
     *,
     options: PageOptions | None = None,
+    sign: Callable[[str, int], str | None] = lambda *_: None,
     **changes: Any,
 ) -> PageSummary:
     """Audit a dataset, and write its page."""
     output.mkdir(parents=True, exist_ok=True)
     report = audited(store, output, **changes)
-    return write_page(output, report, store, MemoryImageFetcher(images), Limits(), options)
+    return write_page(output, report, store, MemoryImageFetcher(images), Limits(), options, sign=sign)

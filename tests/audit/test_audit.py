@@ -89,6 +89,26 @@ class TestCommand:
         assert columns["row"].tolist() == list(range(14))
         assert columns["cause"].tolist() == [2] * 9 + [1] * 2 + [4] * 3
 
+    def test_the_page_is_written_beside_the_report_unless_it_is_not_wanted(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setenv("GRADCAM_IMAGE_SCHEMES", "data")
+        folder = folder_dataset(tmp_path / "cams", *self.CONFUSED)
+        assert main(["audit", str(folder), "--no-page"]) == 0
+        assert not (folder / "audit" / "index.html").exists()
+        assert main(["audit", str(folder), "--image-url", "s3://photos/=https://photos.example/"]) == 0
+        assert "https://photos.example/" in (folder / "audit" / "index.html").read_text()
+        told = " ".join(capsys.readouterr().out.split())
+        assert "shown as heatmaps only: uri_not_allowed" in told
+        assert "Page: index.html" in told
+
+    @pytest.mark.parametrize(
+        "wrong",
+        [["--image-url", "s3://photos/=javascript:"], ["--links-expire", "soon"], ["--pictures", "-1"]],
+    )
+    def test_an_option_of_the_page_that_cannot_be_is_named(self, tmp_path: Path, wrong: list[str]) -> None:
+        assert main(["audit", str(tmp_path), *wrong]) == 2
+
     def test_what_there_is_most_to_learn_from_is_told_first(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -10,14 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from gradcam_worker.audit import page as module
 from gradcam_worker.audit.page import PAGE, PageOptions, write_page
-from gradcam_worker.errors import InvalidInput
+from gradcam_worker.audit.photos import PARALLEL_READS
+from gradcam_worker.audit.report import Confusion
+from gradcam_worker.audit.row_table import LINKS_FILE, ROWS_FILE
+from gradcam_worker.errors import ImageFetchFailed, InvalidInput
 from gradcam_worker.gradcam.decoding.decode import Limits
 from gradcam_worker.gradcam.imaging.overlay import encode
 from gradcam_worker.schemas.ids import utc_now
+from gradcam_worker.schemas.job import ImageRef
 from gradcam_worker.settings import Settings
 from gradcam_worker.storage.s3 import S3
 from gradcam_worker.storage.stores import FolderStore, S3Store
@@ -93,6 +98,38 @@ def test_an_image_that_is_gone_has_its_reason_and_its_heatmap(tmp_path: Path) ->
     assert set(codes) == {None, "image_not_found"}
 
 
+def test_images_that_cannot_be_reached_are_not_all_tried(tmp_path: Path) -> None:
+    tried = []
+
+    class Away(MemoryImageFetcher):
+        """A host that does not answer."""
+
+        def fetch(self, image: ImageRef, *_: object) -> Any:
+            tried.append(image.uri)
+            message = "It does not answer."
+            raise ImageFetchFailed(message)
+
+    store = memory_dataset(Image(1).times(300))
+    report = audited(store, tmp_path)
+    confusion = Confusion(
+        truth=1,
+        predicted=1,
+        images=300,
+        share=1,
+        causes={},
+        to_learn=1,
+        examples=tuple((row, 0) for row in range(4)),
+    )
+    many = [
+        confusion.model_copy(update={"examples": tuple((row, 0) for row in range(first, first + 4))})
+        for first in range(0, 200, 4)
+    ]
+    report = report.model_copy(update={"confusions": tuple(many)})
+    summary = write_page(tmp_path, report, store, Away({}), Limits())
+    assert summary.missing["image_fetch_failed"] == summary.pictures >= 200
+    assert len(tried) < 16 + 2 * PARALLEL_READS
+
+
 def test_the_files_of_a_folder_are_linked_from_where_the_page_is(tmp_path: Path) -> None:
     data = made(tmp_path / "my cams")
     first = data["files"][0]
@@ -131,6 +168,26 @@ def test_the_files_of_a_bucket_have_links_that_expire(tmp_path: Path) -> None:
         write_page(
             tmp_path, report, bucket, MemoryImageFetcher({}), Limits(), replace(options, expires_s=10**6)
         )
+
+
+def test_images_of_which_there_is_most_to_learn_get_links_on_request(tmp_path: Path) -> None:
+    store = memory_dataset(PICTURES)
+    report = audited(store, tmp_path)
+
+    def sign(uri: str, expires_s: int) -> str | None:
+        return None if uri.endswith("/26.jpg") else f"https://signed/{uri[5:]}?{expires_s}"
+
+    images = MemoryImageFetcher({})
+    options = PageOptions(max_pictures=0, image_links=9, expires_s=60)
+    summary = write_page(tmp_path, report, store, images, Limits(), options, sign=sign)
+    assert summary.links == 8
+    links = pq.read_table(tmp_path / LINKS_FILE).to_pydict()
+    places = pq.read_table(tmp_path / ROWS_FILE)["row"].to_pylist()
+    assert [places[place] for place in links["place"]] == [20, 21, 22, 23, 24, 25, 27, 28]
+    assert links["url"][0] == "https://signed/photos/20.jpg?60"
+    assert LINKS_FILE in data_of(tmp_path)["table"]["files"]
+    write_page(tmp_path, report, store, images, Limits(), PageOptions(), sign=sign)
+    assert not (tmp_path / LINKS_FILE).exists(), "those of an earlier page are gone"
 
 
 def test_a_dataset_that_has_changed_since_the_audit_is_refused(tmp_path: Path) -> None:

@@ -4,15 +4,20 @@ import contextlib
 import csv
 import json
 import re
+import shlex
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from http import HTTPStatus
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -23,13 +28,17 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 from gradcam_worker.artifacts.dataset import read_batches
+from gradcam_worker.audit.page import PageOptions
+from gradcam_worker.cli.main import main
 from gradcam_worker.gradcam.imaging.overlay import encode, overlay
+from gradcam_worker.operations import servers
 from gradcam_worker.storage.stores import FolderStore
 from tests.audit.datasets import CORNER, MIDDLE_BOX, Image, folder_dataset
 from tests.audit.pages import page_of
 
 pytestmark = pytest.mark.live
 
+ROOT = Path(__file__).parents[2]
 DESKTOP, PHONE = (1280, 900), (375, 812)
 MARKUP = "</script><b onclick=alert(1)>b</b>"
 SHARD_ROWS = 16
@@ -103,7 +112,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     folder = folder_dataset(tmp_path_factory.mktemp("audited") / "my cams", pictures, shard_rows=SHARD_ROWS)
     photo = encode(np.full((300, 400, 3), (10, 20, 30), np.uint8))
-    page_of(FolderStore(folder), folder / "audit", {f"s3://photos/{row}.jpg": photo for row in range(40)})
+    (folder / "photo.jpg").write_bytes(photo)
+    page_of(
+        FolderStore(folder),
+        folder / "audit",
+        {f"s3://photos/{row}.jpg": photo for row in range(40)},
+        options=PageOptions(image_links=32),
+        sign=lambda uri, seconds: f"../photo.jpg?{uri.rpartition('/')[2]}&{seconds}",
+    )
     return folder
 
 
@@ -146,6 +162,12 @@ class Reader:
         self.until(lambda: self.text("#found")[:1] not in ([], ["Reading…"]))
         self.until(lambda: self.all(".tiles figure, .empty, #problem"))
         return self.text("#found")[0]
+
+    def asked(self) -> list[str]:
+        """What was asked for since the last call."""
+        events = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
+        sent = [one["params"] for one in events if one["method"] == "Network.requestWillBeSent"]
+        return [one["request"]["url"] for one in sent]
 
     def complaints(self) -> list[str]:
         return [entry["message"] for entry in self.driver.get_log("browser")]
@@ -234,6 +256,17 @@ def _painted(reader: Reader, selector: str) -> Any:
     return reader.run(script.format(selector))
 
 
+def test_images_that_are_not_in_the_page_are_read_by_their_links(reader: Reader, site: Site) -> None:
+    reader.rows(site.url, [is_("row", 70)])
+    reader.until(
+        lambda: reader.run("[...document.querySelectorAll('.tile img')].some((one) => one.naturalWidth)")
+    )
+    assert ("photo.jpg", "") in site.asked
+    reader.rows(site.url, [is_("row", 45), is_("rank", 2)])
+    reader.until(lambda: reader.all(".tile canvas"))
+    assert not reader.all(".tile img"), "of this row the heatmap is shown alone"
+
+
 def test_images_are_gone_through_by_keys_and_judged(
     reader: Reader, site: Site, tmp_path: Path, driver: webdriver.Chrome
 ) -> None:
@@ -279,7 +312,7 @@ def test_from_a_disk_the_page_shows_what_it_holds_and_rows_of_a_chosen_folder(
     reader.run("document.getElementById('folder').hidden = false")
     reader.one("#folder").send_keys(str(folder))
     reader.until(lambda: reader.text("#found") == ["72 of 144 heatmaps"])
-    reader.until(lambda: len(reader.all(".tile")) >= 48)
+    reader.until(lambda: len(reader.all(".tile")) >= 24)
 
 
 def test_what_looks_like_markup_is_shown_as_it_was_written(reader: Reader, site: Site) -> None:
@@ -324,3 +357,37 @@ def test_no_tab_is_wider_than_the_window_and_a_dark_scheme_is_dark(
         reader.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", wish)
         color = reader.run("getComputedStyle(document.body).backgroundColor")
         assert int(re.findall(r"\d+", color)[0]) == ground
+
+
+def test_the_commands_of_its_docs_page_do_what_they_say(
+    reader: Reader, folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    text = (ROOT / "docs" / "how-to" / "audit-page.md").read_text()
+    serve, audit = re.findall(r"```bash\n(.*?)\n```", text, re.DOTALL)
+    (tmp_path / "cams").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    program, *arguments = shlex.split(audit)
+    assert program == "gradcam"
+    assert main(arguments) == 0
+    port = servers.free_port()
+    python, *arguments = shlex.split(serve.replace("8000", str(port)))
+    assert python == "python3"
+    server = subprocess.Popen([sys.executable, *arguments], stderr=subprocess.DEVNULL)
+    try:
+        url = f"http://127.0.0.1:{port}/audit/"
+        reader.until(lambda: _answers(url))
+        reader.open(f"{url}#rows")
+        reader.until(lambda: reader.text("#found") == ["72 of 144 heatmaps"])
+        reader.until(lambda: "https://photos.example/0.jpg" in reader.asked())
+    finally:
+        server.terminate()
+        server.wait()
+    reader.complaints()  # photos.example does not answer
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urlopen(url) as answer:  # noqa: S310  # the address is the test's own
+            return bool(answer.status == HTTPStatus.OK)
+    except OSError:
+        return False

@@ -29,6 +29,7 @@ PAGES = [*sorted((ROOT / "docs").rglob("*.md")), *WRITTEN]
 WORKER_PAGE = ROOT / "docs" / "how-to" / "run-a-worker.md"
 ELSEWHERE = {
     "docs/how-to/compare.md": "tests/docs/test_compare.py",
+    "docs/how-to/audit-page.md": "tests/live/test_audit_page.py",
     "docs/how-to/http-api.md": "tests/live/test_gateway.py",
     "docs/how-to/other-languages.md": "tests/live/test_queue_doc.py",
     "docs/reference/dataset.md": "tests/docs/test_dataset.py",

@@ -28,6 +28,7 @@ BENCHES = (
     "gateway",
     "async_client",
     "audit",
+    "audit_page",
     "gpu",
 )
 WIDTH = 110  # characters of a line

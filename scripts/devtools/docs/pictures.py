@@ -17,6 +17,9 @@ from devtools import ROOT
 from devtools.bench import testbed
 from gradcam_worker import testing
 from gradcam_worker.audit.gallery import GalleryOptions, gallery
+from gradcam_worker.audit.page import PAGE, write_page
+from gradcam_worker.audit.row_table import RowTable
+from gradcam_worker.audit.run import audit
 from gradcam_worker.cli.main import main as gradcam
 from gradcam_worker.execution import shards
 from gradcam_worker.execution.attempt import JobContext
@@ -28,6 +31,7 @@ from gradcam_worker.gradcam.imaging.region import draw_box, draw_contour, hot_bo
 from gradcam_worker.gradcam.imaging.sheet import arrange_in_rows, as_tile, sheet
 from gradcam_worker.inference.model_cache import ModelCache
 from gradcam_worker.resilience.deadline import Deadline
+from gradcam_worker.schemas.annotations import Annotations
 from gradcam_worker.schemas.ids import new_id
 from gradcam_worker.schemas.options import Target
 from gradcam_worker.schemas.shard import Row, Shard
@@ -45,6 +49,13 @@ CHROMIUM = (  # nothing but the page: no profile, no network, no first-run greet
     *("--disable-background-networking", "--disable-component-update"),
     *("--hide-scrollbars", "--window-size=1280,900", "--virtual-time-budget=5000"),
 )
+LABELS = {  # what is on the shipped photos, as ImageNet's classes name it
+    "astronaut": (652,),  # a uniform
+    "camera": (759, 872),  # a camera on a tripod
+    "chelsea": (281, 282, 285),  # a cat
+    "coffee": (967,),
+    "rocket": (657, 744),
+}
 CLASSES = "560,812,652,450,610"  # football helmet, space shuttle, military uniform, bobsled, jersey
 
 
@@ -92,8 +103,44 @@ def every_method() -> bytes:
 
 def gallery_page() -> bytes:
     """The gallery of a small backfill, over parts of the shipped photos, in a browser."""
-    photos = enumerate(testbed.photographs(40))
-    images: dict[str, bytes | Exception] = {f"s3://photos/{number}.jpg": photo for number, photo in photos}
+    images = _parts_of_photos(40)
+    store = _explained(images, tuple(Row(uri=uri) for uri in images), top_n=3)
+    return _shot(gallery(store, testing.MemoryImageFetcher(images), Limits(), GalleryOptions()).page)
+
+
+def audit_page() -> bytes:
+    """The page of an audit of such a backfill, with labels."""
+    images = _parts_of_photos(150)
+    names = [path.stem for path in sorted(PHOTOS.glob("*.jpg"))]  # parts are made of them in turns
+    rows = tuple(
+        Row(uri=uri, annotations=Annotations(labels=LABELS[names[number % len(names)]]))
+        for number, uri in enumerate(images)
+    )
+    store = _explained(images, rows, top_n=2)
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder)
+        table = RowTable(output)
+        found = audit(store, table=table)
+        table.finish({"cause": found.causes})
+        report = found.report.model_copy(
+            update={
+                "dataset": found.report.dataset.model_copy(update={"uri": "s3://results/cams"}),
+                "advice": (),
+            }
+        )
+        write_page(output, report, store, testing.MemoryImageFetcher(images), Limits())
+        return _shot((output / PAGE).read_bytes())
+
+
+def _parts_of_photos(count: int) -> dict[str, bytes | Exception]:
+    photos = enumerate(testbed.photographs(count))
+    return {f"s3://photos/{number}.jpg": photo for number, photo in photos}
+
+
+def _explained(
+    images: dict[str, bytes | Exception], rows: tuple[Row, ...], *, top_n: int
+) -> testing.MemoryStore:
+    """The dataset of a backfill with the shipped network."""
     store, cache = testing.MemoryStore(), ModelCache(lambda _: load_network(NETWORK), max_batch=8)
     services = testing.fake_services(images, store=store, inference=cache)
     shard = Shard(
@@ -101,14 +148,15 @@ def gallery_page() -> bytes:
         index=0,
         key=f"{0:08d}-{0:016x}",
         first=0,
-        rows=tuple(Row(uri=uri) for uri in images),
+        rows=rows,
+        annotated=any(row.annotations for row in rows),
         network=NETWORK,
-        target=Target(top_n=3),
+        target=Target(top_n=top_n),
         output="s3://results/cams",
     )
     shards.run_shard(shard, services, JobContext(Deadline(600), lambda _: None))
     store.put("dataset.json", b"{}", "application/json")
-    return _shot(gallery(store, testing.MemoryImageFetcher(images), Limits(), GalleryOptions()).page)
+    return store
 
 
 def _shot(written: bytes) -> bytes:
@@ -130,6 +178,7 @@ MAKERS: dict[str, Callable[[], bytes]] = {
     "animation.gif": partial(artifact, "animation", "560,812,652"),
     "report.jpg": lambda: _shot(artifact("report")),
     "gallery.jpg": gallery_page,
+    "audit.jpg": audit_page,
 }
 
 

@@ -7,7 +7,7 @@ of the dataset, by relative links or presigned URLs. There is no server but that
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
 from decimal import Decimal
@@ -22,7 +22,14 @@ from numpy.typing import NDArray
 from gradcam_worker.artifacts.dataset import Batch, read_batches
 from gradcam_worker.audit.photos import image_key, photo_bytes, read_photos, truncate
 from gradcam_worker.audit.report import CAUSE_TEXTS, CAUSES, AuditReport, Cause, RowIndex
-from gradcam_worker.audit.row_table import MORE_FILE, ROWS_FILE, describe_columns, read_columns
+from gradcam_worker.audit.row_table import (
+    LINKS_FILE,
+    MORE_FILE,
+    ROWS_FILE,
+    describe_columns,
+    read_columns,
+    write_links,
+)
 from gradcam_worker.audit.statistics import READ_TIMEOUT_S, ReportProgress
 from gradcam_worker.errors import InvalidInput
 from gradcam_worker.gradcam.decoding.decode import Limits
@@ -54,11 +61,14 @@ class PageOptions:
 
     Attributes:
         max_pictures: Images that are embedded, at most.
-        expires_s: How long the links to a dataset on S3 are valid.
+        image_links: Rows whose images on S3 get a link, at most; those that are wrong, or right for a wrong
+            reason, go first. Whoever has the page can see these images until the links expire.
+        expires_s: How long links to a dataset on S3, and to images, are valid.
         image_urls: Beginnings of image URIs, each with that of the URLs where browsers find the images.
     """
 
     max_pictures: int = 600
+    image_links: int = 0
     expires_s: int = 24 * 3600
     image_urls: Mapping[str, str] = field(default_factory=dict)
 
@@ -70,7 +80,8 @@ class PageSummary:
     size: int  # bytes
     pictures: int  # images that are embedded
     missing: Mapping[str, int]  # error code -> number of images that could not be fetched
-    expires_at: datetime | None  # of the links to the dataset; None: they do not expire
+    links: int  # rows with a link to their image
+    expires_at: datetime | None  # of the links to dataset and images; None: there are none that expire
 
 
 def write_page(
@@ -81,6 +92,8 @@ def write_page(
     limits: Limits,
     options: PageOptions | None = None,
     report_progress: ReportProgress = lambda *_: None,
+    *,
+    sign: Callable[[str, int], str | None] = lambda *_: None,
 ) -> PageSummary:
     """Write the page of an audit.
 
@@ -92,6 +105,7 @@ def write_page(
         limits: The largest size of an image.
         options: What the page holds.
         report_progress: Is called after each file and each image.
+        sign: Returns a URL for the URI of an image that is valid for a number of seconds; None: it has none.
 
     Returns:
         What was written.
@@ -99,9 +113,18 @@ def write_page(
     Raises:
         InvalidInput: The dataset has changed since the audit, or the links would be valid for too long.
         StorageUnavailable: The dataset cannot be read.
+        ImageFetchFailed: There are no keys to sign links with.
     """
     chosen = options or PageOptions()
-    links = _links(output, report, dataset, chosen.expires_s)
+    if not 0 < chosen.expires_s <= MAX_EXPIRES_S:
+        message = (
+            f"Links of {chosen.expires_s:,} s: S3 has them valid for {MAX_EXPIRES_S:,} s (7 days) at most."
+        )
+        raise InvalidInput(message)
+    image_links = write_links(
+        output, _worth_a_link(output, chosen.image_links), lambda uri: sign(uri, chosen.expires_s)
+    )
+    links = _links(output, report, dataset, chosen.expires_s, has_more=image_links > 0)
     confidence = _by_confidence(output, report)
     wanted = [*dict.fromkeys(_examples(report, confidence))][: chosen.max_pictures]
     records, grid = _read_records(report, dataset, wanted, report_progress)
@@ -121,7 +144,18 @@ def write_page(
     page = fill()
     FolderStore(output).put(PAGE, page, "text/html")
     missing = Counter(photo["code"] for photo in data["photos"] if "code" in photo)
-    return PageSummary(len(page), len(distinct), missing, links.expires_at)
+    return PageSummary(len(page), len(distinct), missing, image_links, links.expires_at)
+
+
+def _worth_a_link(output: Path, count: int) -> NDArray[np.int64]:
+    """The places of the records of which there is most to learn."""
+    columns = read_columns(output, ("rank", "cause")) if count else {}
+    if not columns:
+        return np.zeros(0, np.int64)
+    right = CAUSES.index("right_reason")
+    cause = columns.get("cause", np.full(len(columns["rank"]), -1, np.int8))
+    order = np.lexsort((cause <= right, columns["rank"] != 1))
+    return np.sort(order[:count]).astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -134,18 +168,16 @@ class _Links:
     expires_at: datetime | None = None
 
 
-def _links(output: Path, report: AuditReport, dataset: Store, expires_s: int) -> _Links:
+def _links(output: Path, report: AuditReport, dataset: Store, expires_s: int, *, has_more: bool) -> _Links:
+    expires_at = utc_now() + timedelta(seconds=expires_s)
     if isinstance(dataset, S3Store):
-        if not 0 < expires_s <= MAX_EXPIRES_S:
-            message = f"Links of {expires_s:,} s: S3 has them valid for {MAX_EXPIRES_S:,} s (7 days) at most."
-            raise InvalidInput(message)
-        expires_at = utc_now() + timedelta(seconds=expires_s)
         urls = tuple(dataset.presigned_url(file.name, expires_s) for file in report.files)
         hosts = {f"{url.scheme}://{url.netloc}" for url in map(urlsplit, urls)}
         return _Links("", urls, tuple(sorted(hosts)), expires_at)
     if isinstance(dataset, FolderStore):
-        folder = Path(unquote(urlsplit(dataset.uri(PAGE)).path)).parent
-        return _Links(quote(relpath(folder, output.resolve())) + "/")
+        folder = Path(unquote(urlsplit(dataset.uri(PAGE)).path)).parent.resolve()
+        base = quote(relpath(folder, output.resolve())) + "/"
+        return _Links(base, expires_at=expires_at if has_more else None)
     return _Links("../")
 
 
@@ -232,7 +264,7 @@ def _page_data(
     described = report.model_dump(mode="json", by_alias=True, exclude={"files", "columns", "thresholds"})
     tables = {
         name: {"url": name, "bytes": (output / name).stat().st_size}
-        for name in (ROWS_FILE, MORE_FILE)
+        for name in (ROWS_FILE, MORE_FILE, LINKS_FILE)
         if (output / name).exists()
     }
     more = () if report.dataset.complete else ("The backfill has not ended: rows of its input are missing.",)
@@ -294,7 +326,7 @@ def _facts(report: AuditReport, links: _Links) -> Iterator[tuple[str, str]]:
     limits = (f"{name.replace('_', ' ')} {value}" for name, value in thresholds.model_dump().items())
     yield "Thresholds", ", ".join(limits)
     if links.expires_at:
-        yield "Links to the rows expire", f"{links.expires_at:%Y-%m-%d %H:%M} UTC"
+        yield "Links expire", f"{links.expires_at:%Y-%m-%d %H:%M} UTC"
     yield "Made by", report.generator
 
 

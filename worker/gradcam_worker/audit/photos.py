@@ -22,6 +22,7 @@ PHOTO_EDGES = (256, 192, 128, 96, 64)  # of a photo in pixels: the first that is
 JPEG_QUALITY = 80
 PARALLEL_READS = 8
 IMAGE_TIMEOUT_S = 60.0  # to fetch one image
+MAX_UNREACHABLE = 16
 MAX_TEXT_LENGTH = 200  # characters
 
 
@@ -33,14 +34,25 @@ def image_key(record: Mapping[str, Any]) -> tuple[str, str]:
 def read_photos(
     records: Sequence[Mapping[str, Any]], images: ImageFetcher, limits: Limits, max_bytes: int
 ) -> Iterator[dict[str, Any]]:
-    """The image of each row, in order, or the reason why it is missing."""
+    """The image of each row, in order, or the reason why it is missing.
+
+    Once `MAX_UNREACHABLE` in a row could not be reached, the rest are not tried: each may take a minute.
+    """
     decoding = threading.Lock()  # one at a time: each may take a gigabyte
+    unreachable: list[dict[str, Any]] = []
 
     def photo(record: Mapping[str, Any]) -> dict[str, Any]:
+        if len(unreachable) >= MAX_UNREACHABLE:
+            return unreachable[-1]
         try:
-            return _photo(record, images, limits, max_bytes, decoding)
+            found = _photo(record, images, limits, max_bytes, decoding)
         except GradcamError as error:
-            return {"code": error.code, "detail": truncate(str(error))}
+            missing = {"code": error.code, "detail": truncate(str(error))}
+            if error.retryable:
+                unreachable.append(missing)
+            return missing
+        unreachable.clear()
+        return found
 
     with ThreadPoolExecutor(PARALLEL_READS, thread_name_prefix="image") as readers:
         yield from readers.map(photo, records)

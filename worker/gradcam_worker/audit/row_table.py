@@ -2,12 +2,13 @@
 
     <output>/rows.parquet         a record for each explained image and class, in the dataset's order
     <output>/rows-more.parquet    in the same order, what is known when all files are read: causes, clusters
+    <output>/image-links.parquet  on request: for some of them a URL of their image, which expires
 
 A page reads one column of a million records with a handful of range requests, since a row group holds
 `GROUP_RECORDS` records.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-ROWS_FILE, MORE_FILE = "rows.parquet", "rows-more.parquet"
+ROWS_FILE, MORE_FILE, LINKS_FILE = "rows.parquet", "rows-more.parquet", "image-links.parquet"
 GROUP_RECORDS = 2**18
+LINKS_GROUP_RECORDS = 512  # a group of links is read for one of them
 CODEC = "snappy"  # a fifth of the time of zstd in a browser
 FILE_COLUMN, TRUTH_COLUMN = "file", "truth"
 LEFT_OUT = frozenset(  # of the dataset's own columns: the report, or the file of the record, has them
@@ -129,6 +131,43 @@ def read_columns(output: Path, names: Iterable[str]) -> "dict[str, NDArray[Any]]
             table = pq.read_table(file, columns=[name for name in names if name in there])
             found |= {name: table[name].to_numpy() for name in table.column_names}
     return found
+
+
+def write_links(output: Path, places: NDArray[np.int64], sign: Callable[[str], str | None]) -> int:
+    """Write the table of links to images.
+
+    Args:
+        output: The audit's folder, in which the table of rows is finished.
+        places: Which records get a link, ascending.
+        sign: Returns the URL of an image, by its URI; None: it has none.
+
+    Returns:
+        The number of records with a link. Without any there is no file.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (output / LINKS_FILE).unlink(missing_ok=True)
+    if not len(places):
+        return 0
+    uris: list[str | None] = []
+    begin = 0
+    for group in pq.ParquetFile(output / ROWS_FILE).iter_batches(columns=["uri"]):
+        own = places[np.searchsorted(places, begin) : np.searchsorted(places, begin + len(group))] - begin
+        uris += group["uri"].take(pa.array(own)).to_pylist()
+        begin += len(group)
+    urls = [sign(uri) if uri else None for uri in uris]
+    table = pa.table({"place": pa.array(places, pa.int32()), "url": pa.array(urls, pa.string())})
+    table = table.drop_null()
+    if len(table):
+        pq.write_table(
+            table,
+            output / LINKS_FILE,
+            row_group_size=LINKS_GROUP_RECORDS,
+            compression="zstd",
+            use_dictionary=False,
+        )
+    return len(table)
 
 
 def describe_columns(output: Path) -> list[dict[str, str]]:

@@ -1,16 +1,36 @@
 """The command `audit`: where a network looks in the wrong place, from a backfill's dataset."""
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import click
 
 from gradcam_worker.cli.export import export
-from gradcam_worker.cli.options import GroupWithRun, RunCommand, json_option
+from gradcam_worker.cli.options import (
+    GroupWithRun,
+    RunCommand,
+    json_option,
+    parse_duration,
+    parse_named,
+)
 from gradcam_worker.operations import console
 from gradcam_worker.settings import Settings
 
 SHARE = click.FloatRange(0, 1)
 FACTOR = click.FloatRange(0)
+URL = re.compile(r"https?://|\.{0,2}/")  # of the web, or relative to the page
+
+
+def _parse_image_urls(
+    context: click.Context, option: click.Parameter, values: tuple[str, ...]
+) -> dict[str, str]:
+    urls = parse_named(context, option, values)
+    for url in urls.values():
+        if not URL.match(url):
+            message = f"{url!r} is no URL: write s3://photos/=https://photos.example/"
+            raise click.BadParameter(message, param=option)
+    return urls
 
 
 @click.group(cls=GroupWithRun)
@@ -64,7 +84,50 @@ def audit() -> None:
     help="Without boxes: less agreement with the typical heat of the class is looking elsewhere; 1 is what "
     "its images have on average.",
 )
-def run(dataset: str, output: Path | None, lines: int, *, as_json: bool, **thresholds: float) -> int:
+@click.option(
+    "--pictures",
+    type=click.IntRange(0, 5000),
+    default=600,
+    show_default=True,
+    help="Number of images to embed in the page, at most.",
+)
+@click.option(
+    "--image-links",
+    type=click.IntRange(0, 1_000_000),
+    default=0,
+    show_default=True,
+    help="Number of images on S3 that get a link in the page, those with the most to learn first. Whoever "
+    "has the page can see them until the links expire.",
+)
+@click.option(
+    "--links-expire",
+    default="24h",
+    show_default=True,
+    callback=parse_duration,
+    help="How long links to images and to a dataset on S3 are valid: 2h, 7d at most.",
+)
+@click.option(
+    "--image-url",
+    "image_urls",
+    metavar="PREFIX=URL",
+    multiple=True,
+    callback=_parse_image_urls,
+    help="Where browsers find images whose URI begins with PREFIX; may be repeated.",
+)
+@click.option("--no-page", is_flag=True, help="Write no page.")
+def run(
+    dataset: str,
+    output: Path | None,
+    lines: int,
+    pictures: int,
+    image_links: int,
+    links_expire: float,
+    image_urls: Mapping[str, str],
+    *,
+    as_json: bool,
+    no_page: bool,
+    **thresholds: float,
+) -> int:
     """Find where a network looks in the wrong place.
 
     DATASET is a folder or s3://bucket/prefix that a backfill has written. For each class, and for each pair
@@ -78,9 +141,10 @@ def run(dataset: str, output: Path | None, lines: int, *, as_json: bool, **thres
       gradcam audit cams --inside 0.7 --json
     """
     from gradcam_worker.audit.output import write_audit
+    from gradcam_worker.audit.page import PageOptions
     from gradcam_worker.audit.report import Thresholds
     from gradcam_worker.audit.run import AuditOptions
-    from gradcam_worker.operations.audit_console import show_audit
+    from gradcam_worker.operations.audit_console import show_audit, show_page
 
     is_folder = "://" not in dataset
     folder = output or (Path(dataset) / "audit" if is_folder else Path("audit"))
@@ -90,12 +154,16 @@ def run(dataset: str, output: Path | None, lines: int, *, as_json: bool, **thres
             spinner.update(f"{what}: {done:,} of {of:,}")
 
         options = AuditOptions(Thresholds.model_validate(thresholds))
-        report = write_audit(dataset, folder, options, Settings.from_environment(), report_progress)
+        page = None if no_page else PageOptions(pictures, image_links, int(links_expire), image_urls)
+        settings = Settings.from_environment()
+        written = write_audit(dataset, folder, options, settings, report_progress, page)
+    report = written.report
     if as_json:
         console.print_json(report.model_dump(mode="json"))
         return 0
     show_audit(report, lines)
     console.out.print()
+    show_page(written.page)
     console.out.print(console.plain(f"Report: {folder}"), soft_wrap=True)
     return 0
 

@@ -130,7 +130,36 @@ class UriFetcher:
             message = f"{redact_uri(uri)} has more than {limit:,} bytes, the maximum that is allowed."
             raise ImageTooLarge(message)
 
+    def presigned_url(self, uri: str, expires_s: int) -> str | None:
+        """Return a URL with which anyone can read an image on S3 for `expires_s`.
+
+        Args:
+            uri: The image's.
+            expires_s: Of seven days at most.
+
+        Returns:
+            The URL; None: the image is not on S3, or the settings do not allow it.
+
+        Raises:
+            ImageFetchFailed: There are no keys to sign it with.
+        """
+        from gradcam_worker.storage.s3_errors import S3_ERRORS, describe
+
+        if not uri.startswith("s3:") or "s3" not in self._settings.image_schemes:
+            return None
+        try:
+            return self._s3.presigned_url(*self._s3_object(uri), expires_s)
+        except UriNotAllowed:
+            return None
+        except S3_ERRORS as error:
+            message = f"{redact_uri(uri)} cannot be given a URL: {describe(error)}"
+            raise ImageFetchFailed(message) from error
+
     def _read_s3(self, uri: str, deadline: Deadline, limit: int) -> bytes:
+        return self._s3.read_image(*self._s3_object(uri), limit, deadline)
+
+    def _s3_object(self, uri: str) -> tuple[str, str]:
+        """The bucket and the key of an image that the settings allow. Raises UriNotAllowed."""
         # Not parsed as a URL: ? and # are ordinary characters in an S3 key.
         bucket, _, key = uri.partition("://")[2].partition("/")
         allowed = self._settings.image_buckets
@@ -148,7 +177,7 @@ class UriFetcher:
                 f"Bucket {bucket!r} is not allowed: images may come from {names} (GRADCAM_IMAGE_BUCKETS)."
             )
             raise UriNotAllowed(message)
-        return self._s3.read_image(bucket, key, limit, deadline)
+        return bucket, key
 
     def _read_http(self, uri: str, deadline: Deadline, limit: int, *, redirects: bool) -> bytes:
         from gradcam_worker.net.http import HttpFailed

@@ -5,6 +5,7 @@ from typing import TypeVar
 
 from rich.table import Table
 
+from gradcam_worker.audit.page import PageSummary
 from gradcam_worker.audit.report import CAUSE_TEXTS, CAUSES, AuditReport, Cause, ClassReport, Confusion
 from gradcam_worker.gradcam.classes import percent
 from gradcam_worker.operations.console import out, plain, table
@@ -48,6 +49,19 @@ def show_audit(report: AuditReport, max_lines: int) -> None:
     for sentence in report.advice:
         out.print()
         _line(sentence)
+
+
+def show_page(page: PageSummary | None) -> None:
+    """Print what the page lacks, and until when its links are valid."""
+    if page is None:
+        return
+    if page.missing:
+        reasons = ", ".join(f"{code} {count:,}" for code, count in sorted(page.missing.items()))
+        _line(f"Images that could not be fetched, shown as heatmaps only: {reasons}.")
+    if page.expires_at:
+        images = f" ({counted(page.links, 'image')})" if page.links else ""
+        _line(f"Links of the page{images} are valid until {page.expires_at:%Y-%m-%d %H:%M} UTC.")
+    _line(f"Page: index.html, {page.size / 1e6:.1f} MB, {counted(page.pictures, 'image')} embedded.")
 
 
 def _confusion_table(confusions: Sequence[Confusion], names: dict[int, str], title: str) -> Table:

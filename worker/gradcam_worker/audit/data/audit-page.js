@@ -1,7 +1,8 @@
 // The page: what the audit found, tab by tab.
 
-const FIRST_TILES = 48;  // of a list, before more are asked for
+const TILES = 24;  // of a list, before more are asked for
 const MATRIX_CLASSES = 24;
+const MAX_TEXTS = 60, MAX_NUMBERS = 12;  // values of a column that are chosen from, not typed
 const CARDS = 12;  // shown at once; more come as the reader scrolls
 const COMPARED = new Set(["class_id", "truth", "cause"]);  // numbers that stand for names
 
@@ -52,7 +53,8 @@ async function seenFully(record) {
 const placesList = (places) => ({ length: places.length, at: (index) => rowAt(places[index]) });
 
 async function rowAt(place) {
-  const [found] = await rows.records([place]);
+  const [[found], link] = await Promise.all([rows.records([place]), rows.link(place).catch(() => null)]);
+  if (link) for (const one of found.beside) one.link = link;
   const cause = page.columns.some(({ name }) => name === "cause") ? (await rows.column("cause"))[place] : null;
   if (cause !== null && cause >= 0) found.own.cause = cause;
   const known = embedded.get(keyOf(found.own));
@@ -361,8 +363,9 @@ function filterRow(filter, change) {
 async function offerChoices(filter, kind, input, change) {
   const label = (value) => filter.column === "cause" ? page.causes[page.cause_names[value]] : COMPARED.has(filter.column) ? page.nameOf(value)
     : kind === "boolean" ? (value ? "true" : "false") : kind === "time" ? new Date(value).toISOString().slice(0, 19) : String(value);
-  const found = await choices(rows, filter.column, COMPARED.has(filter.column) ? 2000 : 60).catch(() => null);
-  if (!found?.length || !input.isConnected || (kind === "number" && !COMPARED.has(filter.column) && found.length > 12)) return;
+  const found = await choices(rows, filter.column).catch(() => null);
+  const most = COMPARED.has(filter.column) ? Infinity : kind === "text" ? MAX_TEXTS : MAX_NUMBERS;
+  if (!found?.length || !input.isConnected || found.length > most) return;
   const select = make("select", { "aria-label": "Value" }, make("option", { value: "", textContent: "any" }),
     ...found.filter(([value]) => filter.column !== "cause" || value >= 0).map(([value, count]) => make("option", { value: kind === "time" ? new Date(value).toISOString() : kind === "boolean" ? Boolean(value) : value,
       textContent: `${label(value)} (${whole(count)})` })));
@@ -399,7 +402,7 @@ async function rowsTab(main, mine) {
   let at = 0;
   const add = async () => {
     more.hidden = true;
-    const end = Math.min(at + FIRST_TILES, places.length), first = at;
+    const end = Math.min(at + TILES, places.length), first = at;
     at = end;
     const seen = await Promise.all(Array.from({ length: end - first }, (_, offset) => list.at(first + offset)));
     if (mine !== turn) return;
@@ -511,7 +514,8 @@ function show() {
   writeTabs();
   main.replaceChildren();
   main.setAttribute("aria-labelledby", `tab-${state.tab}`);
-  Promise.resolve(TABS[state.tab][1](main, mine)).catch((error) => { if (mine === turn) complain(error); });
+  Promise.resolve(TABS[state.tab][1](main, mine)).then(() => requestAnimationFrame(() => setTimeout(() => performance.mark(`audit ${state.tab}`))),
+    (error) => { if (mine === turn) complain(error); });
   pictures.tidy();
   const top = main.offsetTop - find("bar").offsetHeight;
   if (scrollY > top) scrollTo({ top });  // the tabs stay where they are
@@ -526,7 +530,10 @@ find("folder").addEventListener("change", () => {
   }
 });
 find("tabs").addEventListener("keydown", moveInTabs);
-notes.addEventListener("change", writeTabs);
+notes.addEventListener("change", () => {
+  writeTabs();
+  for (const mark of document.querySelectorAll(".verdict-mark")) markNote(mark, notes);
+});
 addEventListener("hashchange", show);
 tell();
 show();

@@ -78,7 +78,8 @@ function cellsOf(record, page) {
 }
 
 // Where the whole photo of a record can be loaded from; null: nowhere.
-function addressOf({ uri }, page) {
+function addressOf({ uri, link }, page) {
+  if (link) return link;
   for (const [prefix, url] of page.image_urls) {
     if (uri?.startsWith(prefix)) return url + uri.slice(prefix.length).split("/").map(encodeURIComponent).join("/");
   }
@@ -209,9 +210,8 @@ class Pictures {
     const cause = this.page.causeOf(record);
     if (cause) tile.append(make("span", { className: "cause-mark", "--color": `var(--${cause})` }));
     const mark = make("span", { className: "verdict-mark", hidden: true });
-    const { verdict, note } = notes.of(keyOf(record));
-    mark.hidden = !(verdict || note);
-    mark.textContent = verdict || "note";
+    mark.dataset.key = keyOf(record);
+    markNote(mark, notes);
     tile.append(mark);
     const truth = record.truth_ids?.length ? record.truth_ids : typeof record.truth === "number" ? [record.truth] : [];
     const isWrong = truth.length && !truth.includes(record.class_id);
@@ -229,6 +229,12 @@ class Pictures {
     return make(look ? "button" : "div", { className: "tile", type: look ? "button" : undefined, "aria-label": label, onclick: look },
       this.stage(columns, rows, levels, null));
   }
+}
+
+function markNote(mark, notes) {
+  const { verdict, note } = notes.of(mark.dataset.key);
+  mark.hidden = !(verdict || note);
+  mark.textContent = verdict || "note";
 }
 
 function outline(boxes) {
@@ -334,7 +340,7 @@ class Look {
 
 const HIDDEN_FACTS = new Set(["cells", "rows", "columns", "grid", "heatmap", "photo", "sha256", "wnid", "class_name", "raw_min", "raw_max", "peak_xy",
   "box_xyxy", "shown_xyxy", "truth_boxes", "truth_ids", "truth", "row", "id", "uri", "overlay", "error", "error_detail", "index", "file",
-  "class_id", "width", "height", "cause", "probability"]);
+  "class_id", "width", "height", "cause", "probability", "link"]);
 
 function factsOf(record, page) {
   const truth = record.truth_ids?.length ? record.truth_ids : typeof record.truth === "number" ? [record.truth] : [];

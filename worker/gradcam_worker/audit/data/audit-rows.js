@@ -6,6 +6,8 @@ const TAIL_BYTES = 65_536;  // the end of a file, in which its description is
 const KEPT_GROUPS = 48;  // groups of records of the dataset's files, in memory
 const NOT_READ = new Set(["heat_features", "truth_mask", "row_digest"]);  // large, and not shown
 
+const MAX_CHOICES = 2000;  // values of a column that are offered
+
 class NotReadable extends Error {}
 
 // A file of the web, as hyparquet reads it.
@@ -64,6 +66,7 @@ class Rows {
 
   constructor(page) {
     this.page = page;
+    this.choices = new Map();  // column -> promise of its values and how often each comes
     this.count = page.table.records;
     this.isLocal = location.protocol === "file:";
   }
@@ -125,6 +128,42 @@ class Rows {
           values[rowStart + at] = isText ? value : Number(value);
         }
       } });
+    return values;
+  }
+
+  // The link to the image of a record; null: it has none.
+  async link(place) {
+    const described = this.page.table.files["image-links.parquet"];
+    if (!described) return null;
+    const { file, metadata } = await this.#open("image-links.parquet", described.url, described.bytes);
+    this.linked ??= this.#readLinks(file, metadata, "place", 0, undefined);
+    const linked = await this.linked;
+    let low = 0, high = linked.length;
+    while (low < high) {
+      const middle = (low + high) >> 1;
+      if (linked[middle] < place) low = middle + 1;
+      else high = middle;
+    }
+    if (linked[low] !== place) return null;
+    let first = 0;
+    for (const group of metadata.row_groups) {
+      const end = first + Number(group.num_rows);
+      if (low < end) return (await this.#linksOf(file, metadata, first, end))[low - first];
+      first = end;
+    }
+    return null;
+  }
+
+  #linksOf(file, metadata, first, end) {
+    const key = `links ${first}`;
+    if (!this.#groups.has(key)) this.#groups.set(key, this.#readLinks(file, metadata, "url", first, end));
+    return this.#groups.get(key);
+  }
+
+  async #readLinks(file, metadata, name, rowStart, rowEnd) {
+    const values = [];
+    await hyparquet.parquetRead({ file, metadata, columns: [name], rowStart, rowEnd, compressors: hyparquet.compressors,
+      onComplete: (read) => { for (const [value] of read) values.push(value); } });
     return values;
   }
 
@@ -247,13 +286,19 @@ async function select(rows, filters, sort) {
 }
 
 // The values of a column and how often each comes, if they are few; else null.
-async function choices(rows, name, most = 200) {
+function choices(rows, name) {
+  if (!rows.choices.has(name)) rows.choices.set(name, countValues(rows, name));
+  rows.choices.get(name).catch(() => rows.choices.delete(name));
+  return rows.choices.get(name);
+}
+
+async function countValues(rows, name) {
   const { kind } = rows.page.columns.find((one) => one.name === name);
   const values = await rows.column(name), counts = new Map();
   for (const value of values) {
     if (value === null || Number.isNaN(value) || (kind === "boolean" && value < 0)) continue;
     counts.set(value, (counts.get(value) || 0) + 1);
-    if (counts.size > most) return null;
+    if (counts.size > MAX_CHOICES) return null;
   }
   return [...counts].sort(([a], [b]) => a < b ? -1 : 1);
 }
