@@ -231,6 +231,7 @@ def test_a_stream_that_says_no_more_keeps_nobody_from_stopping(system: Any) -> N
 def test_a_dry_run_predicts_what_the_run_finds_and_leaves_nothing(at_work: Any) -> None:
     system = at_work
     command = [str(system.listed), "--top-n", "2", "--shard-rows", str(SHARD), "--output", system.uri("dry")]
+    wait_for(RedisLedger(system.stage.settings).find_workers, "a worker")
     done = system.run(*command, "--dry-run", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
