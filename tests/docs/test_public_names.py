@@ -11,6 +11,7 @@ PACKAGES = [  # where users import from; the first that has a name is its home
     "gradcam_worker",
     "gradcam_worker.client",
     "gradcam_worker.gradcam",
+    "gradcam_worker.batch",
     "gradcam_worker.testing",
     "gradcam_worker.errors",
 ]

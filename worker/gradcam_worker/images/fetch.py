@@ -119,11 +119,7 @@ class UriFetcher:
         else:
             data = self._readers[scheme](image.uri, deadline, limit)
         self._observer.image_read(len(data))
-        sha256 = hashlib.sha256(data).hexdigest()
-        if image.sha256 not in {None, sha256}:
-            message = f"The image has sha256 {sha256}; the job requires {image.sha256}."
-            raise ChecksumMismatch(message)
-        return FetchedBytes(data, sha256, redact_uri(image.uri))
+        return verified(image, data)
 
     def _check_size(self, size: int, uri: str, limit: int) -> None:
         if size > limit:
@@ -263,6 +259,15 @@ class UriFetcher:
             message = "The data URI has no comma: write data:image/png;base64,..."
             raise ImageDecodeFailed(message)
         return unquote_to_bytes(body)
+
+
+def verified(image: ImageRef, data: bytes) -> FetchedBytes:
+    """Make what was read of an image. Raises ChecksumMismatch if it is another one than was asked for."""
+    sha256 = hashlib.sha256(data).hexdigest()
+    if image.sha256 not in {None, sha256}:
+        message = f"The image has sha256 {sha256}; the job requires {image.sha256}."
+        raise ChecksumMismatch(message)
+    return FetchedBytes(data, sha256, redact_uri(image.uri))
 
 
 def open_below(root: Path, path: Path) -> BinaryIO:

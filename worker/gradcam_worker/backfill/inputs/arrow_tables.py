@@ -16,7 +16,7 @@ from gradcam_worker.backfill.inputs.further import (
     FurtherColumns,
     Kinds,
 )
-from gradcam_worker.backfill.inputs.options import InputOptions
+from gradcam_worker.backfill.inputs.options import NO_COLUMNS, InputOptions
 from gradcam_worker.backfill.inputs.rows import RowParser
 from gradcam_worker.backfill.inputs.tables import (
     SURROGATE,
@@ -72,6 +72,18 @@ class ArrowFile:
             yield self._orc.read_stripe(stripe, columns=wanted)
 
 
+class ArrowTable:
+    """Rows that are in memory: see `ArrowFile`."""
+
+    def __init__(self, table: "pa.Table") -> None:
+        """`table`: the rows."""
+        self._table, self.schema, self.num_rows = table, table.schema, table.num_rows
+
+    def batches(self, names: Sequence[str]) -> "Iterator[pa.RecordBatch]":
+        """Yield these columns of all rows."""
+        yield from self._table.select([*dict.fromkeys(names)]).to_batches(PARQUET_BATCH_ROWS)
+
+
 @contextmanager
 def told_as_damage(rows: Callable[[], int]) -> Iterator[None]:
     """Raise InvalidInput for errors of Arrow; `rows` returns how many rows were read."""
@@ -93,9 +105,12 @@ class ArrowReader:
 
     def kinds(self, file: BinaryIO, constants: Mapping[str, str]) -> Kinds:
         """Return the columns and their types. Raises InvalidInput if there is none with URIs."""
+        return self.kinds_of(ArrowFile(file, self._form).schema, constants)
+
+    def kinds_of(self, schema: "pa.Schema", constants: Mapping[str, str] = NO_COLUMNS) -> Kinds:
+        """`kinds`, of a schema."""
         from pyarrow import types
 
-        schema = ArrowFile(file, self._form).schema
         found = columns(schema.names, self._options.column)
         kind = schema.field(found.image).type
         value = kind.value_type if types.is_dictionary(kind) else kind
@@ -111,7 +126,16 @@ class ArrowReader:
 
     def rows(self, file: BinaryIO, parser: RowParser, constants: Mapping[str, str]) -> Iterator[Row]:
         """Read the rows. Raises InvalidInput if the file is damaged."""
-        opened, further, number = ArrowFile(file, self._form), parser.further, 0
+        return self.rows_of(ArrowFile(file, self._form), parser, constants)
+
+    def rows_of(
+        self,
+        opened: ArrowFile | ArrowTable,
+        parser: RowParser,
+        constants: Mapping[str, str] = NO_COLUMNS,
+    ) -> Iterator[Row]:
+        """`rows`, of what is open already."""
+        further, number = parser.further, 0
         names = opened.schema.names
         found = columns(names, self._options.column)
         inputs = input_columns(names, self._options.inputs)
