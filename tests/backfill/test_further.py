@@ -162,12 +162,13 @@ class TestCarried:
             ),
         ]
 
-    def test_types_of_an_earlier_run_count(self, write: Write) -> None:
-        where = write("a.jsonl", lines({"image": A, "n": 1, "new": 1}))
-        assert carried(where, {"n": "double", "gone": "bool"}) == (
-            {"n": "double", "new": "int64"},
-            [(1.0, 1)],
+    def test_types_of_an_earlier_run_count_where_they_hold_what_is_there(self, write: Write) -> None:
+        where = write("a.jsonl", lines({"image": A, "n": 1, "new": 1, "none": None, "wider": 0.5, "s": 5}))
+        kinds, rows = carried(
+            where, {"n": "double", "gone": "bool", "none": "bool", "wider": "int64", "s": "string"}
         )
+        assert kinds == {"n": "double", "new": "int64", "none": "bool", "wider": "double", "s": "string"}
+        assert rows == [(1.0, 1, None, 0.5, "5")]
 
     def test_a_pipe_is_read_once_from_its_beginning(self, monkeypatch: pytest.MonkeyPatch) -> None:
         values = [{"image": f"s3://b/{number}", "n": number} for number in range(3 * SAMPLE_ROWS)]

@@ -495,7 +495,9 @@ def test_columns_of_the_list_and_what_is_known_of_its_images_are_in_the_dataset(
     assert table.column_names[-2:] == ["truth", "n"]
     found = {(row["row"], row["truth"], row["n"]) for row in table.to_pylist()}
     assert found == {(0, "red", "5"), (1, None, None), (2, "green", "6")}
-    assert {"truth_ids", "truth_boxes"} <= {*table.column_names}
+    first, *others = table.to_pylist()
+    assert (first["truth_ids"], first["correct"], first["truth_boxes"]) == ([0], True, [[0, 0, 10, 20]])
+    assert {row["class_name"] for row in others if row["row"] == 2} == {"red", "green"}
     where.write_text(where.read_text().replace("green,6", "green,7"))
     again = ["backfill", "--output", output.as_uri()]
     assert main([*again, "--resume"]) == 3

@@ -29,6 +29,7 @@ BENCHES = (
     "async_client",
     "audit",
     "audit_page",
+    "lists",
     "gpu",
 )
 WIDTH = 110  # characters of a line

@@ -255,8 +255,8 @@ def run(
     dataset, ledger = open_dataset(output, settings), RedisLedger(settings)
     spec = for_api.get("spec") or _with_target(spec, dataset, settings)
     resume = resume or run_options.only_failed or run_options.changed
-    fixed = dataset.carried_before() if resume and not run_options.changed else None
-    reading = _as_begun(reading, fixed)
+    fixed = dataset.carried_before() if resume else None
+    reading = reading if run_options.changed else _as_begun(reading, fixed)
     policy = _policy(for_api.get("tenant"), ledger)
     may_read = policy.allows_list if policy else None
     with open_input(input_, settings, reading, output=dataset.uri, fixed=fixed, may_read=may_read) as opened:

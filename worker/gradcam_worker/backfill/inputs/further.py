@@ -174,7 +174,7 @@ def choose_carried(
         kinds: All columns of the input, with their Arrow types.
         used: Those that mean something to us, such as the one with the URIs.
         options: The input's.
-        fixed: Types of an earlier run, which its columns keep.
+        fixed: Types of an earlier run, which its columns keep where they hold what is there now.
 
     Returns:
         The columns with their types, and sentences about those that are left out by themselves.
@@ -219,7 +219,12 @@ def choose_carried(
             "--keep-columns or --drop-columns."
         )
         raise InvalidInput(message)
-    return {name: (fixed or {}).get(name, types[name]) for name in chosen}, notes
+    return {name: _type_of(types[name], (fixed or {}).get(name)) for name in chosen}, notes
+
+
+def _type_of(kind: str, before: str | None) -> str:
+    """The type of a column: that of an earlier run, if it holds what is there now."""
+    return before if before and _joined({before, kind} - {""}) == before else kind or TEXT
 
 
 def _matching(names: Sequence[str], patterns: Iterable[str], option: str) -> frozenset[str]:
@@ -264,8 +269,8 @@ class JsonTypes:
             self._seen.setdefault(name, set()).add(_kind(one))
 
     def kinds(self) -> Kinds:
-        """Return all fields with their Arrow types, in the order in which they were seen."""
-        return [(name, _joined(kinds - {""})) for name, kinds in self._seen.items()]
+        """Return all fields with their Arrow types, as they were seen; '': nothing is known of it."""
+        return [(name, _joined(kinds - {""}) if kinds - {""} else "") for name, kinds in self._seen.items()]
 
 
 def _kind(value: Any) -> str:
