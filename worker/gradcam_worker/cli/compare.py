@@ -15,7 +15,7 @@ from gradcam_worker.text.visible import counted
 if TYPE_CHECKING:
     from gradcam_worker.audit.comparison_report import ComparisonReport
 
-REPORT = "comparison.json"
+REPORT, PAGE = "comparison.json", "index.html"
 SHOWN_CLASSES = 20  # on the terminal
 SHOWN_DIGITS = 40  # of what differs
 
@@ -27,7 +27,7 @@ SHOWN_DIGITS = 40  # of what differs
     "-o",
     "--output",
     type=click.Path(file_okay=False, path_type=Path),
-    help=f"The folder to write {REPORT} and the page index.html into.",
+    help=f"The folder to write {REPORT} and the page {PAGE} into.",
 )
 @json_option("Print the report as JSON.")
 @click.option(
@@ -147,10 +147,13 @@ def compare(
     """
     from gradcam_worker.audit.comparison import ComparisonOptions
     from gradcam_worker.audit.comparison import compare as compare_datasets
+    from gradcam_worker.audit.comparison_page import comparison_page
     from gradcam_worker.audit.comparison_report import FIGURES, CheckedCondition, ComparisonThresholds
     from gradcam_worker.audit.conditions import Condition
     from gradcam_worker.audit.drift import append_line, gauges, log_line, write_gauges
     from gradcam_worker.audit.statistics import open_dataset
+    from gradcam_worker.gradcam.decoding.decode import Limits
+    from gradcam_worker.images.fetch import UriFetcher
     from gradcam_worker.storage.s3 import S3
     from gradcam_worker.storage.stores import FolderStore
 
@@ -172,13 +175,22 @@ def compare(
         def report_progress(what: str, done: int, of: int) -> None:
             spinner.update(f"{what}: {done:,} of {of:,}")
 
-        s3 = S3(Settings.from_environment())
+        settings = Settings.from_environment()
+        s3 = S3(settings)
         report = compare_datasets(open_dataset(a, s3), open_dataset(b, s3), options, report_progress)
     checked = [CheckedCondition(condition=one.text, met=one.is_met(report.figures)) for one in parsed]
     report = report.model_copy(update={"conditions": tuple(checked)})
     at_s, name = time.time(), name or report.b.network
     if output:
+        sizes = settings.max_image_pixels, settings.max_image_side
+        limits = Limits(*sizes, convert_colors=settings.convert_colors)
+        page = comparison_page(report, UriFetcher(settings, s3), limits)
         FolderStore(output).put(REPORT, report.to_json().encode(), "application/json")
+        FolderStore(output).put(PAGE, page.page, "text/html")
+        if page.missing:
+            reasons = ", ".join(f"{code} {count:,}" for code, count in sorted(page.missing.items()))
+            told = f"Images that could not be fetched, shown as heatmaps only: {reasons}."
+            console.err.print(console.plain(told), soft_wrap=True)
     if metrics_file:
         write_gauges(metrics_file, gauges(report, name, at_s))
     if log_file:
