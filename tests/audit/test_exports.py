@@ -95,7 +95,7 @@ def test_fiftyone_gets_samples_with_heatmaps_on_the_whole_image(exported: Any) -
     heat: Any = cv2.imread(str(folder / second["heat"]["map_path"]), cv2.IMREAD_UNCHANGED)
     assert heat.max() == 255
     assert np.unravel_index(heat.argmax(), heat.shape) == (0, 0)
-    assert len([*folder.glob("heatmaps/*.png")]) == 4
+    assert len([*folder.glob("fields/*/*.png")]) == 4
 
 
 def test_hugging_face_loads_the_folder(

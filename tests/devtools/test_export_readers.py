@@ -6,6 +6,7 @@ It needs a package index and takes minutes: `.venv/bin/pytest --large tests/devt
 import json
 import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,19 +48,28 @@ def read(made: Environment, folder: Path, *formats: str) -> dict[str, Any]:
     return {line["format"]: line for line in lines}
 
 
-def test_each_tool_reads_its_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = environment("export-readers", FOLDER / "readers.txt")
+@pytest.fixture
+def export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     monkeypatch.setenv("GRADCAM_OUTPUT", tmp_path.as_uri())
     dataset = folder_dataset(
         tmp_path / "dataset",
         Image(predicted=1, second=2, truth=1, box=BOX, carried={"camera": "north"}),
         Image(predicted=1, second=2, truth=3, heat=(0.1, 0.1), box=BOX, carried={"camera": "south"}),
     )
+
+    def write(*formats: str) -> Path:
+        for form in formats:
+            command = ["audit", "export", str(dataset), "--to", form, "-o", str(tmp_path / form)]
+            assert main(command) == 0
+        return tmp_path
+
+    return write
+
+
+def test_each_tool_reads_its_export(export: Callable[..., Path]) -> None:
+    made = environment("export-readers", FOLDER / "readers.txt")
     formats = ("coco", "labelstudio", "mlflow", "wandb")
-    for form in formats:
-        command = ["audit", "export", str(dataset), "--to", form, "-o", str(tmp_path / form)]
-        assert main(command) == 0
-    found = read(made, tmp_path, *formats)
+    found = read(made, export(*formats), *formats)
     assert found["coco"].items() >= {"images": 2, "boxes": 4}.items()
     assert found["coco"]["classes"] == ["class_1", "class_2", "class 3"]
     assert (found["labelstudio"]["tasks"], found["labelstudio"]["valid"]) == (2, 2)
@@ -67,3 +77,16 @@ def test_each_tool_reads_its_export(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert found["mlflow"]["artifacts"] == ["report.json"]
     assert found["wandb"]["rows"] == 4
     assert "camera" in found["wandb"]["columns"]
+
+
+def test_fiftyone_imports_its_export(export: Callable[..., Path]) -> None:
+    made = environment("export-fiftyone", FOLDER / "fiftyone.txt")
+    found = read(made, export("fiftyone"), "fiftyone")["fiftyone"]
+    assert found["labels"] == ["class_1", "class_1"]
+    assert found["truths"] == ["class_1", "class 3"]
+    assert found["heatmaps"] == [True, True]
+    assert found["peaks"] == [255, 255]
+    assert found["hot_regions"] == [2, 2]
+    assert found["heat_inside"][0] > 0.9
+    assert found["heat_inside"][1] < 0.1
+    assert found["cameras"] == ["north", "south"]

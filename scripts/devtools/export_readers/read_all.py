@@ -74,19 +74,43 @@ def wandb(folder: Path) -> dict[str, object]:
 
 def fiftyone(folder: Path) -> dict[str, object]:
     """FiftyOne imports the dataset."""
+    _without_mongod()
     import fiftyone as tool
 
     dataset = tool.Dataset.from_dir(str(folder), tool.types.LegacyFiftyOneDataset)
-    sample = dataset.first()
+    samples = list(dataset)
     return {
-        "samples": len(dataset),
-        "label": sample.prediction.label,
-        "heat": Path(sample.heat.map_path).is_file(),
-        "peak": int(sample.heat.get_map().max()) if hasattr(sample.heat, "get_map") else 255,
-        "hot_regions": len(sample.hot_regions.detections),
-        "heat_inside": dataset.bounds("heat_inside"),
-        "cameras": sorted(dataset.distinct("camera")),
+        "labels": [one.prediction.label for one in samples],
+        "truths": [one.ground_truth.classifications[0].label for one in samples],
+        "heatmaps": [Path(one.heat.map_path).is_file() for one in samples],
+        "peaks": [int(one.heat.get_map().max()) for one in samples],
+        "hot_regions": [len(one.hot_regions.detections) for one in samples],
+        "heat_inside": [one.heat_inside for one in samples],
+        "cameras": [one.camera for one in samples],
     }
+
+
+def _without_mongod() -> None:
+    """Keep FiftyOne's documents in memory: its wheel downloads a server, which not every machine may."""
+    if "FIFTYONE_DATABASE_URI" in os.environ:
+        return
+    os.environ.update(FIFTYONE_DATABASE_URI="mongodb://localhost", FIFTYONE_DISABLE_SERVICES="1")
+    os.environ.update(FIFTYONE_DATABASE_VALIDATION="false", FIFTYONE_DO_NOT_TRACK="1")
+    import mongoengine
+    import mongomock
+    import pymongo
+
+    class Client(mongomock.MongoClient):  # type: ignore[misc]  # it has no types here
+        _closed = False
+
+        def server_info(self) -> dict[str, object]:
+            return {"version": "7.0.0", "versionArray": [7, 0, 0, 0]}
+
+    shared, connect = Client(), mongoengine.connect
+    pymongo.MongoClient = lambda *_, **__: shared
+    mongoengine.connect = lambda name, **others: connect(
+        name, mongo_client_class=lambda **_: shared, **others
+    )
 
 
 READERS = {"coco": coco, "labelstudio": labelstudio, "mlflow": mlflow, "wandb": wandb, "fiftyone": fiftyone}

@@ -1,7 +1,8 @@
 """FiftyOne: samples with heatmaps, labels, boxes and metrics, which FiftyOne imports as a dataset.
 
     metadata.json, samples.json    a `fiftyone.types.LegacyFiftyOneDataset`: plain JSON
-    heatmaps/<row>-<index>.png     the heat on the whole image, 255 at its peak
+    fields/heat/<row>.png          the heat of the most probable class on the whole image, 255 at its peak;
+                                   that of the next one in fields/heat_2, and so on
     images/                        where the images are expected: copy the bucket there
 
 The samples name their images relative to the folder, as `images/<bucket>/<key>`.
@@ -36,8 +37,8 @@ def files(source: ExportSource) -> Iterator[tuple[str, bytes]]:
     for image in source.images():
         names.add(image)
         images.append(image)
-        for one in image.explanations:
-            yield _map_path(image, one), _png(one)
+        for field, one in _heats(image):
+            yield _map_path(image, field), _png(one)
     yield "samples.json", as_json({"samples": [_sample(image, names) for image in images]})
     yield "metadata.json", as_json({"name": f"gradcam {source.name}", "media_type": "image"})
 
@@ -56,9 +57,8 @@ def _sample(image: ExportedImage, names: ClassNames) -> dict[str, Any]:
         "label": names.of(first.class_id),
         "confidence": first.probability,
     }
-    for number, one in enumerate(image.explanations, 1):
-        heat = {"_cls": "Heatmap", "map_path": _map_path(image, one), "range": [0, 255]}
-        sample["heat" if number == 1 else f"heat_{number}"] = heat
+    for field, _ in _heats(image):
+        sample[field] = {"_cls": "Heatmap", "map_path": _map_path(image, field), "range": [0, 255]}
     hot = [
         _detection(image, one.hot_box, names.of(one.class_id), one.probability) for one in image.explanations
     ]
@@ -88,8 +88,15 @@ def _detection(
     return {"_cls": "Detection", "label": label, "bounding_box": shares, **known}
 
 
-def _map_path(image: ExportedImage, one: ExportedExplanation) -> str:
-    return f"heatmaps/{image.row}-{one.index}.png"
+def _heats(image: ExportedImage) -> Iterator[tuple[str, ExportedExplanation]]:
+    """The explanations by rank, each with the name of the field of its heatmap."""
+    for number, one in enumerate(sorted(image.explanations, key=lambda one: one.rank), 1):
+        yield ("heat" if number == 1 else f"heat_{number}"), one
+
+
+def _map_path(image: ExportedImage, field: str) -> str:
+    """Where a heatmap is: FiftyOne finds the files of a field in the folder of its name."""
+    return f"fields/{field}/{image.row}.png"
 
 
 def _png(one: ExportedExplanation) -> bytes:
