@@ -29,6 +29,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from gradcam_worker.artifacts.dataset import read_batches
 from gradcam_worker.audit.page import PageOptions
+from gradcam_worker.audit.report import HeatCells, MaskingFacts, ShortcutReport
 from gradcam_worker.cli.main import main
 from gradcam_worker.gradcam.imaging.overlay import encode, overlay
 from gradcam_worker.operations import servers
@@ -42,6 +43,32 @@ ROOT = Path(__file__).parents[2]
 DESKTOP, PHONE = (1280, 900), (375, 812)
 MARKUP = "</script><b onclick=alert(1)>b</b>"
 SHARD_ROWS = 16
+
+
+CELLS = HeatCells(rows=1, columns=2, cells="/wA=")
+SHORTCUT = ShortcutReport(
+    class_id=1,
+    kind="place",
+    basis="boxes",
+    place="top left corner",
+    images=20,
+    share=1 / 3,
+    accuracy=1,
+    other_accuracy=0.5,
+    heat_share=0.6,
+    expected_heat_share=0.1,
+    heat=CELLS,
+    region=CELLS,
+    examples=((40, 0), (41, 0)),
+    masked=20,
+    probability=0.7,
+    fall_blurred=0.3,
+    fall_filled=0.4,
+    fall_elsewhere=0.05,
+    effect=0.3,
+    confidence_interval=(0.2, 0.4),
+    confidence=0.99,
+)
 
 
 class Files(SimpleHTTPRequestHandler):
@@ -118,6 +145,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder / "audit",
         {f"s3://photos/{row}.jpg": photo for row in range(40)},
         options=PageOptions(image_links=32),
+        shortcuts=(SHORTCUT,),
+        masking=MaskingFacts(suspects=2, named=1, dropped=1),
         sign=lambda uri, seconds: f"../photo.jpg?{uri.rpartition('/')[2]}&{seconds}",
     )
     return folder
@@ -201,6 +230,18 @@ def test_what_was_found_is_in_the_page_and_asks_for_nothing_more(reader: Reader,
     reader.tab("confusions")
     assert reader.text(".pair") == ["class 3is taken forclass 2"]
     assert [name for name, _ in site.asked] == ["index.html"]
+
+
+def test_a_shortcut_is_shown_with_its_effect_and_its_images(reader: Reader, site: Site) -> None:
+    reader.open(f"{site.url}/audit/index.html#shortcuts")
+    assert reader.text(".card h2") == ["class 1: top left corner"]
+    effect = (
+        "Masked here, the class loses 30.0 % more of its probability than masked elsewhere (20.0 % to 40.0 %"
+    )
+    assert reader.text(".falls p")[0].startswith(effect)
+    assert reader.text(".fall b") == ["30.0 %", "40.0 %", "5.0 %"]
+    assert len(reader.all(".tiles figure")) == 2
+    assert "1 with an effect, 1 without" in reader.text("main > p")[0]
 
 
 def test_a_cell_of_the_confusion_matrix_opens_its_images(reader: Reader, site: Site) -> None:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from gradcam_worker.artifacts.dataset import Batch, read_batches
 from gradcam_worker.audit.photos import image_key, photo_bytes, read_photos, truncate
-from gradcam_worker.audit.report import CAUSE_TEXTS, CAUSES, AuditReport, Cause, RowIndex
+from gradcam_worker.audit.report import CAUSE_TEXTS, CAUSES, AuditReport, Cause, MaskingFacts, RowIndex
 from gradcam_worker.audit.row_table import (
     LINKS_FILE,
     MORE_FILE,
@@ -40,6 +40,7 @@ from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.schemas.ids import utc_now
 from gradcam_worker.storage.store import Store
 from gradcam_worker.storage.stores import FolderStore, S3Store
+from gradcam_worker.text.visible import counted
 
 DATA = Path(__file__).parent / "data"
 PAGE = "index.html"
@@ -47,7 +48,7 @@ MAX_PAGE_BYTES = 20_000_000  # what a browser opens without delay
 MAX_CELLS_PER_SIDE = 24  # of an embedded heatmap
 MAX_BESIDE = 3  # further classes of an embedded image, by rank
 EXAMPLES = 4  # of each cause of a class, of each confusion, and of the most and least confident images
-CONFUSIONS, CLASSES = 80, 60  # of which images are embedded
+CONFUSIONS, CLASSES, SUSPECTS = 80, 60, 20  # of which images are embedded
 CONFIDENCE = ("Most confident", "Least confident")
 LEFT_OUT = frozenset({"sha256", "row_digest", "truth_mask", "heat_features", "error", "error_detail"})
 TELLING: tuple[Cause, ...] = ("wrong_reason", "wrong_elsewhere", "wrong_on_object", "right_reason")
@@ -187,8 +188,8 @@ def _examples(
     """The rows that are embedded, the most telling ones first."""
     for confusion in report.confusions[:CONFUSIONS]:
         yield from confusion.examples[:EXAMPLES]
-    for shortcut in report.shortcuts:
-        yield from ((row, index) for row, index in shortcut.examples)
+    for suspect in (*report.shortcuts, *report.suspects[:SUSPECTS]):
+        yield from suspect.examples[: 2 * EXAMPLES]
     for one in report.classes[:CLASSES]:
         for cause in TELLING:
             yield from one.examples.get(cause, ())[:EXAMPLES]
@@ -275,7 +276,7 @@ def _page_data(
         "facts": [[label, truncate(value)] for label, value in _facts(report, links)],
         "cause_names": CAUSES,
         "cause_texts": CAUSE_TEXTS,
-        "shortcut_note": "No shortcut was found.",
+        "shortcut_note": _shortcut_note(report.masking),
         "maps": {"rows": size[0], "columns": size[1], "grid": grid},
         "records": [_record(record, size) for record in records],
         "photos": [],
@@ -307,6 +308,20 @@ def _page_data(
         ],
         "image_urls": sorted(options.image_urls.items(), key=lambda pair: -len(pair[0])),
     }
+
+
+def _shortcut_note(masking: MaskingFacts) -> str:
+    """What was tried to find shortcuts, in a sentence."""
+    if masking.left_out:
+        return f"Nothing was masked, so no effect is known: {masking.left_out}"
+    if not masking.suspects:
+        return "No region besides the object is looked at much more often than in other classes."
+    told = (
+        f"{counted(masking.suspects, 'suspect')} were masked on a sample of images, by the network itself: "
+    )
+    told = told.replace("1 suspect were", "1 suspect was")
+    untested = f", {masking.untested:,} not tested" if masking.untested else ""
+    return f"{told}{masking.named:,} with an effect, {masking.dropped:,} without{untested}."
 
 
 def _facts(report: AuditReport, links: _Links) -> Iterator[tuple[str, str]]:

@@ -10,7 +10,7 @@ const page = JSON.parse(find("data").textContent);
 const { report } = page;
 const classes = new Map(report.classes.map((one) => [one.id, one]));
 page.causes = page.cause_texts;
-page.nameOf = (id) => classes.has(id) ? readable(classes.get(id).name) : `class ${id}`;
+page.nameOf = (id) => readable(classes.get(id)?.name) || `class ${id}`;
 page.causeOf = (record) => typeof record.cause === "string" ? record.cause : page.cause_names[record.cause] || null;
 const embedded = new Map(page.records.map((one) => [keyOf(one), one]));
 const rows = new Rows(page);
@@ -100,7 +100,7 @@ function heatOf({ rows: count, columns, cells }) {
 const rowsButton = (text, filters, sort) => make("button", { className: "button", type: "button", textContent: text,
   onclick: () => go("rows", { filters, sort }) });
 
-const named = (one) => `${one.id} ${readable(one.name)}`;
+const named = (one) => one.name ? `${one.id} ${readable(one.name)}` : `class ${one.id}`;
 
 // Cards that are made as the reader comes near them.
 function inTurn(list, makeCard, parent) {
@@ -137,7 +137,7 @@ function classCard(one) {
   if (one.precision !== null) facts.push(`${percent(one.precision)} of its predictions are right`);
   const card = make("section", { className: "card" }, make("header", {}, make("div", {}, make("h2", { textContent: named(one) }),
     make("p", { className: "quiet", textContent: facts.join(" \u00b7 ") })),
-    page.table.records ? rowsButton(`All ${whole(one.predicted)}`, [is("class_id", one.id), is("rank", 1)], { column: "probability", isDown: true }) : null));
+    page.table.records && one.predicted ? rowsButton(`All ${whole(one.predicted)}`, [is("class_id", one.id), is("rank", 1)], { column: "probability", isDown: true }) : null));
   const aside = make("aside");
   if (one.typical_heat) {
     aside.append(make("figure", {}, pictures.plain(heatOf(one.typical_heat), `Typical heat of ${named(one)}`), make("figcaption", { className: "hidden-on-phone", textContent: "Typical heat, to its own peak" })));
@@ -241,46 +241,73 @@ function matrixCard(confusions) {
 
 // ---------------------------------------------------------------- shortcuts
 
+const TOLD_FROM = { boxes: "told from the object by its boxes", other_classes: "other classes are not looked at there" };
+
 function shortcutsTab(main) {
-  if (!report.shortcuts.length) {
-    main.append(empty(page.shortcut_note));
+  const { shortcuts, suspects, masking } = report;
+  main.append(make("p", { className: "controls quiet", textContent: page.shortcut_note }));
+  if (!shortcuts.length && !suspects.length) {
+    main.append(empty(masking.left_out ? "No region besides the object was conspicuous." : "No region besides the object has an effect on what the network says."));
     return;
   }
-  inTurn(report.shortcuts, shortcutCard, main);
+  const tested = make("div");
+  main.append(tested);
+  if (shortcuts.length) inTurn(shortcuts, shortcutCard, tested);
+  if (!suspects.length) return;
+  const untested = make("div");
+  main.append(make("h2", { className: "controls", textContent: "Not tested: these are correlations only" }), untested);
+  inTurn(suspects, shortcutCard, untested);
 }
 
 function shortcutCard(one) {
-  const { class_id: id, effect, confidence_interval: interval, share, images, examples = [] } = one;
-  const facts = [];
-  if (images !== undefined) facts.push(counted(images, "image"));
-  if (share !== undefined) facts.push(`${percent(share)} of the class`);
-  if (one.accuracy !== undefined && one.accuracy !== null) facts.push(`accuracy ${percent(one.accuracy)}`);
+  const facts = [`${counted(one.images, "image")} of a sample, ${percent(one.share)}`, `${percent(one.heat_share)} of their heat lies there`, TOLD_FROM[one.basis]];
+  if (one.accuracy !== null) facts.push(`${percent(one.accuracy)} of them are right${one.other_accuracy === null ? "" : `, of the others ${percent(one.other_accuracy)}`}`);
   const card = make("section", { className: "card" }, make("header", {}, make("div", {},
-    make("h2", { textContent: `${page.nameOf(id)}: ${readable(one.place || one.name || "a region")}` }),
-    make("p", { className: "quiet", textContent: facts.join(" \u00b7 ") }))));
-  if (typeof effect === "number") {
-    card.append(make("p", { textContent: `Masked there, the class loses ${percent(effect)} more of its probability than masked elsewhere`
-      + `${interval ? ` (95 %: ${percent(interval[0])} to ${percent(interval[1])})` : ""}.` }));
-  }
-  const aside = make("aside"), groups = make("div", { className: "groups" });
-  const heat = one.heat || one.typical_heat;
-  if (heat) aside.append(make("figure", {}, pictures.plain(heatOf(heat), "Where its heat lies"), make("figcaption", { textContent: "Where its heat lies" })));
-  const list = embeddedList(examples.map(([row, index]) => `${row}:${index}`));
-  if (list.length) groups.append(tilesOf(list));
-  card.append(make("div", { className: "split" }, aside, groups));
+    make("h2", { textContent: `${page.nameOf(one.class_id)}: ${one.place}` }), make("p", { className: "quiet", textContent: facts.filter(Boolean).join(" \u00b7 ") }))));
+  if (one.effect !== undefined) card.append(effectOf(one));
+  const aside = make("aside"), telling = make("div");
+  if (one.heat) aside.append(make("figure", {}, pictures.plain(heatOf(one.heat), "Where their heat lies"), make("figcaption", { textContent: "Where their heat lies" })));
+  if (one.region) aside.append(make("figure", {}, pictures.plain(heatOf(one.region), "The region"), make("figcaption", { textContent: one.effect === undefined ? "The region" : "What was masked" })));
+  const list = embeddedList(one.examples.map(([row, index]) => `${row}:${index}`));
+  if (list.length) telling.append(tilesOf(list));
+  card.append(make("div", { className: "split" }, aside, telling));
   return card;
+}
+
+// How far the class's probability falls, as bars with the interval of the effect.
+function effectOf({ effect, confidence_interval: [low, high], confidence, fall_blurred: blurred, fall_filled: filled, fall_elsewhere: elsewhere, probability, masked }) {
+  const bar = (label, value, className) => make("div", { className: "fall" }, make("span", { textContent: label }), make("span", { className: "track" },
+    make("span", { className, "--part": `${Math.max(0, Math.min(100, 100 * value))}%` })), make("b", { textContent: percent(value) }));
+  return make("div", { className: "falls" },
+    make("p", {}, "Masked here, the class loses ", make("b", { textContent: percent(effect) }), ` more of its probability than masked elsewhere (${percent(low)} to ${percent(high)}, confidence ${percent(confidence)}; ${counted(masked, "image")}, probability ${percent(probability)} before).`),
+    bar("blurred here", blurred, "here"), bar("filled here", filled, "here"), bar("masked elsewhere", elsewhere, "there"));
 }
 
 // ---------------------------------------------------------------- the map
 
 const MAP_COLORS = ["#4c78d0", "#d98a1d", "#1f9d7a", "#d6455d", "#7d6bd6", "#2ba6b8", "#b5692c", "#c55aa5", "#7a9a2e", "#8a8f98"];
 
+function clusterOf(known, color, count, button, title = "") {
+  const text = known ? known.place : "in no cluster";
+  const card = make("div", { className: "cluster" }, known ? pictures.plain(heatOf(known.heat), `Heat of the cluster: ${text}`) : make("span"), make("div", {},
+    make("h3", {}, make("span", { className: "dot", "--color": color }), title ? `${title}: ${text}` : text),
+    make("p", { className: "quiet", textContent: [counted(count, "image"), known?.accuracy === null || !known ? null : `${percent(known.accuracy)} right`,
+      known?.heat_inside === null || !known ? null : `${percent(known.heat_inside)} of the heat inside`].filter(Boolean).join(" \u00b7 ") }), button));
+  return card;
+}
+
 async function mapTab(main, mine) {
   if (!page.columns.some(({ name }) => name === "x")) {
     main.append(empty("This audit has no map of what the network looks at."));
     return;
   }
-  if (!rows.isOpen) return void main.append(folderCard());
+  if (!rows.isOpen) {
+    main.append(folderCard());
+    const cards = make("div", { className: "groups" });
+    main.append(make("h2", { className: "controls", textContent: "Clusters" }), cards);
+    inTurn(report.clusters, (one) => clusterOf(one, MAP_COLORS[one.number % MAP_COLORS.length], one.images, null, page.nameOf(one.class_id)), cards);
+    return;
+  }
   main.append(make("p", { className: "quiet", textContent: "Reading\u2026" }));
   const [x, y, cluster, classIds] = await Promise.all(["x", "y", "cluster", "class_id"].map((name) => rows.column(name)));
   if (mine !== turn) return;
@@ -315,9 +342,9 @@ async function mapTab(main, mine) {
     canvas.setAttribute("aria-label", `${counted(own.length, "image")} in ${counted(clusters.length, "cluster")}`);
     side.replaceChildren(...clusters.map((one) => {
       const members = own.filter((place) => cluster[place] === one);
-      return make("div", {}, make("h3", {}, make("span", { className: "dot", "--color": colorOf(members[0]) }),
-        one < 0 || Number.isNaN(one) ? "in no cluster" : `cluster ${one + 1}`, make("span", { className: "chip", textContent: counted(members.length, "image") })),
-        rowsButton("Show them", [is("class_id", Number(choose.value)), is("cluster", one)], { column: "probability", isDown: true }));
+      const known = report.clusters.find(({ class_id: id, number }) => id === Number(choose.value) && number === one);
+      return clusterOf(known, colorOf(members[0]), members.length, one < 0 || Number.isNaN(one) ? null
+        : rowsButton("Show them", [is("class_id", Number(choose.value)), is("cluster", one)], { column: "probability", isDown: true }));
     }));
   };
   canvas.addEventListener("click", (event) => {
