@@ -11,6 +11,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
@@ -40,6 +41,7 @@ from gradcam_worker.operations import console
 from gradcam_worker.operations.progress_bar import BackfillProgressBar
 from gradcam_worker.resilience.circuit_breaker import CircuitBreaker
 from gradcam_worker.resilience.prefetch import Prefetcher
+from gradcam_worker.schemas.annotations import Annotations
 from gradcam_worker.schemas.ids import utc_now
 from gradcam_worker.schemas.options import Target
 from gradcam_worker.schemas.shard import Row, Shard
@@ -239,6 +241,28 @@ def test_a_backfill_leaves_a_complete_dataset_with_each_row_exactly_once(
     last = harness.shown[-1]
     assert (last.planned, last.done, last.failed, last.whole, last.in_flight) == (11, 11, 2, True, 0)
     assert next(reversed(harness.store.objects)) == "dataset.json", "it is written last"
+
+
+def test_what_is_known_and_carried_is_in_the_dataset_and_what_cannot_be_used_is_told(
+    harness: Harness, plan: Plan
+) -> None:
+    fields = {"annotated": True, "features": True, "carried": {"site": "string"}}
+    labels = ["red", "purple", "red", "mauve", "red", "mauve"]
+    rows = [
+        row.model_copy(update={"annotations": Annotations(labels=[label]), "carried": (f"at {label}",)})
+        for row, label in zip(images(6), labels, strict=True)
+    ]
+    assert harness.run(plan.model_copy(update=fields), rows)
+    found = pa.concat_tables(
+        pq.read_table(io.BytesIO(data)) for name, data in harness.store.objects.items() if "parquet" in name
+    )
+    assert found["site"].to_pylist() == [f"at {label}" for label in labels]
+    assert found["truth_ids"].to_pylist() == [[0] if label == "red" else [] for label in labels]
+    assert found["heat_features"].null_count == 0
+    assert harness.shown[-1].warnings == {"label_unknown": 3}
+    first, last = harness.warnings
+    assert "label_unknown in shard 0: 2 of 4 rows. Row 1: There is no class 'purple'" in first
+    assert last == "3 rows have the warning label_unknown."
 
 
 def test_an_interrupted_backfill_goes_on_where_it_was(harness: Harness, plan: Plan) -> None:

@@ -157,6 +157,30 @@ def test_classes_against_cross_the_border_and_a_plain_method_needs_no_byte_more(
     assert engine_client._fields(Method(flip=True)) == ("gradcam", None, "logit", "per_class", True)
 
 
+def test_features_and_the_own_classes_of_images_cross_the_border(path: Path) -> None:
+    here, images = ModelCache(lambda _: TinyNetwork()), np.stack([RED, RED[:, :, ::-1], RED])
+    selections = [(-1, 2), (-1, -1), (2, 1)]
+    with engine(path, ModelCache(lambda _: TinyNetwork())), client(path) as remote:
+        remote.connect(WAIT_S)
+        both: tuple[Any, ...] = remote, here
+        for method in (Method(features=True), Method(features=True, against=(0,)), GRADCAM):
+            found = [
+                inference.infer_many(inference.load(ROW), images, selections, method, Deadline(WAIT_S))
+                for inference in both
+            ]
+            for one, other in zip(*found, strict=True):
+                assert_equal(one, other)
+                assert (one.features is None) is not method.features
+                if method.features:
+                    np.testing.assert_array_equal(one.features, other.features)
+                    assert one.features.shape == (len(one.explained), 3)
+        assert [[prediction.name for prediction in one.explained] for one in found[0]] == [
+            ["red", "blue"],
+            ["blue"],
+            ["blue", "green"],
+        ]
+
+
 def test_values_beside_the_image_are_the_same_across_the_border(path: Path) -> None:
     there, here = AgedNetwork(), AgedNetwork()
     images = np.stack([RED, RED[:, :, ::-1]])

@@ -260,3 +260,30 @@ class TestFlip:
         close(raw, raw[..., ::-1], 1e-6)
         plain = network.compute(symmetric, PAIR[:1], Method(name)).raw
         assert np.abs(plain - plain[..., ::-1]).max() > 0.01 * np.abs(plain).max()
+
+
+@pytest.mark.parametrize("name", ["gradcam", "hirescam", "eigencam"])
+@pytest.mark.parametrize("flip", [False, True])
+def test_features_are_those_of_the_layers_own_activations(
+    name: str, flip: bool, build: Callable[..., Any], wrap: Wrap, pixels: NDArray[np.uint8]
+) -> None:
+    """With the shortcut of Grad-CAM, the whole backward pass, and none; one by one in a loop."""
+    import keras
+
+    model = build()
+    computed = wrap(model).compute(pixels, PAIR, Method(name, "target", flip=flip, features=True))
+    trunk = keras.Model(model.input, model.get_layer("target").output)
+    activations = trunk(pixels.astype(np.float32) / 127.5 - 1).numpy()
+    assert computed.features is not None
+    assert computed.features.shape == (3, 2, 10)
+    for image in range(3):
+        for wanted in range(2):
+            heat = np.maximum(computed.raw[image, wanted], 0)[..., None]
+            if heat.any():
+                expected = (activations[image] * heat).sum((0, 1)) / heat.sum()
+                assert_allclose(computed.features[image, wanted], expected, rtol=1e-3, atol=1e-5)
+            else:
+                assert np.isnan(computed.features[image, wanted]).all()
+    plain = wrap(model).compute(pixels, PAIR, Method(name, "target", flip=flip))
+    assert plain.features is None
+    assert_allclose(plain.raw, computed.raw, atol=between_batches(name) * np.abs(plain.raw).max())

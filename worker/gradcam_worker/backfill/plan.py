@@ -16,7 +16,15 @@ from pydantic import (
 from gradcam_worker.schemas.ids import new_id, utc_now
 from gradcam_worker.schemas.job import Job, Sha256
 from gradcam_worker.schemas.model import RequestModel, describe, without_defaults
-from gradcam_worker.schemas.options import Inputs, MethodSpec, Metric, Name, OverlaySpec, Target
+from gradcam_worker.schemas.options import (
+    WITHOUT_LAYER,
+    Inputs,
+    MethodSpec,
+    Metric,
+    Name,
+    OverlaySpec,
+    Target,
+)
 from gradcam_worker.schemas.shard import MAX_ROWS, CarriedColumns
 
 MAX_SPEC_BYTES = 256 * 1024  # of `Plan.spec` as JSON
@@ -82,6 +90,9 @@ class Plan(RequestModel):
             )
         except ValidationError as error:
             raise ValueError(describe(error).removeprefix("the message: ")) from error
+        if self.features and self.method.is_named and self.method.name in WITHOUT_LAYER:
+            message = f"features are of a target layer, which the method {self.method.name} does not have"
+            raise ValueError(message)
         if len(json.dumps(self.spec())) > MAX_SPEC_BYTES:
             limit = f"{MAX_SPEC_BYTES:,} bytes as JSON"
             message = f"what is asked of each row is longer than {limit}: name fewer classes"

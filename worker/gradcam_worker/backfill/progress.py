@@ -24,6 +24,7 @@ class Progress:
     partly: int = 0  # explained in shards that have not ended; not in `done`
     failed: int = 0  # in this run
     codes: Mapping[str, int] = field(default_factory=dict)  # rows that failed, by error code
+    warnings: Mapping[str, int] = field(default_factory=dict)  # explained rows, by code
     lost: int = 0  # shards that failed as a whole: the dataset lacks their rows
     in_flight: int = 0  # shards
     workers: int | None = None  # alive; None: unknown
@@ -36,7 +37,7 @@ class Progress:
 
     def facts(self) -> dict[str, Any]:
         """Return the fields as JSON."""
-        return {**vars(self), "codes": dict(self.codes)}
+        return {**vars(self), "codes": dict(self.codes), "warnings": dict(self.warnings)}
 
 
 class RateMeter:

@@ -39,6 +39,7 @@ from gradcam_worker.schemas.legacy_rows import row_state
 from gradcam_worker.schemas.shard import Shard
 from gradcam_worker.schemas.status import StatusDocument
 from gradcam_worker.text.log_events import EventLogger
+from gradcam_worker.text.visible import counted
 
 log = EventLogger("gradcam")
 
@@ -97,6 +98,7 @@ class BackfillRunner:
         self._done_rows: DoneRows | None = None  # of the output; None: not read yet
         self._shard_keys: list[str] = []  # of the input so far
         self._error_codes: Counter[str] = Counter()
+        self._warnings: Counter[str] = Counter()  # rows by code
         self._unchecked_ids: list[str] = []  # of shards done earlier whose weights are not checked yet
         self._shards_ended = 0  # in this run
         self._next_submit_s = 0.0  # when the rate allows the next shard
@@ -146,6 +148,8 @@ class BackfillRunner:
                 pause_s = MIN_POLL_INTERVAL_S if changed else min(pause_s * 1.5, MAX_POLL_INTERVAL_S)
                 if self._must_wait() or not changed:
                     time.sleep(pause_s)
+        for code, rows in self._warnings.items():
+            self._warn(f"{counted(rows, 'row has', 'rows have')} the warning {code}.")
         if self.progress.lost:
             return None
         self._cancel_previous_run()
@@ -328,10 +332,20 @@ class BackfillRunner:
             self._unchecked_ids.clear()
 
     def _on_shard_succeeded(self, shard: Shard, document: StatusDocument) -> None:
-        self._count_rows(shard, row_state(document).failed)
+        state = row_state(document)
+        self._count_rows(shard, state.failed)
+        self._count_warnings(document, state.warnings)
         reused = self.progress.reused + int(document.metrics.get("reused", 0))
         self.progress = replace(self.progress, reused=reused)
         self._check_weights(document)
+
+    def _count_warnings(self, document: StatusDocument, rows: Mapping[str, int]) -> None:
+        """Count the rows of a shard that have a warning; the first of each kind is told."""
+        for warning in document.warnings:
+            if warning.code in rows.keys() - self._warnings.keys():
+                self._warn(f"{warning.code} in shard {document.metadata['shard']}: {warning.detail}")
+        self._warnings.update(rows)
+        self.progress = replace(self.progress, warnings=dict(sorted(self._warnings.items())))
 
     def _on_shard_failed(self, entry: InFlightShard, document: StatusDocument) -> None:
         """Retry a shard that failed as a whole, or count it as lost."""

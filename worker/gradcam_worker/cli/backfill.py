@@ -158,6 +158,12 @@ def backfill() -> None:
 @explanation_options
 @click.option("--output", required=True, metavar="s3://...", help="Where the dataset is written.")
 @click.option(
+    "--features",
+    is_flag=True,
+    help="Also store what the network looks at, as a vector of each explanation: the activations of its "
+    "target layer, averaged with the heat as weights.",
+)
+@click.option(
     "--shard-rows",
     type=click.IntRange(1, MAX_ROWS),
     default=256,
@@ -250,10 +256,11 @@ def run(
         print_summary,
     )
 
+    features = {"features": options.pop("features")}
     run_options = RunOptions(**options)
     settings = Settings.from_environment()
     dataset, ledger = open_dataset(output, settings), RedisLedger(settings)
-    spec = for_api.get("spec") or _with_target(spec, dataset, settings)
+    spec = for_api.get("spec") or _with_target(spec, dataset, settings) | features
     resume = resume or run_options.only_failed or run_options.changed
     fixed = dataset.carried_before() if resume else None
     reading = reading if run_options.changed else _as_begun(reading, fixed)

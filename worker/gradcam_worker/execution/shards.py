@@ -194,7 +194,7 @@ def _write_or_remove(store: Store, file: Object, deadline: Deadline) -> None:
 
 
 def _job_result(uri: str, data: bytes, summary: Summary) -> JobResult:
-    failed = dict(summary.codes)
+    failed, warnings = dict(summary.codes), {code: rows for code, (rows, _) in summary.warnings.items()}
     metrics = {
         "rows": float(summary.rows),
         "failed": float(summary.failed),
@@ -210,7 +210,7 @@ def _job_result(uri: str, data: bytes, summary: Summary) -> JobResult:
             for code, (rows, first) in summary.warnings.items()
         ),
         metrics=metrics,
-        rows=RowState(failed=failed) if failed else None,
+        rows=RowState(failed=failed, warnings=warnings) if failed or warnings else None,
     )
 
 

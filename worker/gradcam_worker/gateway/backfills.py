@@ -70,6 +70,8 @@ class BackfillRequest(RequestModel):
     method: MethodSpec = MethodSpec()
     metrics: Annotated[tuple[Metric, ...], Field(max_length=4)] = ()
     artifacts: Annotated[tuple[OverlaySpec, ...], Field(max_length=3)] = ()
+    features: bool = False
+    """also store what the network looks at, as a vector of each explanation"""
     shard_rows: Annotated[int, Field(ge=1, le=MAX_ROWS)] = 256
     """images in one shard"""
     window: Annotated[int, Field(ge=1, le=10_000)] | None = None

@@ -167,6 +167,7 @@ MethodName = Literal[
     "occlusion",
 ]
 ArtifactKind = Literal["overlay", "heatmap", "grid", "animation", "report"]
+WITHOUT_LAYER = ("integrated_gradients", *MASKING_PARAMETERS)  # methods that explain no layer's activations
 WITHOUT_CLASS = ("eigencam",)  # methods whose heatmap is the same for every class
 
 

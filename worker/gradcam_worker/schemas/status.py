@@ -12,7 +12,7 @@ from pydantic import (
 
 from gradcam_worker.errors import GradcamError, public_message
 from gradcam_worker.schemas.job import JobId, Sha256
-from gradcam_worker.schemas.model import ResponseModel
+from gradcam_worker.schemas.model import ResponseModel, without_defaults
 from gradcam_worker.text.urls import redacted
 from gradcam_worker.text.visible import visible
 
@@ -143,6 +143,12 @@ class RowState(ResponseModel):
         default_factory=dict
     )  # of a shard that succeeded: error code -> number of rows
     search: RowSearch | None = None  # after a worker has died while it ran the shard
+    # Of a shard that succeeded: code of a warning about what is known of images -> number of rows.
+    warnings: dict[str, int] = Field(default_factory=dict)
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without_defaults(self, serialize(self), ["warnings"])
 
 
 class PassState(ResponseModel):
