@@ -237,7 +237,7 @@ def test_of_boxes_with_labels_those_of_the_explained_class_count_for_it() -> Non
 @pytest.mark.parametrize(
     ("mask", "said"),
     [
-        ({"uri": "s3://in/gone.png"}, "There is nothing at s3://in/gone.png"),
+        ({"uri": "s3://in/gone.png"}, "image_not_found: "),
         ({"rle": {"size": [48, 80], "counts": [48 * 80]}}, "the proportions must be the same"),
         ({"rle": {"size": [8, 8], "counts": "0"}}, "run lengths"),
     ],
@@ -251,6 +251,7 @@ def test_a_mask_that_cannot_be_used_is_told_and_the_image_is_explained(
     (warning,) = result.warnings
     assert warning.code == "mask_unusable"
     assert said in (warning.detail or "")
+    assert "s3://" not in (warning.detail or ""), "a tenant reads it, too"
     manifest, _ = run(annotations)
     assert [one.code for one in manifest.warnings] == ["mask_unusable"]
 

@@ -48,7 +48,10 @@ def find_mask(annotations: Annotations | None, read: Callable[[AnnotatedMask], M
     except GradcamError as error:
         if error.retryable:
             raise
-        return FoundMask(problem=str(error))
+        if annotations.mask.rle is not None:
+            return FoundMask(problem=str(error))
+        # Whoever reads the warning may be no operator, and the message names settings, hosts and buckets.
+        return FoundMask(problem=f"{error.code}: {error.public_message}")
 
 
 class Labels:

@@ -78,10 +78,7 @@ def read_mask(
 def _read_runs(runs: RunLengths, services: ImageServices, deadline: Deadline) -> Mask:
     (height, width), limits = runs.size, services.limits
     if height * width > limits.max_pixels:
-        message = (
-            f"The mask has {height} x {width} pixels; at most {limits.max_pixels:,} are allowed "
-            "(GRADCAM_MAX_IMAGE_PIXELS)."
-        )
+        message = f"The mask has {height} x {width} pixels; at most {limits.max_pixels:,} are allowed."
         raise ImagePixelsExceeded(message)
     counts = _decompress(runs.counts) if isinstance(runs.counts, str) else list(runs.counts)
     if min(counts, default=0) < 0 or sum(counts) != height * width:
