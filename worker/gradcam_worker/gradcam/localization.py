@@ -169,9 +169,8 @@ def localize(
     on_image = np.outer(_lengths(ys, 0, size[0]), _lengths(xs, 0, size[1]))
     band = BORDER_SHARE * min(size)
     inner = np.outer(_lengths(ys, band, size[0] - band), _lengths(xs, band, size[1] - band))
-    step = max(math.ceil(HOT_CELLS / max(rows, columns)), 1)
-    fine = tuple(_cell_lines(size, placement, (rows * step, columns * step)))
-    kept: dict[int, Floats] = {}  # the coverage of each region, which several classes may share
+    parts: _Parts | None = None
+    kept: dict[int, tuple[Floats, float]] = {}  # coverage and area of regions, which classes may share
     found = []
     for heatmap, peak, region in zip(heatmaps.astype(np.float64), peaks, regions, strict=True):
         heat = float((heatmap * on_image).sum())
@@ -182,32 +181,46 @@ def localize(
         if region is None:
             found.append(Localization(min(max(at_border, 0.0), 1.0)))
             continue
+        parts = parts or _Parts(size, placement, (rows, columns))
         if id(region) not in kept:
-            kept[id(region)] = region.coverage(*fine)
-        covered = kept[id(region)]
-        of_cells = covered.reshape(rows, step, columns, step).sum(axis=(1, 3))
+            whole = region.coverage(np.array([0.0, size[0]]), np.array([0.0, size[1]]))
+            kept[id(region)] = region.coverage(parts.ys, parts.xs), float(whole.sum())
+        covered, area = kept[id(region)]
+        of_cells = covered.reshape(rows, parts.step, columns, parts.step).sum(axis=(1, 3))
         found.append(
             Localization(
                 min(max(at_border, 0.0), 1.0),
                 min(float((heatmap * of_cells).sum()) / heat, 1.0),
                 min(float(covered.sum() / on_image.sum()), 1.0),
                 region.contains(peak[0] + 0.5, peak[1] + 0.5),
-                _iou(heatmap, size, fine, covered, region),
+                parts.iou(heatmap, covered, area),
             )
         )
     return found
 
 
-def _iou(heatmap: Floats, size: Size, fine: tuple[Floats, ...], covered: Floats, region: Region) -> float:
-    """Intersection over union of the hot part of a heatmap and a region, by the parts of its cells."""
-    ys, xs = fine
-    down, across = _bilinear(heatmap.shape[0], len(ys) - 1), _bilinear(heatmap.shape[1], len(xs) - 1)
-    values = down @ heatmap @ across.T
-    area = np.outer(_lengths(ys, 0, size[0]), _lengths(xs, 0, size[1]))
-    hot = values >= HOT_SHARE * float(values[area > 0].max()) * ROUNDING
-    shared = float(covered[hot].sum())
-    whole = region.coverage(np.array([0.0, size[0]]), np.array([0.0, size[1]]))
-    return shared / (float(area[hot].sum()) + float(whole.sum()) - shared)
+class _Parts:
+    """The parts of a heatmap's cells, which are so many that they follow the enlarged heatmap."""
+
+    def __init__(self, size: Size, placement: Placement | None, cells: Size) -> None:
+        self.step = max(math.ceil(HOT_CELLS / max(cells)), 1)  # parts of a cell, per side
+        count = cells[0] * self.step, cells[1] * self.step
+        self.ys, self.xs = _cell_lines(size, placement, count)
+        self._down, self._across = _bilinear(cells[0], count[0]), _bilinear(cells[1], count[1])
+        self._area = np.outer(_lengths(self.ys, 0, size[0]), _lengths(self.xs, 0, size[1]))
+
+    def iou(self, heatmap: Floats, covered: Floats, area: float) -> float:
+        """Intersection over union of the hot parts of a heatmap and a region.
+
+        Args:
+            heatmap: (rows, columns).
+            covered: The region's coverage of the parts.
+            area: Of the region, in pixels of the image.
+        """
+        values = self._down @ heatmap @ self._across.T
+        hot = values >= HOT_SHARE * float(values[self._area > 0].max()) * ROUNDING
+        shared = float(covered[hot].sum())
+        return shared / (float(self._area[hot].sum()) + area - shared)
 
 
 def _cell_lines(size: Size, placement: Placement | None, cells: Size) -> tuple[Floats, Floats]:
