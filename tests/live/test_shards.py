@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.operations import servers
 from gradcam_worker.runtime import parent_watch
 from gradcam_worker.schemas.ids import new_id
-from gradcam_worker.schemas.shard import Shard, data_key
+from gradcam_worker.schemas.shard import Row, Shard, data_key
 from gradcam_worker.schemas.status import StatusDocument
 from gradcam_worker.settings import Settings
 
@@ -43,7 +43,37 @@ def picture(color: tuple[int, int, int]) -> str:
     return "data:image/png;base64," + base64.b64encode(data).decode()
 
 
+def mask() -> str:
+    """A data URI of a mask of 16 x 16 pixels, of the left half."""
+    pixels = np.zeros((16, 16), np.uint8)
+    pixels[:, :8] = 1
+    return "data:image/png;base64," + base64.b64encode(cv2.imencode(".png", pixels)[1].tobytes()).decode()
+
+
 HEALTHY = [picture((20 * number, 250 - 20 * number, 90)) for number in range(8)]
+
+
+# What is known of four images: the left half is the object.
+KNOWN: list[dict[str, Any]] = [
+    {"annotations": {"labels": ["green"], "boxes": [{"xyxy": [0, 0, 16, 32]}]}, "carried": [7]},
+    {"annotations": {"mask": {"uri": mask()}, "labels": ["mauve"]}, "classes": ["blue", "red", "green"]},
+    {"annotations": {"mask": {"rle": {"size": [32, 32], "counts": [0, 512, 512]}}}, "carried": [9]},
+]
+
+
+def check_annotated(document: StatusDocument, records: list[dict[str, Any]]) -> None:
+    """The images have one colour, so that their heat is everywhere the same."""
+    assert [one["row"] % 100 for one in records] == [0, 1, 1, 1, 2, 3]
+    assert [one["site"] for one in records] == [7, None, None, None, 9, None]
+    assert [one["truth_ids"] for one in records] == [[1], [], [], [], None, None]
+    assert [one["correct"] for one in records] == [True, None, None, None, None, None]
+    for one in records[:-1]:
+        assert one["inside_area"] in {0.5, None}
+        assert (one["heat_inside"], one["inside_area"]) == (one["inside_area"], one["heat_inside"])
+    assert [one["heat_inside"] for one in records] == [0.5, 0.5, None, None, 0.5, None]
+    assert [one["heat_features"] is None for one in records] == [False, False, True, True, False, False]
+    assert document.rows is not None
+    assert document.rows.warnings == {"label_unknown": 1}
 
 
 def wait_for(condition: Callable[[], object], what: str) -> None:
@@ -70,18 +100,19 @@ class Yard:
         registry = RedisBackfillRegistry(self.ledger.server)
         self.token = registry.renew(self.settings.output, "me", facts, [], "a token", enter=True).token
 
-    def submit(self, rows: list[str]) -> Shard:
-        number = len(self.ids)
+    def submit(self, rows: list[str], more: Sequence[dict[str, Any]] = (), **changes: Any) -> Shard:
+        number, known = len(self.ids), [*more, *[{}] * (len(rows) - len(more))]
         shard = Shard(
             backfill=self.backfill,
             index=number,
             key=f"{number:08d}-0123456789abcdef",
             first=100 * number,
-            rows=[{"uri": one} for one in rows],  # type: ignore[arg-type]
+            rows=tuple(Row.model_validate({"uri": one, **of}) for one, of in zip(rows, known, strict=True)),
             network=tiny_worker.NETWORK,
             target={"top_n": 1},  # type: ignore[arg-type]
             output=self.settings.output,
             token=self.token,
+            **changes,
         )
         self.ids.append(shard.id)
         self.ledger.submit(shard)
@@ -192,6 +223,11 @@ def test_shards_leave_room_for_who_is_urgent_survive_their_workers_and_leave_out
             poisoned = yard.submit([*HEALTHY[:6], picture(tiny_worker.POISON), *HEALTHY[6:]])
             shards += [yard.submit(rows) for _ in range(3)]
             wait_for(lambda: all(one.final for one in yard.documents()), "the end of the poisoned one")
+            wish = {"annotated": True, "features": True, "carried": {"site": "int64"}}
+            annotated = yard.submit(HEALTHY[:4], KNOWN, **wish)
+            wait_for(lambda: yard.documents()[-1].final, "the end of the annotated one")
+    check_annotated(yard.documents()[-1], yard.table(annotated))
+    yard.ids.pop()
     documents = {one.metadata["shard"]: one for one in yard.documents()}
     assert {one.status for one in documents.values()} == {"succeeded"}
     for shard in shards:

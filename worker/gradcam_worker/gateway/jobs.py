@@ -32,7 +32,7 @@ MAX_WAIT_S = 120.0  # of `Prefer: wait`; proxies often end a request after 60 s
 MAX_KEY_LENGTH = 256
 FORM = "multipart/form-data"
 TEXT_FIELDS = {"network", "priority", "output", "idempotency_key"}  # of a form, as in a job
-JSON_FIELDS = {"target", "method", "artifacts", "metrics", "inputs", "webhooks", "metadata"}
+JSON_FIELDS = {"target", "method", "artifacts", "metrics", "inputs", "annotations", "webhooks", "metadata"}
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 

@@ -91,6 +91,7 @@ EXAMPLES = {  # of fields of a job
     "artifacts": '[{"kind": "overlay"}]',
     "metrics": '["deletion"]',
     "inputs": '{"age": 61}',
+    "annotations": '{"labels": ["tabby"]}',
 }
 
 
