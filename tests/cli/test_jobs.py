@@ -11,6 +11,7 @@ from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.errors import LedgerUnavailable
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.operations import console
+from gradcam_worker.schemas.annotations import Annotations
 from gradcam_worker.schemas.job import Job
 from gradcam_worker.schemas.options import MethodSpec, Target
 from gradcam_worker.schemas.status import ClassScore, WorkerRef
@@ -35,6 +36,21 @@ def test_the_options_of_a_method_reach_the_job(
     assert chosen.method == MethodSpec(
         name="layercam", layer="auto", score="probability", normalize="joint", flip=True
     )
+
+
+def test_what_is_known_of_the_image_reaches_the_job(
+    environment: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    submitted: list[Job] = []
+    monkeypatch.setattr(
+        "gradcam_worker.client.client.GradcamClient.submit", lambda _, job, **__: submitted.append(job)
+    )
+    known = {"labels": ["tabby"], "boxes": [{"xyxy": [0, 0, 0.5, 1], "relative": True}]}
+    assert main(["submit", "s3://photos/cat.jpg", "--annotations", json.dumps(known)]) == 0
+    assert submitted[0].annotations == Annotations.model_validate(known)
+    for wrong in ("tabby", '["tabby"]'):
+        assert main(["submit", "s3://photos/cat.jpg", "--annotations", wrong]) != 0
+        assert "no object of JSON: write it as in" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(

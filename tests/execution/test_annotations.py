@@ -211,6 +211,7 @@ def test_labels_that_the_network_lacks_are_told_and_the_image_is_explained() -> 
     told = {warning.code: warning.detail or "" for warning in result.warnings}
     assert set(told) == {"label_unknown", "label_ambiguous"}
     assert told["label_unknown"].startswith("2 of 4 rows. Row 100: There is no class 'purple'.")
+    assert "ids run from 0 to 2" in (run_rows([{"annotations": {"labels": [7]}}])[1].warnings[0].detail or "")
     assert "'twin' is the name of 2 classes" in told["label_ambiguous"]
 
 

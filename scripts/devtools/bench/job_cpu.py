@@ -71,6 +71,7 @@ PARTS = {  # name -> the functions that are it, as `module:name`, where they are
     "fit": "images.prepare:DecodedImage.fit",
     "explain: hand-over": "inference.batcher:Batcher._compute",
     "explain: ranks, heatmaps": "inference.model_cache:extract_explanation",
+    "where the heat lies": "execution.pipeline:locate execution.shard_rows:locate",
     "boxes": "gradcam.imaging.region:hot_box execution.shard_rows:hot_box",
     "draw": "gradcam.imaging.overlay:OverlayBase.__init__ gradcam.imaging.overlay:OverlayBase.draw",
     "encode": "gradcam.imaging.overlay:encode",

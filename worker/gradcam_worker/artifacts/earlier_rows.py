@@ -215,7 +215,7 @@ def _records_by_digest(table: "pa.Table") -> dict[str, NDArray[np.int64]]:
     """The positions of the records of each digest; where several rows have it, of the first of them."""
     rows = table["row"].to_numpy()
     starts = np.flatnonzero(np.diff(rows, prepend=-1))
-    ends = [*starts[1:].tolist(), len(rows)]
+    ends = [*starts[1:].tolist(), len(rows)][: len(starts)]  # none where no row was explained
     digests = table[DIGEST_COLUMN].take(starts).to_pylist()
     records: dict[str, NDArray[np.int64]] = {}
     for digest, start, end in zip(digests, starts.tolist(), ends, strict=True):

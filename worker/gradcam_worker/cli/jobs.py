@@ -1,5 +1,6 @@
 """The commands about a job: explain, submit, status, cancel."""
 
+import json
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from gradcam_worker.cli.options import explanation_options, json_option, with_de
 from gradcam_worker.errors import GradcamError, InvalidSettings
 from gradcam_worker.operations import console
 from gradcam_worker.schemas.job import Job, describe_missing_scheme
+from gradcam_worker.schemas.model import EXAMPLES
 from gradcam_worker.schemas.status import StatusDocument
 from gradcam_worker.settings import Settings
 from gradcam_worker.text.urls import without_secrets
@@ -56,11 +58,32 @@ def explain(images: tuple[Path, ...], output: Path, *, spec: dict[str, Any], as_
     return explain_files(images, spec, output, Settings.from_environment(), as_json=as_json)
 
 
+def _parse_annotations(_: click.Context, option: click.Parameter, text: str | None) -> dict[str, Any] | None:
+    """Click callback of what is known of an image; None: not given."""
+    if text is None:
+        return None
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        message = f"{text[:60]!r} is no object of JSON: write it as in {EXAMPLES['annotations']}"
+        raise click.BadParameter(message, param=option)
+    return found
+
+
 @click.command()
 @click.argument("uri")
 @explanation_options
 @click.option(
     "--upload", is_flag=True, help="URI is a file on this machine: upload it to GRADCAM_UPLOADS first."
+)
+@click.option(
+    "--annotations",
+    metavar="JSON",
+    callback=_parse_annotations,
+    help='What is known of the image: labels, boxes or a mask, as in \'{"labels": ["tabby"]}\'. Then the '
+    "manifest says whether the heat lies on the object.",
 )
 @click.option("--wait/--no-wait", default=False, help="Wait until the job is final, and show the result.")
 @click.option(
@@ -76,6 +99,7 @@ def submit(
     retry_failed: bool,
     spec: dict[str, Any],
     upload: bool,
+    annotations: dict[str, Any] | None,
     wait: bool,
     as_json: bool,
 ) -> int:
@@ -104,7 +128,8 @@ def submit(
     if upload and not settings.uploads:
         message = "--upload needs GRADCAM_UPLOADS, the folder for uploads: set it, as in s3://photos/uploads."
         raise InvalidSettings(message)
-    fields = {"idempotency_key": idempotency_key, **with_default_target(spec, settings.networks)}
+    known = {"annotations": annotations} if annotations else {}
+    fields = {"idempotency_key": idempotency_key, **with_default_target(spec, settings.networks), **known}
     job = None if upload else Job.parse({"image": uri, **fields})
     client = GradcamClient(settings=settings)
     if job:

@@ -60,6 +60,7 @@ class Labels:
     def __init__(self, classes: ClassIndex) -> None:
         self.classes = classes
         self._found: dict[int | str, int | ResultWarning] = {}
+        self._explained: set[str] = set()  # codes of warnings with suggestions, which are slow to find
 
     def find(self, names: Sequence[int | str]) -> tuple[tuple[int, ...], tuple[ResultWarning, ...]]:
         """Find classes.
@@ -83,12 +84,17 @@ class Labels:
         return tuple(ids), tuple(warnings.values())
 
     def _look_up(self, name: int | str) -> int | ResultWarning:
-        try:
-            return self.classes.find(name).id
-        except AmbiguousClass as error:
-            return ResultWarning(code=LABEL_AMBIGUOUS, detail=str(error))
-        except UnknownClass as error:
-            return ResultWarning(code=LABEL_UNKNOWN, detail=str(error))
+        matches = self.classes.matches(name)
+        if len(matches) == 1:
+            return matches[0].id
+        code, detail = LABEL_AMBIGUOUS if matches else LABEL_UNKNOWN, f"{str(name)[:200]!r}"
+        if code not in self._explained:
+            self._explained.add(code)
+            try:
+                self.classes.find(name)
+            except (AmbiguousClass, UnknownClass) as error:
+                detail = str(error)
+        return ResultWarning(code=code, detail=detail)
 
 
 def locate(

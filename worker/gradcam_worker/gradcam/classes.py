@@ -113,6 +113,23 @@ class ClassIndex:
         is_wnid = bool(WNID.fullmatch(fold(name_or_id)))
         return [fold(label.wnid if is_wnid else label.name) for label in self.labels]
 
+    def _is_id(self, name_or_id: int | str) -> bool:
+        """Whether it is read as the id of a class, since no class has this very name."""
+        is_exact = isinstance(name_or_id, str) and name_or_id in self._by_name
+        return not is_exact and (not isinstance(name_or_id, str) or name_or_id.strip().isdecimal())
+
+    def matches(self, name_or_id: int | str) -> Sequence[Label]:
+        """All classes that an id, a wnid or a name may mean; `find` costs more where there is none.
+
+        Args:
+            name_or_id: An id, a wnid or a name.
+        """
+        if self._is_id(name_or_id):
+            is_known = not isinstance(name_or_id, bool | float) and 0 <= int(name_or_id) < len(self)
+            return [self[int(name_or_id)]] if is_known else []
+        name = str(name_or_id)
+        return self._by_name.get(name) or self._by_spelling.get(fold(name), [])
+
     def find(self, name_or_id: int | str) -> Label:
         """Find a class.
 
@@ -129,14 +146,11 @@ class ClassIndex:
             UnknownClass: There is no such class; the message suggests similar names.
             AmbiguousClass: Several classes have this name; the message lists them.
         """
-        is_exact = isinstance(name_or_id, str) and name_or_id in self._by_name
-        if not is_exact and (not isinstance(name_or_id, str) or name_or_id.strip().isdecimal()):
-            if isinstance(name_or_id, bool | float) or not 0 <= int(name_or_id) < len(self):
-                message = f"There is no class {name_or_id}: ids run from 0 to {len(self) - 1}."
-                raise UnknownClass(message)
-            return self[int(name_or_id)]
+        matches = self.matches(name_or_id)
+        if not matches and self._is_id(name_or_id):
+            message = f"There is no class {name_or_id}: ids run from 0 to {len(self) - 1}."
+            raise UnknownClass(message)
         name_or_id = str(name_or_id)
-        matches = self._by_name.get(name_or_id) or self._by_spelling.get(fold(name_or_id), [])
         if not matches:
             similar = nearest(fold(name_or_id), self._spellings(name_or_id), 6)
             suggestions = list(dict.fromkeys(str(self._by_spelling[spelling][0]) for spelling in similar))[:3]
