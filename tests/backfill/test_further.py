@@ -97,9 +97,12 @@ class TestCarried:
         where = write("a.csv", f"image,a,b,A\n{A},1,2,3\n")
         assert "has columns of one name, the columns 'a', 'A'" in refused(where)
         assert "has columns of one name" in refused(write("b.csv", f"image,a,a\n{A},1,2\n"))
-        rows, opened = read(write("c.csv", f",image,a\n0,{A},1\n"))
+        where = write("c.csv", f",image,a\n0,{A},1\n")
+        rows, opened = read(where)
         assert rows == [Row(uri=A, carried=("1",))]
-        assert opened.notes() == ["A column without a name is not carried."]
+        assert opened.notes() == ["A column without a name that can be printed is not carried."]
+        Path(where).write_bytes(b"image,t\xfctel,a\n" + f"{A},x,1\n".encode())
+        assert carried(where) == ({"a": "string"}, [("1",)])
 
     def test_fields_of_json_have_the_types_of_their_first_values(self, write: Write) -> None:
         first = {"image": A, "n": 1, "x": 1, "ok": True, "s": "a", "l": [1, 2], "m": ["a", None], "e": []}
@@ -352,7 +355,7 @@ class TestKnown:
         assert [row.annotations for row in rows] == [known, None]
         assert opened.annotated
         assert (
-            "1 value is left out, being not in the file; the first in Line 2: s3://photos/b.jpg"
+            "1 value is left out, being not readable; the first in Line 2: no image of this name"
             in opened.notes()[0]
         )
         (tmp_path / "in").mkdir()
@@ -382,6 +385,20 @@ class TestKnown:
         rows, opened = read(where)
         assert rows == [row]
         assert (opened.carried, opened.annotated) == (shard.carried, True)
+
+    def test_failed_rows_that_somebody_changed_are_explained_without_what_is_wrong(
+        self, write: Write
+    ) -> None:
+        wrong: dict[str, Any] = {"annotations": {"boxes": [{"xyxy": [1]}]}, "classes": [{}]}
+        value = {"image": A, "row": 0, "error": {"code": "x"}, **wrong}
+        rows, opened = read(write("failed.jsonl", lines(value, {**value, "annotations": 5})))
+        assert rows == [Row(uri=A), Row(uri=A)]
+        assert len(opened.notes()) == 2
+
+    def test_more_boxes_than_a_row_may_have_are_told(self, write: Write) -> None:
+        rows, opened = read(write("a.jsonl", lines({"image": A, "b": [[0, 0, 1, 1]] * 1001})), boxes="b")
+        assert rows == [Row(uri=A)]
+        assert "being not valid" in opened.notes()[0]
 
     def test_annotations_and_classes_of_other_lists_are_columns(self, write: Write) -> None:
         (row,), opened = read(write("a.jsonl", lines({"image": A, "classes": ["a"], "annotations": 5})))

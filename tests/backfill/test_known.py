@@ -140,6 +140,7 @@ COCO = {
         {"image_id": 1, "category_id": 9, "bbox": [5, 5, 5, 5]},
         {"image_id": 1, "category_id": 9, "bbox": [0, 0, 9, 9], "iscrowd": 1},
         {"image_id": 3, "category_id": 7, "bbox": [0, 0, 1, 1]},
+        {"image_id": 3, "category_id": 7, "bbox": [5, 5, 0, 1]},
     ],
 }
 
@@ -156,8 +157,10 @@ def test_boxes_of_a_coco_file_are_found_by_name_or_id() -> None:
     assert coco.find("file:///coco/train/b.jpg", None) == [AnnotatedBox(xyxy=(0, 0, 1, 1))]
     assert coco.find("file:///coco/val/b.jpg", None) == []
     assert coco.find("file:///c%20d.jpg", None) == []
-    assert coco.find("s3://b/b.jpg", None) is None, "two images have this name"
-    assert coco.find("s3://b/xa.jpg", None) is None
+    for uri in ("s3://b/b.jpg", "s3://b/xa.jpg"):  # two images have the name of the first
+        with pytest.raises(UnreadableCell, match="has no image of this name"):
+            coco.find(uri, None)
+    assert coco.without_area == 1
     assert coco.find("s3://b/other.jpg", "1") == found
 
 

@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from pydantic import ValidationError
+
 from gradcam_worker.artifacts.dataset import own_columns
 from gradcam_worker.backfill.inputs.known import (
     NO_MAP,
@@ -29,6 +31,7 @@ from gradcam_worker.backfill.inputs.options import (
 )
 from gradcam_worker.errors import InvalidInput
 from gradcam_worker.schemas.annotations import AnnotatedBox, Annotations
+from gradcam_worker.schemas.model import describe
 from gradcam_worker.schemas.shard import MAX_COLUMNS
 from gradcam_worker.text.visible import counted, visible
 
@@ -107,11 +110,10 @@ class FurtherColumns:
         if options.mask:
             found["mask"] = self._known(options.mask, place, parse_mask, next(cells))
         if self._coco:
-            found["boxes"] = self._coco.find(uri, row_id)
-            if found["boxes"] is None:
-                self.lose(str(options.boxes), "not in the file", place, uri)
-            elif not options.label:
-                labels = (box.label for box in found["boxes"] if box.label is not None)
+            boxes = self._known(str(options.boxes), place, self._coco.find, uri, row_id)
+            found["boxes"] = boxes
+            if boxes is not None and not options.label:
+                labels = (box.label for box in boxes if box.label is not None)
                 found["labels"] = tuple(dict.fromkeys(labels))
         elif self._boxes:
             values = [next(cells) for _ in self._boxes]
@@ -119,7 +121,15 @@ class FurtherColumns:
                 str(options.boxes), place, self._parse_boxes, values if len(values) > 1 else values[0]
             )
         known = {name: value for name, value in found.items() if value}
-        return Annotations(**known) if known else None
+        return self.valid_annotations(place, known) if known else None
+
+    def valid_annotations(self, place: str, known: Mapping[str, Any]) -> Annotations | None:
+        """Return annotations with these fields; None if they are invalid, which is counted."""
+        try:
+            return Annotations.model_validate(known)
+        except ValidationError as error:
+            self.lose("annotations", "not valid", place, describe(error))
+            return None
 
     def _parse_boxes(self, cell: Any) -> list[AnnotatedBox]:
         if len(self._boxes) == CORNERS:
@@ -182,7 +192,7 @@ def choose_carried(
     Raises:
         InvalidInput: A name is one of the dataset's own, is there twice, is too long, or is not there.
     """
-    names, types = [name for name, _ in kinds if name], dict(kinds)
+    names, types = [name for name, _ in kinds if name and name.isprintable()], dict(kinds)
     left, notes = {*used}, []
     if options.keep is not None:
         kept = _matching(names, options.keep, "--keep-columns")
@@ -195,7 +205,7 @@ def choose_carried(
     dropped = _matching(names, options.drop, "--drop-columns")
     chosen = [name for name in chosen if name not in dropped]
     if len(names) < len(kinds):
-        notes.append("A column without a name is not carried.")
+        notes.append("A column without a name that can be printed is not carried.")
     own = own_columns()
     clashing = [name for name in chosen if name.casefold() in own]
     if clashing:

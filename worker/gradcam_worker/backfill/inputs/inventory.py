@@ -26,6 +26,7 @@ from gradcam_worker.backfill.inputs.rows import MAX_VERSION, RowParser
 from gradcam_worker.backfill.inputs.tables import csv_records, without_unreadable
 from gradcam_worker.errors import InvalidInput
 from gradcam_worker.schemas.shard import Row
+from gradcam_worker.text.visible import visible
 
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 64 * 1024 * 1024
@@ -182,6 +183,6 @@ class InventoryReader:
         bucket, key = str(given[BUCKET] or ""), str(given[KEY] or "")
         if key.endswith("/") or self._filter.skips(key, f"{bucket}/{key}"):
             return None
-        version = str(given.get(ETAG) or given.get(VERSION) or "").strip('"')[:MAX_VERSION]
+        version = visible(str(given.get(ETAG) or given.get(VERSION) or "").strip('"'))[:MAX_VERSION]
         fields = {"version": version} if version else {}
         return parser.parse(number, f"s3://{bucket}/{key}", values=values, fields=fields)

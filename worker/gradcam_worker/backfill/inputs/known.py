@@ -251,15 +251,20 @@ class CocoBoxes:
             categories = {
                 one["id"]: parse_classes(one["name"], label_map) for one in content.get("categories", ())
             }
-            boxes: dict[Any, list[AnnotatedBox]] = defaultdict(list)
+            # Kept as it came: a file has a million boxes, and a list may need a few of them.
+            boxes: dict[Any, list[tuple[Sequence[float], tuple[Class, ...]]]] = defaultdict(list)
+            self.without_area = 0
             for one in content["annotations"]:
-                for label in categories.get(one.get("category_id"), ()) or (None,):
-                    if "bbox" in one and not one.get("iscrowd"):
-                        boxes[one["image_id"]] += _boxes(
-                            {"bbox": one["bbox"], "label": label and [label]}, BOX_FORMATS[0], NO_MAP
-                        )
+                if "bbox" not in one or one.get("iscrowd"):
+                    continue
+                _, _, width, height = one["bbox"]
+                if width > 0 and height > 0:
+                    labels = categories.get(one.get("category_id"), ())
+                    boxes[one["image_id"]].append((one["bbox"], labels))
+                else:
+                    self.without_area += 1
             self._by_id = {str(image["id"]): boxes[image["id"]] for image in content["images"]}
-            self._by_name: dict[str, list[tuple[str, list[AnnotatedBox]]]] = defaultdict(list)
+            self._by_name: dict[str, list[tuple[str, Any]]] = defaultdict(list)
             for image in content["images"]:
                 path = str(image["file_name"])
                 self._by_name[path.rpartition("/")[2]].append((f"/{path.lstrip('/')}", boxes[image["id"]]))
@@ -271,21 +276,29 @@ class CocoBoxes:
             )
             raise InvalidInput(message) from error
 
-    def find(self, uri: str, row_id: str | None) -> list[AnnotatedBox] | None:
-        """Return the boxes of an image; None: the file does not know it.
+    def find(self, uri: str, row_id: str | None) -> list[AnnotatedBox]:
+        """Return the boxes of an image.
 
         Args:
             uri: Of the image. Its end must be a file name of the file, which only one of its images may have.
             row_id: The image's id in the file, which counts where the name is not known.
+
+        Raises:
+            UnreadableCell: The file does not know it, or its boxes cannot be read.
         """
         scheme, _, path = uri.partition("://")
         path = "/" + (path if scheme == "s3" else unquote(path.partition("?")[0]))
         named = [
             found for name, found in self._by_name.get(path.rpartition("/")[2], ()) if path.endswith(name)
         ]
-        if len(named) == 1:
-            return named[0]
-        return self._by_id.get(row_id) if row_id is not None else None
+        found = named[0] if len(named) == 1 else self._by_id.get(row_id or "")
+        if found is None:
+            message = "has no image of this name in the COCO file"
+            raise UnreadableCell(message)
+        form = BOX_FORMATS[0]
+        return [
+            box for bbox, labels in found for box in _boxes({"bbox": bbox, "label": labels}, form, NO_MAP)
+        ]
 
 
 def _without_outline(fields: dict[str, Any]) -> dict[str, Any]:

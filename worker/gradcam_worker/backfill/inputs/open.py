@@ -245,6 +245,9 @@ class _Opening:
             with ExitStack() as stack:
                 file = unpacked(open_file(options.boxes, settings, stack))
                 coco = CocoBoxes(file, display_name(options.boxes), label_map)
+            if coco.without_area:
+                many = counted(coco.without_area, "box", "boxes")
+                self.notes.append(f"Left out {many} of {display_name(options.boxes)}, without an area.")
         if kinds and reader:
             used = reader.used([name for name, _ in kinds])
             carried, notes = choose_carried(kinds, used, options, self.fixed)

@@ -23,10 +23,10 @@ from gradcam_worker.backfill.inputs.further import (
     Kinds,
     as_kind,
 )
+from gradcam_worker.backfill.inputs.known import UnreadableCell, parse_classes
 from gradcam_worker.backfill.inputs.options import InputOptions, box_columns
 from gradcam_worker.backfill.inputs.rows import MAX_SHOWN, RowParser
 from gradcam_worker.errors import InvalidInput
-from gradcam_worker.schemas.annotations import Annotations
 from gradcam_worker.schemas.shard import Row
 from gradcam_worker.schemas.strict_json import Unreadable, loads
 
@@ -184,7 +184,7 @@ class JsonReader:
             given = {**(given or {}), **fields}
         row_id = value.get("id", value.get("custom_id"))
         further = parser.further
-        if further.is_empty:
+        if further.is_empty and not self._is_failed_list:
             return parser.parse(number, image, row_id, sha256, given)
         values = [value.get(name) for name in further.special]
         place = parser.place(number)
@@ -193,16 +193,22 @@ class JsonReader:
         ]
         for unknown in value.keys() - self._known if self._known is not None else ():
             further.lose(unknown, "not in the first rows", place, value[unknown])
-        return parser.parse(number, image, row_id, sha256, given, values, self._failed_fields(value))
+        return parser.parse(
+            number, image, row_id, sha256, given, values, self._failed_fields(further, place, value)
+        )
 
-    def _failed_fields(self, value: Mapping[str, Any]) -> dict[str, Any]:
+    def _failed_fields(self, further: FurtherColumns, place: str, value: Mapping[str, Any]) -> dict[str, Any]:
         """What a failed row of a backfill says of itself."""
         if not self._is_failed_list:
             return {}
-        annotations, classes = value.get("annotations"), value.get("classes")
-        fields: dict[str, Any] = {"classes": tuple(classes)} if isinstance(classes, list) else {}
-        if isinstance(annotations, dict):
-            fields["annotations"] = Annotations.model_validate(annotations)
+        fields: dict[str, Any] = {}
+        if (classes := value.get("classes")) is not None:
+            try:
+                fields["classes"] = parse_classes(classes) or None
+            except UnreadableCell as error:
+                further.lose("classes", "not readable", place, error)
+        if isinstance(annotations := value.get("annotations"), dict):
+            fields["annotations"] = further.valid_annotations(place, annotations)
         return fields
 
 
