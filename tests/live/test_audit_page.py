@@ -341,7 +341,7 @@ def test_images_are_gone_through_by_keys_and_judged(
 
 
 def test_from_a_disk_the_page_shows_what_it_holds_and_rows_of_a_chosen_folder(
-    reader: Reader, folder: Path
+    reader: Reader, folder: Path, tmp_path: Path
 ) -> None:
     reader.open((folder / "audit" / "index.html").as_uri())
     assert reader.all(".card figure canvas")
@@ -351,6 +351,12 @@ def test_from_a_disk_the_page_shows_what_it_holds_and_rows_of_a_chosen_folder(
     reader.tab("rows")
     assert "Choose the dataset" in reader.text(".empty")[0]
     reader.run("document.getElementById('folder').hidden = false")
+    another = tmp_path / "another"
+    another.mkdir()
+    (another / "rows.parquet").write_bytes(b"PAR1")
+    reader.one("#folder").send_keys(str(another))
+    reader.until(lambda: reader.text("#problem"))
+    assert "is not that of this page" in reader.text("#problem")[0]
     reader.one("#folder").send_keys(str(folder))
     reader.until(lambda: reader.text("#found") == ["72 of 144 heatmaps"])
     reader.until(lambda: len(reader.all(".tile")) >= 24)

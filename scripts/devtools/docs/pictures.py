@@ -112,9 +112,10 @@ def audit_page() -> bytes:
     """The page of an audit of such a backfill, with labels."""
     images = _parts_of_photos(150)
     names = [path.stem for path in sorted(PHOTOS.glob("*.jpg"))]  # parts are made of them in turns
+    labels = (LABELS[names[number % len(names)]] for number in range(len(images)))
     rows = tuple(
-        Row(uri=uri, annotations=Annotations(labels=LABELS[names[number % len(names)]]))
-        for number, uri in enumerate(images)
+        Row(uri=uri, annotations=Annotations(labels=own), classes=own)
+        for uri, own in zip(images, labels, strict=True)
     )
     store = _explained(images, rows, top_n=2)
     with tempfile.TemporaryDirectory() as folder:

@@ -268,11 +268,10 @@ def _page_data(
         for name in (ROWS_FILE, MORE_FILE, LINKS_FILE)
         if (output / name).exists()
     }
-    more = () if report.dataset.complete else ("The backfill has not ended: rows of its input are missing.",)
     return {
         "title": truncate(f"Audit · {report.dataset.network}"),
         "report": described,
-        "advice": [*report.advice, *more],
+        "advice": report.advice,
         "facts": [[label, truncate(value)] for label, value in _facts(report, links)],
         "cause_names": CAUSES,
         "cause_texts": CAUSE_TEXTS,

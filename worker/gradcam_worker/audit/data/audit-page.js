@@ -549,8 +549,11 @@ function show() {
 }
 
 find("folder").addEventListener("change", () => {
+  const files = [...find("folder").files];
+  find("folder").value = "";  // so that the same folder can be chosen again
+  if (!files.length) return;
   try {
-    rows.choose(find("folder").files);
+    rows.choose(files);
     show();
   } catch (error) {
     complain(error);

@@ -78,13 +78,19 @@ class Rows {
     const found = new Map();
     for (const file of files) {
       const parts = file.webkitRelativePath.split("/");
-      for (let at = 0; at < parts.length; at++) found.set(parts.slice(at).join("/"), file);
+      for (let at = 0; at < parts.length; at++) {
+        const path = parts.slice(at).join("/");
+        if (!found.has(path)) found.set(path, []);
+        found.get(path).push(file);
+      }
     }
     if (!found.has("rows.parquet") && this.count) throw new NotReadable("That folder holds no rows.parquet: choose the dataset's folder, in which the audit is.");
     this.#chosen = found;
     this.#opened.clear();
     this.#columns.clear();
     this.#groups.clear();
+    this.choices.clear();
+    this.linked = undefined;
   }
 
   #open(name, url, bytes) {
@@ -94,12 +100,15 @@ class Rows {
   }
 
   async #openNow(name, url, bytes) {
+    const chosen = this.#chosen?.get(name), address = new URL(url, document.baseURI);
     let file;
-    if (this.#chosen) {
-      if (!this.#chosen.has(name)) throw new NotReadable(`The chosen folder holds no ${name}.`);
-      file = new ChosenFile(this.#chosen.get(name));
-    } else if (this.isLocal) throw new NotReadable("A page from a disk may not read the files beside it: choose the dataset's folder.");
-    else file = await new WebFile(new URL(url, document.baseURI), bytes).open();
+    if (chosen) {
+      const own = chosen.find(({ size }) => size === bytes);
+      if (!own) throw new NotReadable(`${name} of the chosen folder is not that of this page: the dataset has changed since, or it is of another audit.`);
+      file = new ChosenFile(own);
+    } else if (address.protocol === "file:") {
+      throw new NotReadable(this.#chosen ? `The chosen folder holds no ${name}.` : "A page from a disk may not read the files beside it: choose the dataset's folder.");
+    } else file = await new WebFile(address, bytes).open();
     const metadata = await hyparquet.parquetMetadataAsync(file, { initialFetchSize: TAIL_BYTES });
     return { file, metadata };
   }
