@@ -133,6 +133,30 @@ class TestCommand:
         assert "class images elsewhere class 0 32 2" in told
         assert "gradcam backfill --label COLUMN" in told
 
+    def test_what_only_one_class_looks_at_is_suspect_and_every_sampled_image_is_on_the_map(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        middle = [spread_out(Image(one, truth=one, box=MIDDLE_BOX), 30, seed=one) for one in range(3)]
+        corner = spread_out(Image(3, truth=3, box=MIDDLE_BOX, heat=(0.93, 0.93)), 30, by=0.01)
+        folder = folder_dataset(tmp_path / "cams", *middle, corner)
+        assert main(["audit", str(folder), "--no-trial", "--no-page"]) == 0
+        told = " ".join(capsys.readouterr().out.split())
+        assert (
+            "2 possible shortcuts were not tried on the network: it was turned off. The first: class 3"
+            in told
+        )
+        report = AuditReport.model_validate_json((folder / "audit" / "report.json").read_text())
+        assert {one.class_id for one in report.suspects} == {3}
+        assert {one.place for one in report.suspects} == {"background", "bottom right corner"}
+        assert report.map == "rows-more.parquet"
+        assert {one.class_id for one in report.clusters} == {0, 1, 2, 3}
+        columns = read_columns(folder / "audit", ("x", "y", "cluster"))
+        assert (columns["cluster"] >= 0).all()
+        assert np.isfinite(columns["x"]).all()
+        assert main(["audit", str(folder), "--no-shortcuts", "--no-page", "--json"]) == 0
+        printed = json.loads(capsys.readouterr().out)
+        assert (printed["map"], printed["clusters"], printed["suspects"]) == (None, [], [])
+
     def test_what_is_no_dataset_gets_no_folder(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -217,4 +217,6 @@ class AuditReport(ResponseModel):
     suspects: tuple[SuspectReport, ...] = ()  # untested; the most conspicuous first
     masking: MaskingFacts = MaskingFacts()
     files: tuple[DataFile, ...]
-    map: str | None = None  # name of a Parquet file beside the report: row, index, x, y, cluster
+    # Name of a Parquet file beside the report, with x, y, cluster and cause of each record of rows.parquet,
+    # in its order; nan and -1: not in a sample. None: clusters were not looked for.
+    map: str | None = None

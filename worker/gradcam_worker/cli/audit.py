@@ -2,7 +2,9 @@
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,6 +18,10 @@ from gradcam_worker.cli.options import (
 )
 from gradcam_worker.operations import console
 from gradcam_worker.settings import Settings
+
+if TYPE_CHECKING:
+    from gradcam_worker.audit.gaze import GazeOptions
+    from gradcam_worker.audit.page import PageOptions
 
 SHARE = click.FloatRange(0, 1)
 FACTOR = click.FloatRange(0)
@@ -115,25 +121,39 @@ def audit() -> None:
     help="Where browsers find images whose URI begins with PREFIX; may be repeated.",
 )
 @click.option("--no-page", is_flag=True, help="Write no page.")
-def run(
-    dataset: str,
-    output: Path | None,
-    lines: int,
-    pictures: int,
-    image_links: int,
-    links_expire: float,
-    image_urls: Mapping[str, str],
-    *,
-    as_json: bool,
-    no_page: bool,
-    **thresholds: float,
-) -> int:
+@click.option(
+    "--shortcuts/--no-shortcuts",
+    default=True,
+    help="Look for clusters and shortcuts, in a sample of each class.",
+)
+@click.option(
+    "--trial/--no-trial",
+    default=True,
+    help="Load the network, and mask what may be a shortcut: only what has an effect is named one.",
+)
+@click.option(
+    "--trial-images",
+    type=click.IntRange(8, 1000),
+    default=40,
+    show_default=True,
+    help="Images of each suspect that are masked.",
+)
+@click.option(
+    "--min-effect",
+    type=SHARE,
+    default=0.02,
+    show_default=True,
+    help="Least fall of the probability, beyond that by masking elsewhere, of what is named a shortcut.",
+)
+def run(dataset: str, output: Path | None, lines: int, *, as_json: bool, **options: Any) -> int:
     """Find where a network looks in the wrong place.
 
     DATASET is a folder or s3://bucket/prefix that a backfill has written. For each class, and for each pair
     of classes that are taken for each other, the report says how many images are right for the right reason,
     right for the wrong reason, wrong though looking at the object, and wrong and looking elsewhere. What
-    there is most to learn from comes first.
+    there is most to learn from comes first. Of each class, groups of images that look at the same are found;
+    what only one class looks at, apart from the object, is masked in some images, and is named a shortcut if
+    the network needs it. That takes the network itself, and the extra cpu or gpu.
 
     \b
     Example:
@@ -141,7 +161,6 @@ def run(
       gradcam audit cams --inside 0.7 --json
     """
     from gradcam_worker.audit.output import write_audit
-    from gradcam_worker.audit.page import PageOptions
     from gradcam_worker.audit.report import Thresholds
     from gradcam_worker.audit.run import AuditOptions
     from gradcam_worker.operations.audit_console import show_audit, show_page
@@ -153,10 +172,16 @@ def run(
         def report_progress(what: str, done: int, of: int) -> None:
             spinner.update(f"{what}: {done:,} of {of:,}")
 
-        options = AuditOptions(Thresholds.model_validate(thresholds))
-        page = None if no_page else PageOptions(pictures, image_links, int(links_expire), image_urls)
         settings = Settings.from_environment()
-        written = write_audit(dataset, folder, options, settings, report_progress, page)
+        written = write_audit(
+            dataset,
+            folder,
+            AuditOptions(Thresholds.model_validate(options)),
+            settings,
+            report_progress,
+            None if options["no_page"] else _page_options(options),
+            _gaze_options(options, settings) if options["shortcuts"] else None,
+        )
     report = written.report
     if as_json:
         console.print_json(report.model_dump(mode="json"))
@@ -166,6 +191,21 @@ def run(
     show_page(written.page)
     console.out.print(console.plain(f"Report: {folder}"), soft_wrap=True)
     return 0
+
+
+def _page_options(options: Mapping[str, Any]) -> "PageOptions":
+    from gradcam_worker.audit.page import PageOptions
+
+    expires_s = int(options["links_expire"])
+    return PageOptions(options["pictures"], options["image_links"], expires_s, options["image_urls"])
+
+
+def _gaze_options(options: Mapping[str, Any], settings: Settings) -> "GazeOptions":
+    from gradcam_worker.audit.gaze import GazeOptions
+    from gradcam_worker.operations.trial_network import open_trial_network
+
+    open_network = partial(open_trial_network, settings) if options["trial"] else None
+    return GazeOptions(open_network, images=options["trial_images"], min_effect=options["min_effect"])
 
 
 audit.add_command(export)

@@ -41,6 +41,7 @@ def show_audit(report: AuditReport, max_lines: int) -> None:
         shown, title = _first(report.confusions, max_lines, "confusions", report.confusions_left_out)
         out.print()
         out.print(_confusion_table(shown, names, title))
+    _show_shortcuts(report, names, max_lines)
     taught = [one for one in report.classes if one.to_learn]
     if taught:
         shown_classes, title = _first(taught, max_lines, "classes", 0)
@@ -49,6 +50,31 @@ def show_audit(report: AuditReport, max_lines: int) -> None:
     for sentence in report.advice:
         out.print()
         _line(sentence)
+
+
+def _show_shortcuts(report: AuditReport, names: dict[int, str], max_lines: int) -> None:
+    """Print what the network needs beside the object, and what may be so."""
+    masking = report.masking
+    if report.shortcuts:
+        headings = ("class", "looks at", "of its images", "right", "effect of masking it")
+        shown, title = _first(report.shortcuts, max_lines, "shortcuts", 0, "surest effect")
+        lines = table(*headings, title=title, numbers=headings[2:])
+        for one in shown:
+            low, high = one.confidence_interval
+            effect = f"{one.effect:.2f} [{low:.2f}, {high:.2f}]"
+            right = "" if one.accuracy is None else percent(one.accuracy)
+            label = plain(names.get(one.class_id, str(one.class_id)))
+            lines.add_row(label, one.place, percent(one.share), right, effect)
+        out.print()
+        out.print(lines)
+    if report.suspects:
+        some = counted(len(report.suspects), "possible shortcut was", "possible shortcuts were")
+        first, why = report.suspects[0], masking.left_out or "there were too many, or images are gone"
+        out.print()
+        name = names.get(first.class_id, str(first.class_id))
+        _line(f"{some} not tried on the network: {why}. The first: {name}, {first.place}.")
+    if masking.suspects and masking.dropped:
+        _line(f"Dropped, since masking them has no effect: {masking.dropped:,} of {masking.suspects:,}.")
 
 
 def show_page(page: PageSummary | None) -> None:
@@ -88,11 +114,13 @@ def _class_table(classes: Sequence[ClassReport], title: str, *, has_labels: bool
     return lines
 
 
-def _first(found: Sequence[T], max_lines: int, what: str, left_out: int) -> tuple[Sequence[T], str]:
+def _first(
+    found: Sequence[T], max_lines: int, what: str, left_out: int, order: str = "most to learn"
+) -> tuple[Sequence[T], str]:
     """The first ones, and the title of their table."""
     count = len(found) + left_out
     few = f", {max_lines:,} of {count:,}" if count > max_lines else ""
-    return found[:max_lines], f"{what.capitalize()} with the most to learn first{few}"
+    return found[:max_lines], f"{what.capitalize()} with the {order} first{few}"
 
 
 def _name(one: ClassReport) -> str:
