@@ -24,8 +24,6 @@ def advice(
         The sentences, the most important ones first.
     """
     names = {column.name for column in columns}
-    if not dataset.complete:
-        yield "There is no dataset.json: the backfill has not ended, and rows of its input are missing."
     if dataset.method["name"] in WITHOUT_CLASS:
         yield (
             f"{dataset.method['name']} gives the same heatmap for every class: it does not tell what speaks "

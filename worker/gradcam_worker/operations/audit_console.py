@@ -36,6 +36,8 @@ def show_audit(report: AuditReport, max_lines: int) -> None:
         f"Judged by boxes or masks: {basis.regions:,} images; by the typical heat of the class: "
         f"{basis.typical_heat:,}; not: {basis.nothing:,}."
     )
+    if not dataset.complete:
+        _line("There is no dataset.json: the backfill has not ended, and rows of its input are missing.")
     names = {one.id: _name(one) for one in report.classes}
     if report.confusions:
         shown, title = _first(report.confusions, max_lines, "confusions", report.confusions_left_out)
