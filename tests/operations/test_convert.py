@@ -70,7 +70,7 @@ def test_what_could_run_code_is_told_before_anything_is_loaded(saved_model: Path
 def test_without_a_terminal_consent_is_an_option(
     saved_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["convert", str(saved_model), str(tmp_path / "new.keras")]) == 1
+    assert main(["convert", str(saved_model), str(tmp_path / "new.keras")]) == 3
     said = capsys.readouterr().err
     assert (
         "can read and write files and run code. If you trust whoever made it, convert it with --allow-code."
@@ -149,7 +149,7 @@ def test_the_new_file_appears_in_one_step_and_replaces_none_unless_it_is_forced(
     assert output.read_bytes() == b"new"
     assert left_in(output.parent) == ["new.keras"]
     output.write_bytes(b"old")
-    assert main(["convert", str(source), str(output)]) == 1
+    assert main(["convert", str(source), str(output)]) == 3
     assert "new.keras exists already: --force replaces it." in capsys.readouterr().err
     with pytest.raises(NetworkIncompatible, match="exists already"):  # it appeared while the child ran
         convert.convert(Request(source, output), allow_code=False)
