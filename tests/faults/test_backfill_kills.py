@@ -34,7 +34,7 @@ def test_a_backfill_survives_that_everybody_is_killed_with_each_row_exactly_once
     draw = random.Random(0)  # noqa: S311  # repeatable, not secret
     with running_cluster("backfill", seed=1) as cluster, contextlib.ExitStack() as stack:
         uris = (f"s3://photos/{number % IMAGES}.jpg" for number in range(ROWS))
-        source = backfill_command.write_input(cluster.folder / "input.jsonl", uris)
+        source = backfill_command.write_input(cluster.folder / "input.csv", uris)
         output, log = f"{cluster.settings.output}/kills", cluster.folder / "submitter.log"
         # So slowly that no run is over before the last kill.
         rate = f"{ROWS / (KILLS * LONGEST_S):.0f}"

@@ -66,7 +66,7 @@ def test_a_poison_row_fails_alone_and_the_other_rows_are_as_those_of_a_single_pr
             uris = [f"s3://photos/{number}.jpg" for number in range(12)]
             if job_processes:
                 uris[5] = cluster.store("poison.jpg", POISON)
-            source = backfill_command.write_input(cluster.folder / "input.jsonl", uris)
+            source = backfill_command.write_input(cluster.folder / "input.csv", uris)
             output = f"{cluster.settings.output}/rows"
             cluster.work()
             done = subprocess.run(
@@ -84,7 +84,7 @@ def test_a_poison_row_fails_alone_and_the_other_rows_are_as_those_of_a_single_pr
             lists = [path.read_text() for path in (cluster.bucket / "cams" / "rows").rglob("*.jsonl")]
             failed = [line for lines in lists for line in lines.splitlines() if '"error"' in line]
     assert failed
-    assert all('"row-5"' in line and "network_crashed" in line for line in failed)
+    assert all('"row": 5,' in line and "network_crashed" in line for line in failed)
     here, across = ({row["row"]: row for row in table} for table in rows)
     assert [*here] == [*range(12)]
     del here[5], across[5]

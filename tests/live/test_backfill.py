@@ -172,6 +172,39 @@ def test_a_backfill_is_stopped_killed_and_resumed_and_has_each_row_once(at_work:
     assert [json.loads(line)["row"] for line in lines] == list(range(7, ROWS, 8))
 
 
+def test_a_list_that_changes_has_what_is_new_computed_and_nothing_else_also_once_files_are_merged(
+    at_work: Any, tmp_path: Path
+) -> None:
+    system, listed = at_work, tmp_path / "versions.csv"
+    lines = [f'"photos","{row % 7}.png","v{row}","true","false"' for row in range(200)]
+
+    def run(*more: str) -> dict[str, Any]:
+        listed.write_text("\n".join(lines) + "\n")
+        given = [str(listed), "--format", "inventory", "--top-n", "2", "--shard-rows", str(SHARD)]
+        done = system.run(*given, "--output", system.uri("grows"), "--json", *more)
+        assert done.returncode == 0, done.stderr
+        return dict(json.loads(done.stdout.splitlines()[-1]))
+
+    def change(name: str) -> None:
+        lines[100:102] = [lines[100].replace(',"v', f',"{name}-v')]
+        lines.insert(0, lines[0].replace(',"v', f',"{name}-front-v'))
+
+    assert run().items() >= {"reused": 0, "failed": 0}.items()
+    change("once")
+    # The last four shards stay as they are; of the six before them two rows are new.
+    assert run("--changed").items() >= {"rows": 200, "reused": 118, "shards": 10, "files": 10}.items()
+    merged = system.run("compact", system.uri("grows"), "--json")
+    assert merged.returncode == 0, merged.stderr
+    assert json.loads(merged.stdout).items() >= {"files_before": 10, "files": 1, "rows": 200}.items()
+    state = json.loads(system.run("status", system.uri("grows"), "--json").stdout)
+    assert (state["state"], state["shards_done"]) == ("complete", 10)
+    assert system.rows("grows") == dict.fromkeys(range(200), 1)
+    assert run("--resume")["files"] == 1
+    change("twice")
+    assert run("--changed").items() >= {"rows": 200, "reused": 118, "shards": 10, "files": 7}.items()
+    assert system.rows("grows") == dict.fromkeys(range(200), 1)
+
+
 def test_two_at_once_get_turns_and_one_is_cancelled_and_gone_on_with(system: Any) -> None:
     one, other = system.start("one"), system.start("other", "--rate", "60")
     ledger = RedisLedger(system.stage.settings)

@@ -63,7 +63,7 @@ def _shards(bed: Testbed, folder: str, images: int) -> tuple[float, float]:
     meter = Meter(bed.processes)
     with tempfile.TemporaryDirectory() as place, meter.running(testbed.READ_INTERVAL_S):
         uris = itertools.islice(itertools.cycle(bed.images), images)
-        source = write_input(Path(place) / "input.jsonl", uris)
+        source = write_input(Path(place) / "input.csv", uris)
         words = command(source, f"{bed.settings.output}/{folder}", NETWORK, "--shard-rows", "64")
         variables, begun = bed.settings.environment_for_child(), time.time()
         subprocess.run(words, env=variables, stdout=subprocess.DEVNULL, check=True, timeout=PATIENCE_S)

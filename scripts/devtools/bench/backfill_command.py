@@ -1,7 +1,6 @@
 """Backfills to measure or to attack: the real command, its input, and how to count its rows."""
 
 import io
-import json
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,17 +17,18 @@ PATIENCE_S = 60  # for one file of a dataset
 
 
 def write_input(path: Path, uris: Iterable[str]) -> Path:
-    """A manifest in JSON Lines: an image and an id a line."""
+    """An inventory, in which each row is another version: equal rows would be computed once."""
     with path.open("w", encoding="utf-8") as file:
         for number, uri in enumerate(uris):
-            file.write(json.dumps({"image": uri, "id": f"row-{number}"}) + "\n")
+            bucket, _, key = uri.removeprefix("s3://").partition("/")
+            file.write(f'"{bucket}","{key}","version-{number}","true","false"\n')
     return path
 
 
 def command(source: Path, output: str, network: str, *options: str) -> list[str]:
     """The words of its command line."""
-    words = ["backfill", str(source), "--network", network, "--top-n", "3", "--output", output, "--json"]
-    return [sys.executable, "-P", "-m", "gradcam_worker", *words, *options]
+    words = ["backfill", str(source), "--format", "inventory", "--network", network, "--top-n", "3"]
+    return [sys.executable, "-P", "-m", "gradcam_worker", *words, "--output", output, "--json", *options]
 
 
 @dataclass(frozen=True)

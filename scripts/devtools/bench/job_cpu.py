@@ -202,7 +202,7 @@ def run_rows(bed: Testbed, count: int) -> None:
     """Run a backfill in shards as large as by default."""
     with tempfile.TemporaryDirectory() as place:
         uris = itertools.islice(itertools.cycle(bed.images), count)
-        source = backfill_command.write_input(Path(place) / "input.jsonl", uris)
+        source = backfill_command.write_input(Path(place) / "input.csv", uris)
         output = f"{bed.settings.output}{place}"
         words, variables = (
             backfill_command.command(source, output, NETWORK),

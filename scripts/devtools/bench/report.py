@@ -25,6 +25,7 @@ BENCHES = (
     "fairness",
     "memory",
     "backfill",
+    "increments",
     "gateway",
     "async_client",
     "audit",

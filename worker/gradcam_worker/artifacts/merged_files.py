@@ -9,8 +9,8 @@ import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from gradcam_worker import __version__
@@ -49,6 +49,7 @@ class Part:
     rows: int
     common: dict[str, Any]  # metadata that all parts of a file share
     table: "pa.Table"
+    warnings: Mapping[str, tuple[int, str]] = field(default_factory=dict)  # as in `dataset.Summary`
 
     def fits(self, other: "Part") -> bool:
         """Whether both may be in one file."""
@@ -96,12 +97,14 @@ def read_parts(data: bytes, name: str) -> list[Part]:
         if "shards" not in metadata:
             table = file.read().replace_schema_metadata(None)
             first = int(metadata["first"])
-            return [Part(metadata.get("key", name), first, int(metadata["rows"]), common, table)]
-        parts = []
+            rows, warnings = int(metadata["rows"]), metadata.get("warnings", {})
+            return [Part(metadata.get("key", name), first, rows, common, table, warnings)]
+        parts, warnings = [], metadata.get("warnings", {})
         for shard in _shards(metadata):
             table = file.read_row_groups([*range(*shard.groups)]).replace_schema_metadata(None)
             table = table.filter(_within(table, shard))
-            parts.append(Part(shard.key, shard.first, shard.rows, common, table))
+            parts.append(Part(shard.key, shard.first, shard.rows, common, table, warnings))
+            warnings = {}  # they are those of the whole file
         return parts
 
 
@@ -149,12 +152,17 @@ def merge(parts: Sequence[Part]) -> tuple[str, bytes]:
             batches.append(pa.concat_tables(tables, promote_options="default"))
             groups, begun = after, len(shards)
             tables.clear()
+    warnings: dict[str, tuple[int, str]] = {}
+    for code, (rows, first) in (item for part in parts for item in part.warnings.items()):
+        before = warnings.get(code, (0, first))
+        warnings[code] = (before[0] + rows, before[1])
     metadata = {
         "schema": DATASET,
         **parts[0].common,
         "rows": sum(part.rows for part in parts),
         "failed": codes.total(),
         "codes": dict(sorted(codes.items())),
+        **({"warnings": warnings} if warnings else {}),
         "shards": shards,
         "generator": f"gradcam-worker {__version__}",
     }

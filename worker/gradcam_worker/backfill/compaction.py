@@ -55,7 +55,6 @@ class Compactor:
         *,
         target_bytes: int = DEFAULT_TARGET_BYTES,
         check: Callable[[], object] = lambda: None,
-        on_progress: Callable[[int, int], object] = lambda *_: None,
     ) -> None:
         """Nothing is read yet.
 
@@ -63,11 +62,9 @@ class Compactor:
             output: The dataset.
             target_bytes: About the size of a merged file. Files of at least half of it stay as they are.
             check: Called between files. What it raises ends the merging, which can be continued.
-            on_progress: Called with the number of small files that are merged, and with that of all of them.
         """
         self._output, self._target_bytes = output, target_bytes
-        self._check, self._on_progress = check, on_progress
-        self._merged = 0  # small files
+        self._check = check
 
     def run(self) -> Compaction:
         """Merge the files.
@@ -82,8 +79,7 @@ class Compactor:
         summary = self._output.begin_compaction()
         files = self._settle(self._output.files())
         before = len(files.keys) + len(files.merged)
-        names = self._small(files)
-        for group in self._groups(names):
+        for group in self._groups(self._small(files)):
             self._replace(group)
         files = self._output.files()
         after = len(files.keys) + len(files.merged)
@@ -143,7 +139,6 @@ class Compactor:
             parts = sorted((part for _, of_file in group for part in of_file), key=lambda part: part.first)
             self._output.put_data(*merge(parts))
             self._output.remove(data_key(name) for name, _ in group)
-        self._merged += len(group)
 
 
 def lease_facts(plan: Plan, summary: dict[str, Any]) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def _is_own_file(name: str) -> bool:
     """Whether a backfill gives files such a name in its output."""
     if name in {PLAN, NETWORK, SUMMARY, COMPACTING} or OWN_FILES.match(name):
         return True
-    return key_of(name) is not None or merged_name_of(name) is not None
+    return key_of(name) is not None
 
 
 @dataclass(frozen=True)
@@ -292,8 +292,8 @@ class DatasetDir:
         self.store.remove(SUMMARY)
         self.store.remove(COMPACTING)  # the change settles what a merge that was interrupted left behind
 
-    def begin_compaction(self) -> dict[str, Any]:
-        """Set dataset.json aside, before files are merged, and return its content.
+    def begin_compaction(self, *, dry: bool = False) -> dict[str, Any]:
+        """Set dataset.json aside, before files are merged, unless `dry`, and return its content.
 
         Raises BackfillConflict if the dataset is not complete.
         """
@@ -304,8 +304,9 @@ class DatasetDir:
         if summary is None:
             message = f"{self.uri} is not complete: finish the backfill with --resume, then merge its files."
             raise BackfillConflict(message)
-        self._put(COMPACTING, json.dumps(summary, indent=2).encode(), JSON)
-        self.store.remove(SUMMARY)
+        if not dry:
+            self._put(COMPACTING, json.dumps(summary, indent=2).encode(), JSON)
+            self.store.remove(SUMMARY)
         return summary
 
     def end_compaction(self, summary: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The commands about backfills: backfill INPUT, backfill status OUTPUT, backfill cancel OUTPUT."""
+"""The commands about backfills: backfill INPUT, and backfill status, cancel and compact OUTPUT."""
 
 import contextlib
 import json
@@ -51,6 +51,7 @@ MAY_CHANGE = {"output", "resume", *REPEATING, "as_json", "window", "rate", "max_
 NOT_STORED = {"output", "resume", *REPEATING, "as_json", "ends_with_parent", "dry_run", "price_per_hour"}
 LOCAL_PATHS = {"input_", "label_map", "boxes"}  # parameters whose value may be the path of a local file
 COLUMN_OR_FILE = {"boxes"}  # of these, those whose value may be the name of a column instead
+MEGABYTE = 2**20
 STATE_COLORS = {"running": "cyan", "complete": "green", "stopped": "yellow", "damaged": "red"}
 
 
@@ -303,7 +304,8 @@ def run(
         for note in opened.notes():
             progress.note(note)
     if as_json:
-        facts = summary or runner.progress.facts()
+        now = runner.progress
+        facts = {**summary, "reused": now.reused} if summary else now.facts()
         print_line("complete" if summary else "incomplete", {"output": plan.output, **facts})
     elif summary:
         print_summary(summary, plan.output, settings)
@@ -508,3 +510,37 @@ def cancel(output: str, *, as_json: bool) -> int:
         not_stopped = f", {stopped.unfinished:,} of them not stopped yet" if stopped.unfinished else ""
         console.out.print(f"{state} {cancelled or 'No shards are in flight'}{not_stopped}.")
     return 0 if stopped.ended else 1
+
+
+@backfill.command()
+@click.argument("output")
+@click.option(
+    "--target-size",
+    type=click.FloatRange(1, 1024),
+    default=64,
+    show_default=True,
+    metavar="MB",
+    help="Size of a merged file, about. It is held in memory.",
+)
+@json_option()
+def compact(output: str, *, target_size: float, as_json: bool) -> int:
+    """Merge the small files of a complete dataset into larger ones.
+
+    OUTPUT is the dataset. While it runs, dataset.json is missing: who reads data/*.parquet meanwhile may see
+    rows twice, and never misses one. If it is stopped or killed, the same command goes on. A backfill goes on
+    afterwards as before, with --resume, --only-failed or --changed.
+
+    \b
+    Example:
+      gradcam backfill compact s3://results/photos
+    """
+    from gradcam_worker.client import backfills
+
+    with _interrupted_by_sigterm():
+        merged = backfills.compact(output, Settings.from_environment(), int(target_size * MEGABYTE))
+    if as_json:
+        console.print_json({"output": output, **merged.facts()})
+    else:
+        files = counted(merged.files, "file")
+        console.out.print(f"{merged.rows:,} rows are in {files}; there were {merged.files_before:,}.")
+    return 0

@@ -1,4 +1,4 @@
-"""The state of a backfill, and its end from another process: for the command line and the HTTP API."""
+"""A backfill's state, its end from another process, its files: for the command line and the HTTP API."""
 
 import json
 import time
@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from gradcam_worker.backfill.inflight import cancel as cancel_shards
 from gradcam_worker.backfill.output import DatasetDir
-from gradcam_worker.backfill.registry import BackfillRecord, RedisBackfillRegistry
-from gradcam_worker.errors import GradcamError, InvalidJob, error_class
+from gradcam_worker.backfill.registry import BackfillLease, BackfillRecord, RedisBackfillRegistry
+from gradcam_worker.errors import BackfillCanceled, BackfillConflict, GradcamError, InvalidJob, error_class
 from gradcam_worker.ledger.ledger import Ledger
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.schemas.model import ResponseModel
 from gradcam_worker.settings import Settings
 
 if TYPE_CHECKING:
+    from gradcam_worker.backfill.compaction import Compaction
     from gradcam_worker.storage.s3 import S3
 
 POLL_INTERVAL_S = 0.2
@@ -158,6 +159,46 @@ def cancel(
         time.sleep(POLL_INTERVAL_S)
         unfinished = _unfinished(ledger, unfinished)
     return Cancellation(dataset.uri, was_running, ended, len(canceled), len(unfinished))
+
+
+def compact(output: str, settings: Settings, target_bytes: int) -> "Compaction":
+    """Merge the small files of a complete dataset into larger ones.
+
+    Args:
+        output: The dataset.
+        settings: Of a client.
+        target_bytes: About the size of a merged file.
+
+    Returns:
+        How many files there were and are.
+
+    Raises:
+        OutputNotAllowed: The dataset may not be there.
+        BackfillConflict: There is no backfill, it is not complete, or shards of it are still in flight.
+        BackfillRunning: Another process runs it.
+        BackfillCanceled: A cancel was requested meanwhile; the same call goes on.
+        StorageUnavailable: The storage cannot be reached.
+        LedgerUnavailable: The ledger cannot be reached.
+    """
+    from gradcam_worker.backfill.compaction import Compactor, lease_facts
+
+    dataset, ledger = open_dataset(output, settings), RedisLedger(settings)
+    plan = dataset.require_plan()
+    summary = dataset.begin_compaction(dry=True)
+    facts = lease_facts(plan, summary)
+    lease = BackfillLease(RedisBackfillRegistry(ledger.server), dataset.uri, lambda: facts, tuple)
+
+    def check() -> None:
+        lease.check()
+        if lease.status.cancel_requested:
+            message = f"The files of {dataset.uri} are not all merged: that was cancelled on request."
+            raise BackfillCanceled(message)
+
+    with lease:
+        if lease.previous and (unfinished := _unfinished(ledger, lease.previous.shards)):
+            message = f"{len(unfinished)} shards of {dataset.uri} are still in flight: wait, or use --resume."
+            raise BackfillConflict(message)
+        return Compactor(dataset, target_bytes=target_bytes, check=check).run()
 
 
 def _last_run(record: BackfillRecord, ledger: Ledger) -> dict[str, Any]:
