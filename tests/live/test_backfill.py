@@ -187,7 +187,7 @@ def test_a_list_that_changes_has_what_is_new_computed_and_nothing_else_also_once
 
     def change(name: str) -> None:
         lines[100:102] = [lines[100].replace(',"v', f',"{name}-v')]
-        lines.insert(0, lines[0].replace(',"v', f',"{name}-front-v'))
+        lines.insert(0, f'"photos","0.png","{name}","true","false"')
 
     assert run().items() >= {"reused": 0, "failed": 0}.items()
     change("once")
