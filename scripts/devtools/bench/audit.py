@@ -1,7 +1,7 @@
 """A million images in 3,907 files of a dataset, two explained classes each, of 1000 classes; labels, boxes of
-half of them, two columns of the input: `gradcam audit` in a process of its own, with clusters and suspects,
-without the network and a page. Beside it, in the same run, Arrow alone reads every column of the same files.
-Then the same of a dataset of the previous version, which has neither labels nor boxes.
+half of them, two columns of the input: `gradcam audit` in a process of its own, without shortcuts and a page.
+Beside it, in the same run, Arrow alone reads every column of the same files. Then the same of a dataset of
+the previous version, which has neither labels nor boxes.
 """
 
 import json
@@ -69,7 +69,7 @@ def measure(*, quick: bool) -> dict[str, Any]:
             )
             files = list(dataset.glob("data/*.parquet"))
             read = _run([sys.executable, "-c", READ_ALL, str(dataset)])
-            audit = _run([sys.executable, "-c", AUDIT, "audit", str(dataset), "--no-page", "--no-trial"])
+            audit = _run([sys.executable, "-c", AUDIT, "audit", str(dataset), "--no-page", "--no-shortcuts"])
             report = json.loads((dataset / "audit" / "report.json").read_text(encoding="utf-8"))
             cases[name] = {
                 "dataset_mb": sum(file.stat().st_size for file in files) / 1e6,
