@@ -44,7 +44,13 @@ def explain(network: Network, pixels: NDArray[np.uint8]) -> Explained:
 
 
 def write_dataset(
-    folder: Path, network: Network, shapes: Shapes, *, labels: bool = True, boxes: bool = True
+    folder: Path,
+    network: Network,
+    shapes: Shapes,
+    *,
+    labels: bool = True,
+    boxes: bool = True,
+    weights_sha256: str | None = None,
 ) -> Path:
     """Explain images, and write the images and their dataset.
 
@@ -54,6 +60,7 @@ def write_dataset(
         shapes: The images.
         labels: Whether the dataset has their true classes.
         boxes: Whether it has their boxes.
+        weights_sha256: Of the file of the network, if it has one.
 
     Returns:
         The folder of the dataset.
@@ -73,5 +80,9 @@ def write_dataset(
         uris=uris,
     )
     return synthetic_dataset.write_folder(
-        images, folder / "dataset", heatmaps=explained.heatmaps, size=(SIDE, SIDE)
+        images,
+        folder / "dataset",
+        heatmaps=explained.heatmaps,
+        size=(SIDE, SIDE),
+        network={"name": network.facts.name, "layer": "maps", "weights_sha256": weights_sha256},
     )

@@ -30,7 +30,7 @@ MAX_CLUSTERS = 8
 NEIGHBOURS = 10
 MIN_IMAGES = 24  # of a class that is clustered; fewer are one cluster
 GRAPH_IMAGES = 256  # of a class in the graph: the eigenvalues of a larger one take seconds
-MAX_FEATURES = 256  # channels; more are projected to as many by chance
+MAX_FEATURES = 64  # channels; more are projected to as many by chance
 TINY = 1e-9  # a shorter side or vector counts as zero
 USER = "Clustering what a network looks at"
 
@@ -162,17 +162,12 @@ def draw_map(samples: Sequence[ClassSample], clusters: Sequence[Cluster]) -> Gaz
     numbers = {sample.class_id: np.zeros(len(sample), np.int32) for sample in samples}
     for number, cluster in enumerate(clusters):
         numbers[cluster.class_id][cluster.members] = number
-    vectors = [_vectors(sample) for sample in samples]
-    count = max(sum(map(len, vectors)), 1)
     xy = np.zeros((0, 2), np.float32)
-    if vectors:
-        middle = sum(part.sum(0, dtype=np.float64) for part in vectors) / count
-        covariance = sum((part - middle).T @ (part - middle) for part in vectors) / count
-        axes = np.linalg.eigh(covariance)[1][:, :-3:-1]
-        axes *= np.sign(axes[np.abs(axes).argmax(0), np.arange(2)])  # eigenvectors have no sign of their own
-        xy = np.concatenate([(part - middle) @ axes for part in vectors])
+    if samples:
+        middle, axes = _principal_axes(samples)
+        xy = np.concatenate([(_vectors(sample) - middle) @ axes for sample in samples])
         least, most = xy.min(0), xy.max(0)
-        xy = ((xy - least) / np.maximum(most - least, TINY)).astype(np.float32)
+        xy = (xy - least) / np.maximum(most - least, TINY)
     return GazeMap(
         _joined([sample.rows for sample in samples]),
         _joined([sample.indices for sample in samples]),
@@ -180,6 +175,20 @@ def draw_map(samples: Sequence[ClassSample], clusters: Sequence[Cluster]) -> Gaz
         xy,
         _joined([numbers[sample.class_id] for sample in samples]),
     )
+
+
+def _principal_axes(samples: Sequence[ClassSample]) -> tuple[Floats, Floats]:
+    """The mean of all vectors, and the two directions in which they vary most (dimensions, 2)."""
+    count, total, products = 0, np.zeros(1), np.zeros((1, 1))
+    for sample in samples:
+        vectors = _vectors(sample)
+        count += len(vectors)
+        total = total + vectors.sum(0, dtype=np.float64)
+        products = products + vectors.T @ vectors
+    middle = total / max(count, 1)
+    axes = np.linalg.eigh(products / max(count, 1) - np.outer(middle, middle))[1][:, :-3:-1]
+    axes = axes * np.sign(axes[np.abs(axes).argmax(0), np.arange(2)])  # of two opposite ones, always the same
+    return np.asarray(middle, np.float32), np.asarray(axes, np.float32)
 
 
 def _joined(parts: Sequence[NDArray[Any]]) -> NDArray[np.int64]:
