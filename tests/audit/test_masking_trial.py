@@ -95,6 +95,15 @@ def test_what_a_named_place_explains_is_not_asked_again_of_the_background() -> N
     assert alone[0].kind == "background"
 
 
+def test_a_background_is_tested_beside_several_named_places() -> None:
+    top, beside = np.zeros((2, 12, 12), np.bool_)
+    top[:3, :2], beside[:3, 1:3] = True, True
+    both = [suspect(RED, region=top), suspect(RED, region=beside)]
+    outcome = trial([*both, suspect(RED, kind="background", region=None)], Images(mark=True))
+    assert both[0] != suspect(RED, region=top), "arrays have no equality of their own"
+    assert outcome.named
+
+
 def test_the_same_seed_gives_the_same_interval_and_more_suspects_a_wider_one() -> None:
     images = Images(mark=True)
     ((_, first),) = trial([suspect(RED)], images).named

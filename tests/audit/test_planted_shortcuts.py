@@ -14,14 +14,18 @@ from gradcam_worker.gradcam.files.weights import file_sha256
 from gradcam_worker.operations.trial_network import open_trial_network
 from gradcam_worker.settings import Settings
 
-pytestmark = pytest.mark.tensorflow
+pytestmark = [
+    pytest.mark.tensorflow,
+    # Keras's own code, where it saves a model.
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),
+]
 PLANT = plant_of("watermark", 2)
-IMAGES = 400
+IMAGES = 800
 
 
 @pytest.fixture(scope="module")
 def model() -> object:
-    return train(2, PLANT, images=1000, epochs=4)
+    return train(2, PLANT)
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +73,11 @@ def settings(model: object, tmp_path: Path) -> Settings:
     registry = tmp_path / "networks.toml"
     registry.write_text(
         f'[networks.shapes]\nmodel = "{file.name}"\nsha256 = "{file_sha256(file)}"\n'
-        f'preprocessing = "unit"\nlabels = {[*CLASSES]}\n'
+        f'preprocessing = "unit"\ninput_size = [48, 48]\nlabels = {[*CLASSES]}\n'
     )
     return Settings(
         networks=registry,
-        cache=tmp_path / "cache",
+        cache_dir=tmp_path / "cache",
         image_schemes=("file",),
         image_roots=(str(tmp_path),),
         forward="tensorflow",

@@ -43,7 +43,7 @@ MIN_SHARE_WITHOUT_BOXES = 1 / 3  # of a class's images look at a place; objects 
 WIDER = 1.25  # times the cells over which the heat of other classes is spread
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Suspect:
     """What may be a shortcut of a class.
 
