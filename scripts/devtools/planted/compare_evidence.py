@@ -80,13 +80,19 @@ def outcome(
 
 
 def examine(
-    equal: list[int], planted: list[int], images: int = TRAINING_IMAGES, epochs: int = EPOCHS
+    equal: list[int],
+    planted: list[int],
+    *,
+    compared: int = IMAGES,
+    images: int = TRAINING_IMAGES,
+    epochs: int = EPOCHS,
 ) -> list[Outcome]:
     """Train the networks, and compare them.
 
     Args:
         equal: Seeds of the equal trainings.
         planted: Seeds of those with a watermark: see `plant_of`.
+        compared: How many images are compared.
         images: How many each is trained on.
         epochs: How often.
 
@@ -95,7 +101,7 @@ def examine(
     """
     outcomes, other_images = [], ComparisonOptions(pair="none")
     networks = {seed: wrap(train(seed, images=images, epochs=epochs)) for seed in equal}
-    plain, others = draw(IMAGES, IMAGES_SEED), draw(IMAGES, OTHER_SEED)
+    plain, others = draw(compared, IMAGES_SEED), draw(compared, OTHER_SEED)
     stores = {seed: dataset(network, plain) for seed, network in networks.items()}
     for one, other in itertools.combinations(equal, 2):
         report = compare(stores[one], stores[other])
@@ -105,7 +111,7 @@ def examine(
         outcomes.append(outcome("other images", (seed, seed), report))
     for seed in planted:
         plant = plant_of("watermark", seed)
-        shapes = draw(IMAGES, IMAGES_SEED, plant)
+        shapes = draw(compared, IMAGES_SEED, plant)
         marked = dataset(wrap(train(seed, plant, images=images, epochs=epochs)), shapes)
         for one, network in networks.items():
             report = compare(dataset(network, shapes), marked)
