@@ -114,13 +114,15 @@ class HeatTable:
         At least one batch must have been added.
         """
         every = _concatenate(self._parts)
-        self._parts = [every]
+        self._parts.clear()  # not all of it twice at once
         images = every.images(self.key)
         order = np.lexsort((every.indexes, every.rows, images, every.class_ids))
         same = np.zeros(len(order), np.bool_)
         before, after = order[:-1], order[1:]
         same[1:] = (images[before] == images[after]) & (every.class_ids[before] == every.class_ids[after])
-        return every.take(order[~same])
+        self._parts.append(every.take(order[~same]))
+        self._bytes = sum(array.nbytes for array in vars(self._parts[0]).values())
+        return self._parts[0]
 
     def _append(self, records: HeatRecords) -> None:
         if self.limit != EVERY_IMAGE:
