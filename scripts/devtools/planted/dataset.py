@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from devtools import synthetic_dataset
 from devtools.planted.shapes import SIDE, Shapes
 from gradcam_worker.gradcam import Network
+from gradcam_worker.gradcam.files.weights import file_sha256
 from gradcam_worker.gradcam.methods import cam
 from gradcam_worker.gradcam.probabilities import to_probabilities
 
@@ -67,17 +68,19 @@ def write_dataset(
     """
     explained = explain(network, shapes.pixels)
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    uris = []
+    uris, hashes = [], []
     for number, pixels in enumerate(shapes.pixels):
         file = folder / "images" / f"{number:05}.png"
         cv2.imwrite(str(file), pixels[..., ::-1])
         uris.append(file.absolute().as_uri())
+        hashes.append(file_sha256(file))
     images = synthetic_dataset.SyntheticImages(
         predicted=explained.predicted,
         truth=shapes.labels if labels else None,
         probability=explained.probabilities,
         boxes=shapes.boxes / np.float32(SIDE) if boxes else None,
         uris=uris,
+        hashes=hashes,
     )
     return synthetic_dataset.write_folder(
         images,
