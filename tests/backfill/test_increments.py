@@ -220,6 +220,15 @@ def test_where_the_first_of_two_fails_as_a_whole_the_other_is_computed(harness: 
     assert harness.rows() == dict.fromkeys(range(8), 2)
 
 
+def test_a_shard_is_tried_again_while_as_many_wait_for_it_as_may_be_in_flight(
+    harness: Harness, plan: Plan
+) -> None:
+    rows = [Row(uri=uri(number % 4), id=str(place)) for place, number in enumerate(range(16))]
+    harness.fails = {next(iter(cut_shards(rows, plan))).key: [StorageUnavailable("The store is down.")]}
+    assert harness.run(plan, rows, window=2)
+    assert fetched(harness) == {uri(number): 1 for number in range(4)}
+
+
 def test_a_dataset_without_digests_is_computed_again_where_it_has_moved(harness: Harness, plan: Plan) -> None:
     harness.run(plan, images(8))
     for name, data in harness.store.objects.items():
@@ -351,7 +360,26 @@ class TestCompaction:
             assert table(complete.store).equals(before)
             assert complete.summary
 
-    def killed(self, harness: Harness, after: int) -> None:
+    @pytest.mark.parametrize("kill", [4, 6])
+    @pytest.mark.parametrize("goes_on", ["compact", "backfill"])
+    def test_a_kill_while_merged_files_are_merged_again_leaves_each_row_once(
+        self, complete: Harness, plan: Plan, kill: int, goes_on: str
+    ) -> None:
+        self.compact(complete, 6000)  # two shards a file
+        names = [name for name in complete.store.objects if name.startswith("data/merged-")]
+        assert len(names) == 5
+        before, target_bytes = table(complete.store), 2 * len(complete.store.objects[names[0]]) + 500
+        self.killed(complete, kill, target_bytes)
+        if goes_on == "compact":
+            self.compact(complete, target_bytes)
+        else:
+            complete.run(plan, images(40), resume=True)
+        assert table(complete.store).equals(before)
+        summary = complete.summary
+        assert summary is not None
+        assert summary["files"] == sum(name.startswith("data/") for name in complete.store.objects)
+
+    def killed(self, harness: Harness, after: int, target_bytes: int | None = None) -> None:
         """Merge with a store that fails from the given change on."""
         changes = [0]
         store = harness.store
@@ -370,7 +398,7 @@ class TestCompaction:
         store.put, store.remove = counted(put), counted(remove)  # type: ignore[method-assign]
         try:
             with contextlib.suppress(StorageUnavailable):
-                self.compact(harness)
+                self.compact(harness, target_bytes)
         finally:
             store.put, store.remove = put, remove  # type: ignore[method-assign]
 

@@ -88,9 +88,10 @@ class Compactor:
 
     def _settle(self, files: DataFiles) -> DataFiles:
         """Remove files that a merge which was killed has merged already, and return what is there then."""
-        twice = sorted(files.keys & files.merged_keys)
+        twice = (*sorted(files.keys & files.merged_keys), *files.repeated)
         self._output.remove(map(data_key, twice))
-        return DataFiles(files.keys - files.merged_keys, files.merged)
+        merged = {name: shards for name, shards in files.merged.items() if name not in twice}
+        return DataFiles(files.keys - files.merged_keys, merged)
 
     def _small(self, files: DataFiles) -> list[str]:
         """The names of the files to merge, in the order of their rows."""

@@ -112,6 +112,18 @@ class DataFiles:
         """The keys of the shards in merged files."""
         return frozenset(shard.key for shards in self.merged.values() for shard in shards)
 
+    @property
+    def repeated(self) -> tuple[str, ...]:
+        """The merged files whose shards are all in larger ones: they were merged again, by what was killed."""
+        repeated: list[str] = []
+        seen: set[str] = set()
+        for name in sorted(self.merged, key=lambda name: (-len(self.merged[name]), name)):
+            keys = {shard.key for shard in self.merged[name]}
+            if keys <= seen:
+                repeated.append(name)
+            seen |= keys
+        return tuple(repeated)
+
     def places(self) -> dict[str, tuple[str, ...]]:
         """Return where the rows of each shard in a merged file are, by its key: see `Shard.reuse`.
 
@@ -377,8 +389,10 @@ class DatasetDir:
         Returns:
             The number of merged files afterwards.
         """
+        self.remove(map(data_key, files.repeated))
         left = 0
-        for name, shards in files.merged.items():
+        for name in sorted(files.merged.keys() - files.repeated):
+            shards = files.merged[name]
             keep = {shard.key for shard in shards} & expected - files.keys
             left += bool(keep)
             if len(keep) == len(shards):

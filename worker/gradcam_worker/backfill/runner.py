@@ -197,8 +197,7 @@ class BackfillRunner:
 
     def _must_wait(self) -> bool:
         """Whether the window or the rate does not allow another shard yet."""
-        at_most = max(len(self.in_flight), len(self._held))
-        return at_most >= self._window() or time.monotonic() < self._next_submit_s
+        return len(self.in_flight) >= self._window() or time.monotonic() < self._next_submit_s
 
     def _window(self) -> int:
         """The maximal number of shards in flight, shared with other running backfills."""
@@ -213,6 +212,8 @@ class BackfillRunner:
                 self._submit(self._to_submit[0])
                 self._to_submit.popleft()
                 continue
+            if len(self._held) >= self._window():
+                return
             shard = prefetched.next(MIN_POLL_INTERVAL_S)
             if shard is None:
                 self.progress = replace(self.progress, whole=prefetched.ended)
