@@ -7,6 +7,7 @@ import pytest
 from gradcam_worker.backfill.inputs.filters import NameFilter, pattern
 from gradcam_worker.backfill.inputs.open import open_input
 from gradcam_worker.backfill.inputs.options import InputOptions
+from gradcam_worker.errors import InvalidInput
 from gradcam_worker.settings import Settings
 
 
@@ -27,6 +28,10 @@ from gradcam_worker.settings import Settings
         ("raw/2031", ["raw/2031/x/a.png"], ["x/raw/2031/a.png"]),
         ("a?[0-9][!x].png", ["ab1y.png"], ["ab1x.png", "abcy.png", "a/1y.png"]),
         (".thumbs/*", [".thumbs/a"], ["x/.thumbs/a", "thumbs/a"]),
+        ("a[!x]b", ["ayb"], ["a/b", "axb"]),
+        ("*a*b?*c", ["xaybzc", "ab.c"], ["abc", "bazc"]),
+        ("x/**/y/**/z/*", ["x/y/z/a", "x/1/y/y/2/z/a"], ["x/y/a", "x/z/y/a"]),
+        ("**/**/a", ["a", "x/a", "x/y/z/a"], ["b"]),
         ("a+(1)$.png", ["a+(1)$.png"], ["aa1.png"]),
         ("a[.png", ["a[.png"], ["a.png"]),
     ],
@@ -36,6 +41,24 @@ def test_a_pattern_is_one_of_a_shell(glob: str, matching: list[str], others: lis
     assert compiled
     assert [name for name in matching if not compiled.fullmatch(name)] == []
     assert [name for name in others if compiled.fullmatch(name)] == []
+
+
+@pytest.mark.parametrize(
+    ("glob", "name"),
+    [("*a" * 30 + "b", "a" * 900), ("**/a/" * 30 + "b", "a/" * 400 + "c"), ("**/" * 30 + "b", "a/" * 400)],
+)
+def test_a_pattern_with_many_stars_is_decided_at_once(glob: str, name: str) -> None:
+    compiled = pattern([glob])
+    assert compiled
+    assert not compiled.fullmatch(name), "else this test does not end"
+
+
+def test_what_is_no_pattern_is_refused(tmp_path: Path) -> None:
+    with (
+        pytest.raises(InvalidInput, match=r"'\[z-a\]' is no pattern: bad character range z-a; one is as"),
+        open_input(str(tmp_path), Settings(), InputOptions(exclude=("a", "[z-a]"))),
+    ):
+        pass
 
 
 def test_what_is_left_out_is_counted_by_its_reason() -> None:

@@ -675,8 +675,8 @@ OWN = (
     "failed/00000000-0123456789abcdef.jsonl",
     "overlays/01234567-89ab-5def-8123-456789abcdef/overlay-1-282-tabby.jpg",
 )
-LATER = ("gallery.html", "audit/index.html", "data/compact-1.parquet")
-OTHERS = ("a.jpg", "failed.jpg", "overlays/c.jpg", "z.json")
+LATER = ("gallery.html", "audit/index.html", "audit/image-links.parquet", "data/compact-1.parquet")
+OTHERS = ("a.jpg", "audit/mine.jpg", "failed.jpg", "overlays/c.jpg", "z.json")
 
 
 class TestOutputsBelow:

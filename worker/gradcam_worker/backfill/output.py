@@ -50,11 +50,13 @@ STORE_TIMEOUT_S = 120.0
 MAX_FAILED_FILE_BYTES = 32 * 1024 * 1024
 OWN_FILES = re.compile(  # an audit and a gallery are written there, too
     r"failed(?:-[0-9]+)?\.jsonl\Z|overlays/[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}/"
-    r"|data/[^/]+\.parquet\Z|gallery\.html\Z|audit/"
+    r"|data/[^/]+\.parquet\Z|gallery\.html\Z"
 )
 MAX_NAMED_KEYS = 3  # in an error message
 REQUESTS_AT_ONCE = 16  # to read or remove many files
-AUDIT_FILES = re.compile(r"(?:^|/)audit/(?:index\.html|(?:report|page)\.json|(?:rows|map)[^/]*\.parquet)$")
+AUDIT_FILES = re.compile(
+    r"(?:^|/)audit/(?:index\.html|(?:report|page)\.json|(?:rows|map|image-links)[^/]*\.parquet)$"
+)
 
 
 class OwnFileFilter:
@@ -114,7 +116,7 @@ class DataFiles:
 
     @property
     def repeated(self) -> tuple[str, ...]:
-        """The merged files whose shards are all in larger ones: they were merged again, by what was killed."""
+        """The merged files whose shards are all in larger ones: a merge of them was killed."""
         repeated: list[str] = []
         seen: set[str] = set()
         for name in sorted(self.merged, key=lambda name: (-len(self.merged[name]), name)):

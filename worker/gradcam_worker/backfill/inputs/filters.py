@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+from gradcam_worker.errors import InvalidInput
 from gradcam_worker.text.visible import counted
 
 MARKERS = re.compile(  # files that say something about others; none is an image
@@ -104,39 +105,58 @@ def pattern(globs: Sequence[str], *, hidden: bool = False) -> re.Pattern[str] | 
         hidden: Whether `*`, `?` and `[` match the dot that a hidden name begins with.
 
     Returns:
-        The expression, for `fullmatch`; None: there are no patterns.
+        The expression, for `fullmatch`; None: there are no patterns. What a star skips before another star is
+        never chosen again, by `(?>...)`: else a pattern may take years for a name that does not match.
+
+    Raises:
+        InvalidInput: One is no pattern.
     """
-    name = "[^/]+" if hidden else r"(?!\.)[^/]+"
-    choices = []
-    for glob in globs:
-        parts = glob.strip("/").split("/")
-        anchored = len(parts) > 1 or glob.startswith("/")
-        text = "" if anchored else f"(?:{name}/)*"
-        for index, part in enumerate(parts):
-            last = index == len(parts) - 1
-            if part == "**":
-                text += f"{name}(?:/{name})*" if last else f"(?:{name}/)*"
-            else:
-                text += _component(part, hidden=hidden) + ("" if last else "/")
-        choices.append(f"{text}(?:/{name})*")
+    choices = [_choice(glob, hidden=hidden) for glob in globs]
     return re.compile("|".join(choices), re.DOTALL) if choices else None
+
+
+def _choice(glob: str, *, hidden: bool) -> str:
+    """The expression of one pattern. Raises InvalidInput."""
+    name = "[^/]+" if hidden else r"(?!\.)[^/]+"
+    parts = glob.strip("/").split("/")
+    runs = [""]  # of names between two stars for folders
+    for part in parts[:-1]:
+        if part == "**":
+            runs.append("")
+        else:
+            runs[-1] += f"{_component(part, hidden=hidden)}/"
+    first, *others = runs
+    text = first if len(parts) > 1 or glob.startswith("/") else f"(?:{name}/)*"
+    text += "".join(f"(?>(?:{name}/)*?{run})" for run in others[:-1] if run)
+    text += f"(?:{name}/)*{others[-1]}" if others else ""
+    text += (
+        f"{name}(?:/{name})*" if parts[-1] == "**" else f"{_component(parts[-1], hidden=hidden)}(?:/{name})*"
+    )
+    try:
+        re.compile(text)
+    except re.error as error:
+        message = f"{glob[:200]!r} is no pattern: {error.msg}; one is as '*.jpg', or '2031/**/[0-9]*.png'."
+        raise InvalidInput(message) from error
+    return text
 
 
 def _component(glob: str, *, hidden: bool) -> str:
     """The expression of one name."""
-    text = "" if hidden or glob[:1] not in {"*", "?", "["} else r"(?!\.)"
-    index = 0
+    before = "" if hidden or glob[:1] not in {"*", "?", "["} else r"(?!\.)"
+    runs, index = [""], 0  # between two stars
     while index < len(glob):
         letter, index = glob[index], index + 1
         end = glob.find("]", index + 1 + (glob[index : index + 1] == "!"))
         if letter == "*":
-            text += "[^/]*"
+            runs.append("")
         elif letter == "?":
-            text += "[^/]"
+            runs[-1] += "[^/]"
         elif letter == "[" and end > 0:
             inside = glob[index:end].replace("\\", r"\\").replace("[", r"\[").replace("^", r"\^")
-            text += f"[{'^' + inside[1:] if inside.startswith('!') else inside}]"
+            runs[-1] += f"[^/{inside[1:]}]" if inside.startswith("!") else f"(?!/)[{inside}]"
             index = end + 1
         else:
-            text += re.escape(letter)
-    return text
+            runs[-1] += re.escape(letter)
+    first, *others = runs
+    skipped = "".join(f"(?>[^/]*?{run})" for run in others[:-1] if run)
+    return f"{before}{first}{skipped}" + (f"[^/]*{others[-1]}" if others else "")
