@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from devtools.planted.samples import GRID, anywhere, sample_of
-from gradcam_worker.audit.clusters import MIN_IMAGES, draw_map, find_clusters
+from gradcam_worker.audit.clusters import MAX_CLUSTERS, MIN_IMAGES, draw_map, find_clusters
 from gradcam_worker.audit.samples import ClassSample
 
 
@@ -35,6 +35,14 @@ def test_features_tell_gazes_at_one_place_apart() -> None:
         [*range(30)],
         [*range(30, 60)],
     ]
+
+
+def test_more_places_than_clusters_are_as_many_clusters_as_there_may_be() -> None:
+    centers = np.stack(np.meshgrid(np.linspace(0.1, 0.9, 4), np.linspace(0.1, 0.9, 3)), -1).reshape(-1, 2)
+    sample = sample_of(0, np.repeat(centers.astype(np.float32), 15, axis=0))  # twelve places, 15 images each
+    clusters = find_clusters([sample])
+    assert len(clusters) == MAX_CLUSTERS
+    assert {len(cluster.members) % 15 for cluster in clusters} == {0}, "no place is torn apart"
 
 
 def test_few_images_are_one_cluster() -> None:

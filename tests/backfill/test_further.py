@@ -319,6 +319,15 @@ class TestKnown:
             "1 value is left out, being not readable; the first in Line 4: ['.1', None, " in opened.notes()[0]
         )
 
+    def test_a_box_without_an_area_is_told_and_the_other_boxes_stay(self, write: Write) -> None:
+        rows, opened = read(
+            write("a.jsonl", lines({"image": A, "b": [[1, 1, 0, 5], [1, 2, 3, 4]]})), boxes="b"
+        )
+        assert rows[0].annotations == Annotations(boxes=[AnnotatedBox(xyxy=(1, 2, 4, 6))])
+        assert opened.notes()[0].startswith(
+            "Column 'b': 1 value is left out, being a box without an area; the first in Line 1: the box [1,"
+        )
+
     def test_what_cannot_be_read_is_told_and_the_row_stays_but_not_what_it_asks_for(
         self, write: Write
     ) -> None:

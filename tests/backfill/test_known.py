@@ -2,12 +2,14 @@
 
 import io
 import json
+import math
 from typing import Any
 
 import pytest
 
 from gradcam_worker.backfill.inputs.known import (
     CocoBoxes,
+    NoArea,
     UnreadableCell,
     parse_boxes,
     parse_classes,
@@ -162,6 +164,59 @@ def test_boxes_of_a_coco_file_are_found_by_name_or_id() -> None:
             coco.find(uri, None)
     assert coco.without_area == 1
     assert coco.find("s3://b/other.jpg", "1") == found
+
+
+def coco_of(*annotations: dict[str, Any], file_name: str = "a.jpg", image_id: object = 1) -> CocoBoxes:
+    content = {
+        "images": [{"id": image_id, "file_name": file_name}],
+        "categories": [{"id": 9, "name": "cat"}],
+        "annotations": annotations,
+    }
+    return CocoBoxes(io.BytesIO(json.dumps(content).encode()), "instances.json")
+
+
+@pytest.mark.parametrize("box", [[], None])
+def test_an_annotation_without_a_box_does_not_make_a_coco_file_unreadable(box: object) -> None:
+    coco = coco_of({"image_id": None, "bbox": box}, {"image_id": 1, "bbox": [1, 2, 3, 4]})
+    assert coco.find("s3://b/a.jpg", None) == [AnnotatedBox(xyxy=(1, 2, 4, 6))]
+
+
+@pytest.mark.parametrize("bad", [[math.nan, 1, 5, 5], [1, 1, math.inf, 5], [5, 5, -1, 5]])
+def test_the_other_boxes_of_an_image_stay_if_one_has_no_area(bad: list[float]) -> None:
+    coco = coco_of({"image_id": 1, "bbox": bad}, {"image_id": 1, "bbox": [1, 2, 3, 4]})
+    assert (coco.find("s3://b/a.jpg", None), coco.without_area) == ([AnnotatedBox(xyxy=(1, 2, 4, 6))], 1)
+    left: list[NoArea] = []
+    found = parse_boxes([bad, [1, 2, 3, 4]], leave_out=left.append)
+    assert ([box.xyxy for box in found], len(left)) == ([(1, 2, 4, 6)], 1)
+
+
+@pytest.mark.parametrize(("image_id", "of_image", "category"), [(1, "1", "9"), ("1", 1, 9), (1, 1.0, 9.0)])
+def test_ids_of_a_coco_file_may_be_numbers_and_texts(
+    image_id: object, of_image: object, category: object
+) -> None:
+    coco = coco_of({"image_id": of_image, "category_id": category, "bbox": [1, 2, 3, 4]}, image_id=image_id)
+    assert coco.find("s3://b/a.jpg", None) == [AnnotatedBox(xyxy=(1, 2, 4, 6), label="cat")]
+    assert coco.find("s3://b/other.jpg", "1") == coco.find("s3://b/a.jpg", None)
+
+
+@pytest.mark.parametrize(
+    ("file_name", "uri"),
+    [
+        ("images\\1\\c d.jpg", "s3://b/images/1/c d.jpg"),
+        ("..\\..\\media/c.jpg", "s3://b/media/c.jpg"),
+        ("./train/a.jpg", "file:///data/train/a.jpg"),
+        ("s3://b/train/a%20b.jpg", "s3://b/train/a%20b.jpg"),
+        ("https://h/train/a%20b.jpg?v=1", "https://h/train/a%20b.jpg?v=2"),
+        ("/data/a.jpg", "file:///data/a.jpg"),
+    ],
+)
+def test_file_names_of_a_coco_file_may_be_paths_of_windows_relative_ones_and_uris(
+    file_name: str, uri: str
+) -> None:
+    coco = coco_of({"image_id": 1, "bbox": [1, 2, 3, 4]}, file_name=file_name)
+    assert coco.find(uri, None) == [AnnotatedBox(xyxy=(1, 2, 4, 6))]
+    with pytest.raises(UnreadableCell):
+        coco.find(uri.replace("/a", "/x").replace("/c", "/x"), None)
 
 
 @pytest.mark.parametrize(

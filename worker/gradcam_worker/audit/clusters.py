@@ -7,8 +7,9 @@ Each image is a vector: the roots of the shares of heat of its cells, so that th
 that of Hellinger between their distributions of heat. Where features of the target layer are known, which are
 averaged with the heat as weights, they are appended with the same length. Two images are joined if one is
 among the `NEIGHBOURS` nearest of the other. Of the first `MAX_CLUSTERS` + 1 eigenvalues of the graph's
-normalized Laplacian, the widest gap between two neighbours ends the clusters; k-means with a fixed seed finds
-them in the eigenvectors.
+normalized Laplacian, the widest gap between two neighbours ends the clusters; if all are zero, the graph has
+more parts than `MAX_CLUSTERS`, and so many clusters are made. k-means with a fixed seed finds them in the
+eigenvectors.
 
 Departures from SpRAy: heat is compared as a distribution, not as pixels; the graph is made of a sample of
 each class, and every other image belongs to the cluster of its nearest neighbour there.
@@ -31,6 +32,7 @@ NEIGHBOURS = 10
 MIN_IMAGES = 24  # of a class that is clustered; fewer are one cluster
 GRAPH_IMAGES = 256  # of a class in the graph: the eigenvalues of a larger one take seconds
 MAX_FEATURES = 64  # channels; more are projected to as many by chance
+ROUNDING = 1e-6  # of eigenvalues: smaller gaps are none, as in a graph of more than `MAX_CLUSTERS` parts
 TINY = 1e-9  # a shorter side or vector counts as zero
 USER = "Clustering what a network looks at"
 
@@ -134,7 +136,8 @@ def _labels(vectors: Floats, seed: int) -> NDArray[np.intp]:
         degrees = joined.sum(1)
         laplacian = np.eye(len(part)) - joined / np.sqrt(degrees[:, None] * degrees)
         values, eigenvectors = np.linalg.eigh(laplacian)
-        clusters = int(np.diff(values[: MAX_CLUSTERS + 1]).argmax()) + 1
+        gaps = np.diff(values[: MAX_CLUSTERS + 1])
+        clusters = int(gaps.argmax()) + 1 if gaps.max() > ROUNDING else MAX_CLUSTERS
         if clusters == 1:
             return np.zeros(count, np.intp)
         embedded = eigenvectors[:, :clusters] / np.sqrt(degrees)[:, None]

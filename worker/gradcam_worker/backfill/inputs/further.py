@@ -17,6 +17,7 @@ from gradcam_worker.backfill.inputs.known import (
     NO_MAP,
     CocoBoxes,
     LabelMap,
+    NoArea,
     UnreadableCell,
     parse_boxes,
     parse_classes,
@@ -41,6 +42,7 @@ MAX_CELL = 65_536  # characters of a text that is carried, or entries of a list
 MAX_TOLD = 20  # sentences about values that were lost
 MAX_COUNTED = 1000  # of their kinds
 NOT_UTF_8, TOO_LONG = "not UTF-8", f"longer than {MAX_CELL:,}"
+NO_AREA = "a box without an area"
 ROLES = ("classes_from", "label", "mask")  # options that name a single column
 Kinds = Sequence[tuple[str, str]]  # columns and their Arrow types; a name may be there twice
 
@@ -117,9 +119,8 @@ class FurtherColumns:
                 found["labels"] = tuple(dict.fromkeys(labels))
         elif self._boxes:
             values = [next(cells) for _ in self._boxes]
-            found["boxes"] = self._known(
-                str(options.boxes), place, self._parse_boxes, values if len(values) > 1 else values[0]
-            )
+            cell = values if len(values) > 1 else values[0]
+            found["boxes"] = self._known(str(options.boxes), place, self._parse_boxes, cell, place)
         known = {name: value for name, value in found.items() if value}
         return self.valid_annotations(place, known) if known else None
 
@@ -131,7 +132,7 @@ class FurtherColumns:
             self.lose("annotations", "not valid", place, describe(error))
             return None
 
-    def _parse_boxes(self, cell: Any) -> list[AnnotatedBox]:
+    def _parse_boxes(self, cell: Any, place: str) -> list[AnnotatedBox]:
         if len(self._boxes) == CORNERS:
             if all(value in (None, "") for value in cell):
                 return []
@@ -140,7 +141,11 @@ class FurtherColumns:
             except (TypeError, ValueError) as error:
                 message = f"has {cell!r}, which is no box: each of its columns must hold a number"
                 raise UnreadableCell(message) from error
-        return parse_boxes(cell, self._options.boxes_format, self._label_map)
+
+        def leave_out(error: NoArea) -> None:
+            self.lose(str(self._options.boxes), NO_AREA, place, str(error).removeprefix("has "))
+
+        return parse_boxes(cell, self._options.boxes_format, self._label_map, leave_out)
 
     def _known(self, column: str, place: str, parse: Any, cell: Any, *more: Any) -> Any:
         try:

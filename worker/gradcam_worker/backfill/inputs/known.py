@@ -9,8 +9,9 @@ import csv
 import io
 import json
 import math
+import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, BinaryIO
 from urllib.parse import unquote
 
@@ -30,12 +31,19 @@ CATEGORY_NAMES = ("label", "labels", "category", "categories", "class", "classes
 MAX_CLASS_NAME = 128  # characters: see `gradcam_worker.schemas.options.RequestedClass`
 MAX_LABEL_MAP_BYTES = 64 * 1024 * 1024
 CORNERS = 4
+STEPS_UP = re.compile(
+    r"(\.{0,2}/)*"
+)  # at the beginning of a path: they say nothing about where the file is now
 LabelMap = Mapping[str, tuple[Class, ...]]
 NO_MAP: LabelMap = {}
 
 
 class UnreadableCell(ValueError):
     """Why a cell cannot be read, as part of a sentence."""
+
+
+class NoArea(UnreadableCell):
+    """A box has no area, or numbers that are not finite."""
 
 
 def parse_classes(cell: object, label_map: LabelMap = NO_MAP) -> tuple[Class, ...]:
@@ -90,13 +98,19 @@ def _shown(value: object) -> str:
     return repr(value)[:80]
 
 
-def parse_boxes(cell: object, form: str = BOX_FORMATS[0], label_map: LabelMap = NO_MAP) -> list[AnnotatedBox]:
+def parse_boxes(
+    cell: object,
+    form: str = BOX_FORMATS[0],
+    label_map: LabelMap = NO_MAP,
+    leave_out: Callable[[NoArea], None] | None = None,
+) -> list[AnnotatedBox]:
     """Read the boxes in a cell.
 
     Args:
         cell: Of a table, or a value of JSON.
         form: One of `BOX_FORMATS`.
         label_map: For the categories of boxes.
+        leave_out: Called for each box that has no area, instead of raising NoArea.
 
     Returns:
         The boxes.
@@ -116,7 +130,15 @@ def parse_boxes(cell: object, form: str = BOX_FORMATS[0], label_map: LabelMap = 
         raise UnreadableCell(message)
     if len(cell) == CORNERS and all(isinstance(one, int | float) for one in cell):
         cell = [cell]
-    return [box for one in cell for box in _boxes(one, form, label_map)]
+    found: list[AnnotatedBox] = []
+    for one in cell:
+        try:
+            found += _boxes(one, form, label_map)
+        except NoArea as error:
+            if leave_out is None:
+                raise
+            leave_out(error)
+    return found
 
 
 def _from_object(cell: Mapping[str, Any]) -> list[Any]:
@@ -149,7 +171,7 @@ def _boxes(one: object, form: str, label_map: LabelMap) -> list[AnnotatedBox]:
         return [AnnotatedBox(xyxy=xyxy, relative=bool(relative), label=name) for name in labels]
     except ValidationError as error:
         message = f"has the box {_shown(one)} as {form}: {describe(error).removeprefix('the message: ')}"
-        raise UnreadableCell(message) from error
+        raise NoArea(message) from error
     except (TypeError, ValueError) as error:
         if isinstance(error, UnreadableCell):
             raise
@@ -249,25 +271,26 @@ class CocoBoxes:
         try:
             content = json.load(file, object_hook=_without_outline)
             categories = {
-                one["id"]: parse_classes(one["name"], label_map) for one in content.get("categories", ())
+                _key(one["id"]): parse_classes(one["name"], label_map)
+                for one in content.get("categories", ())
             }
             # Kept as it came: a file has a million boxes, and a list may need a few of them.
-            boxes: dict[Any, list[tuple[Sequence[float], tuple[Class, ...]]]] = defaultdict(list)
+            boxes: dict[str, list[tuple[Sequence[float], tuple[Class, ...]]]] = defaultdict(list)
             self.without_area = 0
             for one in content["annotations"]:
-                if "bbox" not in one or one.get("iscrowd"):
+                if not one.get("bbox") or one.get("iscrowd"):
                     continue
-                _, _, width, height = one["bbox"]
-                if width > 0 and height > 0:
-                    labels = categories.get(one.get("category_id"), ())
-                    boxes[one["image_id"]].append((one["bbox"], labels))
+                x, y, width, height = one["bbox"]
+                if width > 0 and height > 0 and math.isfinite(x + y + width + height):
+                    labels = categories.get(_key(one.get("category_id")), ())
+                    boxes[_key(one["image_id"])].append((one["bbox"], labels))
                 else:
                     self.without_area += 1
-            self._by_id = {str(image["id"]): boxes[image["id"]] for image in content["images"]}
+            self._by_id = {_key(image["id"]): boxes[_key(image["id"])] for image in content["images"]}
             self._by_name: dict[str, list[tuple[str, Any]]] = defaultdict(list)
             for image in content["images"]:
-                path = str(image["file_name"])
-                self._by_name[path.rpartition("/")[2]].append((f"/{path.lstrip('/')}", boxes[image["id"]]))
+                path = _path(str(image["file_name"]))
+                self._by_name[path.rpartition("/")[2]].append((path, boxes[_key(image["id"])]))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             what = f"has no {error}" if isinstance(error, KeyError) else str(error)
             message = (
@@ -286,8 +309,7 @@ class CocoBoxes:
         Raises:
             UnreadableCell: The file does not know it, or its boxes cannot be read.
         """
-        scheme, _, path = uri.partition("://")
-        path = "/" + (path if scheme == "s3" else unquote(path.partition("?")[0]))
+        path = _path(uri)
         named = [
             found for name, found in self._by_name.get(path.rpartition("/")[2], ()) if path.endswith(name)
         ]
@@ -299,6 +321,21 @@ class CocoBoxes:
         return [
             box for bbox, labels in found for box in _boxes({"bbox": bbox, "label": labels}, form, NO_MAP)
         ]
+
+
+def _key(value: object) -> str:
+    """An id, as a number or a text: writers of COCO files mix both, and pandas makes 7.0 of 7."""
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
+
+
+def _path(name: str) -> str:
+    """The path of a URI or of a file name, which may come from Windows, with one slash before it."""
+    scheme, is_uri, path = name.partition("://")
+    if not is_uri:
+        path = name
+    elif scheme != "s3":
+        path = unquote(path.partition("?")[0])
+    return "/" + STEPS_UP.sub("", path.replace("\\", "/"), count=1)
 
 
 def _without_outline(fields: dict[str, Any]) -> dict[str, Any]:
