@@ -531,6 +531,25 @@ class TestTableFolders:
             "1 value is left out, being no int64; the first in Row 1 of b.parquet: 0.5" in opened.notes()[0]
         )
 
+    @pytest.mark.parametrize("form", ["parquet", "orc"])
+    def test_a_column_of_nulls_in_the_first_file_has_the_type_that_it_has_in_a_later_one(
+        self, form: str, tmp_path: Path
+    ) -> None:
+        write_table = {"parquet": pq.write_table, "orc": orc.write_table}[form]
+        types = [pa.null(), pa.null(), pa.float64()] if form == "parquet" else [pa.float64()] * 3
+        for uri, value, kind in zip((A, B, C), (None, None, 1.5), types, strict=True):
+            table = pa.table({"image": [uri], "n": pa.array([value], kind)})
+            write_table(table, str(tmp_path / f"{uri[-5]}.{form}"))
+        rows, opened = read(str(tmp_path), form=form)
+        assert opened.carried == {"n": "double"}
+        assert [row.carried for row in rows] == [None, None, (1.5,)]
+
+    def test_a_column_of_nulls_keeps_the_type_of_an_earlier_run_else_it_is_text(self, tmp_path: Path) -> None:
+        where = str(tmp_path / "a.parquet")
+        pq.write_table(pa.table({"image": [A], "n": pa.nulls(1)}), where)
+        assert carried(where, {"n": "double"}) == ({"n": "double"}, [None])
+        assert carried(where) == ({"n": "string"}, [None])
+
     def test_json_of_spark_is_json_lines(self, write: Write) -> None:
         write("t/part-0.json", lines({"image": A, "n": 1}))
         write("t/part-1.json.gz", lines({"image": B, "n": 2}))

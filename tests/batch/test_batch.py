@@ -130,6 +130,18 @@ def test_the_schema_is_known_before_any_image_is_read(explainer: Callable[..., S
         assert one.output_schema(batch).remove_metadata() == one(batch).schema.remove_metadata()
 
 
+def test_a_column_of_nothing_but_none_may_be_given_its_type(explainer: Callable[..., ShardExplainer]) -> None:
+    one = explainer(top_n=1, column_types={"score": "double", "absent": "int64"})
+    batches: list[dict[str, Any]] = [
+        {"uri": [uri], "score": [score]} for uri, score in zip(IMAGES, (None, 1.5, 2), strict=True)
+    ]
+    table = pa.concat_tables([one(batch) for batch in batches])
+    assert table.schema.field("score").type == pa.float64()
+    assert table["score"].to_pylist() == [None, 1.5, 2.0]
+    with pytest.raises(InvalidInput, match="'flot' is no type"):
+        explainer(column_types={"score": "flot"})
+
+
 def test_an_empty_batch_gives_an_empty_table(explainer: Callable[..., ShardExplainer]) -> None:
     one = explainer(top_n=1)
     empty = one({"uri": [], "camera": []})

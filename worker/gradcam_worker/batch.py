@@ -27,6 +27,7 @@ with extras.required("gradcam_worker.batch", extras.WORKER):
     from numpy.typing import NDArray
     from pydantic import ValidationError
 
+    from gradcam_worker.artifacts.columns import arrow_type
     from gradcam_worker.artifacts.dataset import METADATA_KEY
     from gradcam_worker.backfill.inputs.arrow_tables import ArrowReader, ArrowTable
     from gradcam_worker.backfill.inputs.further import FurtherColumns, choose_carried
@@ -167,6 +168,7 @@ class ShardExplainer:
         input_columns: Mapping[str, str] | None = None,
         keep_columns: Sequence[str] | None = None,
         drop_columns: Sequence[str] = (),
+        column_types: Mapping[str, str] | None = None,
         settings: Settings | None = None,
         portable: bool = False,
         timeout_s: float = 7200,
@@ -193,6 +195,8 @@ class ShardExplainer:
             input_columns: The columns with what the network takes beside the image, by its names.
             keep_columns: Further columns that the result gets; None: all, but those with bytes.
             drop_columns: Those that it does not get.
+            column_types: Types of further columns, as Arrow prints them, such as double: a column in which a
+                batch has nothing but None has no type of its own, and would be text there.
             settings: Which images may be read, and how; None: those of the environment of the process that
                 calls it, and every file that it can read.
             portable: Give heatmaps and boxes as lists of float32 and numbers: Spark has no float16 and no
@@ -202,7 +206,11 @@ class ShardExplainer:
 
         Raises:
             InvalidJob: What is asked for is invalid.
+            InvalidInput: A type is none that can be carried.
         """
+        self._types = dict(column_types or {})
+        for kind in self._types.values():
+            arrow_type(kind)
         if boxes and is_coco(boxes):
             message = (
                 f"boxes names a column of the batch, and {boxes!r} is a file: join its boxes to the rows."
@@ -339,7 +347,7 @@ class ShardExplainer:
         reader = ArrowReader(self._options, "parquet")
         kinds = reader.kinds_of(rows.schema)
         used = reader.used([name for name, _ in kinds])
-        carried, _ = choose_carried(kinds, used, self._options, None)
+        carried, _ = choose_carried(kinds, used, self._options, self._types)
         return FurtherColumns(self._options, carried)
 
     def _explain(self, shard: Shard, services: Services) -> pa.Table:

@@ -211,12 +211,17 @@ def is_text(kind: "pa.DataType") -> bool:
 
 
 def kind_of(kind: "pa.DataType") -> str:
-    """Return the type, as text, with which a column is carried: text where no other holds it as it is."""
+    """Return the type, as text, with which a column is carried: text where no other holds it as it is.
+
+    Empty: a column of nulls alone, whose type is not known.
+    """
     from pyarrow import types
 
     if types.is_dictionary(kind):
         return kind_of(kind.value_type)
-    if types.is_null(kind) or is_text(kind):
+    if types.is_null(kind):
+        return ""
+    if is_text(kind):
         return TEXT
     if types.is_nested(kind):
         return str(kind) if _is_plain(kind) else TEXT

@@ -13,7 +13,7 @@ import tempfile
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Protocol, cast
@@ -76,6 +76,7 @@ HINTS = {  # for suffixes of formats that are not supported, or whose content is
 }
 TABLES = ("jsonl", "csv", "tsv", "parquet", "orc")  # forms with columns
 ARROW = ("parquet", "orc")
+TYPED_PARTS = 16  # files of a folder that are asked for the types of columns, until all are known
 READ_ERRORS = (EOFError, OSError, zlib.error, lzma.LZMAError)
 
 
@@ -285,6 +286,20 @@ def _folder(opening: _Opening, output: str | None, *, explicit: bool) -> Input:
     return opened
 
 
+def _with_later_types(
+    kinds: Kinds, reader: ArrowReader, parts: Sequence[Part], settings: Settings, form: str
+) -> Kinds:
+    """The types of columns; of those that are null in the whole first file, from the files after it."""
+    for part in parts:
+        if all(kind for _, kind in kinds):
+            break
+        # A file that cannot be read is told when its rows are.
+        with suppress(InvalidInput, *READ_ERRORS), ExitStack() as stack:
+            later = dict(reader.kinds(_OpenPart(part, settings, stack, form).content(), part.constants))
+            kinds = [(name, kind or later.get(name, "")) for name, kind in kinds]
+    return kinds
+
+
 def _list(opening: _Opening, form: str) -> Input:
     """The rows of a list, in one file or in many. Raises InvalidInput."""
     name = display_name(opening.where)
@@ -293,6 +308,8 @@ def _list(opening: _Opening, form: str) -> Input:
         with _told_with(name if len(parts) == 1 else f"{name}: {parts[0].name}"):
             first = _OpenPart(parts[0], opening.settings, opening.stack, form)
             kinds = reader.kinds(first.content(), parts[0].constants)
+            if isinstance(reader, ArrowReader):
+                kinds = _with_later_types(kinds, reader, parts[1:TYPED_PARTS], opening.settings, form)
             further = opening.further(reader, kinds)
     except READ_ERRORS as error:
         message = f"{name} is damaged, or cannot be read: {error}"
