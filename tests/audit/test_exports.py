@@ -3,6 +3,7 @@ tests/devtools/test_export_readers.py.
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -27,9 +28,11 @@ IMAGES = (
 @pytest.fixture
 def exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("GRADCAM_OUTPUT", tmp_path.as_uri())
-    dataset = folder_dataset(tmp_path / "dataset", *IMAGES)
 
-    def export(form: str, *more: str) -> Path:
+    def export(form: str, *more: str, images: tuple[Image, ...] = IMAGES) -> Path:
+        dataset = tmp_path / "dataset"
+        if not dataset.exists():
+            folder_dataset(dataset, *images)
         assert main(["audit", "export", str(dataset), "--to", form, "-o", str(tmp_path / form), *more]) == 0
         return tmp_path / form
 
@@ -46,6 +49,24 @@ def test_every_format_is_offered_and_writes_the_same_bytes_again(exported: Any, 
         first = {file.name: file.read_bytes() for file in exported(form).rglob("*.json")}
         (tmp_path / form).rename(tmp_path / f"{form}-before")
         assert {file.name: file.read_bytes() for file in exported(form).rglob("*.json")} == first
+
+
+@pytest.mark.parametrize("form", ["coco", "labelstudio", "wandb", "fiftyone"])
+def test_exports_are_json_whatever_numbers_a_column_holds(form: str, exported: Any) -> None:
+    images = (Image(predicted=1, carried={"score": math.nan}),)
+    files = [*exported(form, images=images).rglob("*.json")]
+    for file in files:
+        json.loads(file.read_text(), parse_constant=pytest.fail)
+    assert files
+
+
+def test_fiftyone_gets_no_field_names_that_it_refuses(exported: Any) -> None:
+    names = ("_id", "meta.camera", "$price", "prediction", "a b")
+    images = (Image(predicted=1, carried=dict.fromkeys(names, "x")),)
+    (sample,) = read(exported("fiftyone", images=images) / "samples.json")["samples"]
+    wanted = ("input__id", "meta_camera", "input__price", "input_prediction", "a b")
+    assert [sample[name] for name in wanted] == ["x"] * 5
+    assert not [name for name in sample if name.startswith("_") or {*name} & {*".$"}]
 
 
 def test_coco_has_the_hot_region_and_the_truth_of_each_image_as_boxes(exported: Any) -> None:

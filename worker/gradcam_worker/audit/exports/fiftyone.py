@@ -9,6 +9,7 @@ The samples name their images relative to the folder, as `images/<bucket>/<key>`
 https://docs.voxel51.com/user_guide/import_datasets.html
 """
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +18,8 @@ from gradcam_worker.audit.exports.class_names import ClassNames
 from gradcam_worker.audit.exports.images import XYXY, ExportedExplanation, ExportedImage
 from gradcam_worker.audit.exports.source import ExportSource, as_json
 
-RESERVED = {"id", "filepath", "tags", "metadata", "media_type"}  # fields of every sample
+OWN = {"prediction", "hot_regions", "ground_truth", "objects", "heat"}
+RESERVED = {"id", "filepath", "tags", "metadata", "media_type"} | OWN  # fields of a sample
 
 
 def files(source: ExportSource) -> Iterator[tuple[str, bytes]]:
@@ -46,7 +48,7 @@ def files(source: ExportSource) -> Iterator[tuple[str, bytes]]:
 def _sample(image: ExportedImage, names: ClassNames) -> dict[str, Any]:
     first = image.prediction
     sample: dict[str, Any] = {
-        f"input_{name}" if name in RESERVED else name: value
+        _field(name): value
         for name, value in image.carried.items()
         if isinstance(value, str | int | float | bool)
     }
@@ -73,6 +75,12 @@ def _sample(image: ExportedImage, names: ClassNames) -> dict[str, Any]:
         boxes = [_detection(image, box, label, None) for box in image.truth_boxes]
         sample["objects"] = {"_cls": "Detections", "detections": boxes}
     return sample
+
+
+def _field(name: str) -> str:
+    """The field of a column: FiftyOne refuses names that have $, empty parts, or _ in front."""
+    name = re.sub(r"[.$]", "_", name)
+    return f"input_{name}" if name in RESERVED or name.startswith("_") else name
 
 
 def _detection(

@@ -1,6 +1,7 @@
 """What an export is made of."""
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -43,5 +44,23 @@ class ExportSource:
 
 
 def as_json(value: Any) -> bytes:
-    """Encode JSON. What a column of the input may hold and JSON cannot, such as a date, becomes text."""
-    return json.dumps(value, indent=1, default=str, ensure_ascii=False).encode()
+    """Encode JSON. What a column of the input may hold and JSON cannot, such as a date, becomes text.
+
+    Numbers that are not finite become null.
+    """
+    try:
+        return _dumps(value)
+    except ValueError:
+        return _dumps(_finite(value))
+
+
+def _dumps(value: Any) -> bytes:
+    return json.dumps(value, indent=1, default=str, ensure_ascii=False, allow_nan=False).encode()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
