@@ -31,6 +31,7 @@ ELSEWHERE = {
     "docs/how-to/compare.md": "tests/docs/test_compare.py",
     "docs/how-to/audit-page.md": "tests/live/test_audit_page.py",
     "docs/how-to/http-api.md": "tests/live/test_gateway.py",
+    "docs/how-to/ray-dask-spark.md": "tests/docs/test_clusters.py",
     "docs/how-to/other-languages.md": "tests/live/test_queue_doc.py",
     "docs/reference/dataset.md": "tests/docs/test_dataset.py",
 }
