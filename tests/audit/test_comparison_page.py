@@ -66,6 +66,20 @@ def test_a_page_stays_below_its_limit(report: ComparisonReport, monkeypatch: pyt
     assert made(report).missing == {"too_many_pictures": 19, "image_not_found": 1}
 
 
+def test_of_more_classes_that_moved_than_have_a_card_the_images_are_left_out(
+    report: ComparisonReport,
+) -> None:
+    moved = report.classes[0]
+    others = tuple(
+        moved.model_copy(update={"a": moved.a.model_copy(update={"id": 1000 + number})})
+        for number in range(module.MAX_CARDS)
+    )
+    data = data_of(made(report.model_copy(update={"classes": (*others, moved)})).page)
+    assert len(data["classes"]) == module.MAX_CARDS
+    assert [one["id"] for one in data["others"]] == [moved.a.id]
+    assert data["images"] == data["photos"] == []
+
+
 def test_nothing_of_a_dataset_becomes_markup(report: ComparisonReport) -> None:
     hostile = "</script><script>alert('\"&')"
     classes = tuple(one.model_copy(update={"name": hostile}) for one in report.classes)

@@ -395,6 +395,16 @@ class TestKnown:
         assert rows == [row]
         assert (opened.carried, opened.annotated) == (shard.carried, True)
 
+    def test_a_carried_column_of_a_failed_row_is_not_taken_for_what_the_row_asks_for(
+        self, write: Write
+    ) -> None:
+        problem = read(write("bad.jsonl", "{}"))[0][0].problem
+        carried = {"classes": "string", "inputs": "string", "annotations": "string", "n": "int64"}
+        (shard,) = cut_shards([Row(uri=A, carried=("tabby", "none", "two", 5))], plan(carried=carried))
+        rows, opened = read(write("failed.jsonl", failed_lines(shard, [problem]).decode()))
+        assert rows == [Row(uri=A, carried=(5,))]
+        assert opened.carried == {"n": "int64"}
+
     def test_failed_rows_that_somebody_changed_are_explained_without_what_is_wrong(
         self, write: Write
     ) -> None:

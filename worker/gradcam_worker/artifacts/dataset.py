@@ -54,6 +54,7 @@ MAX_BATCH_CELLS = 2**22  # of all heatmaps that are read at once: 32 MB as float
 
 FEATURES_COLUMN = "heat_features"
 DIGEST_COLUMN = "row_digest"
+READ_OF_FAILED = {"inputs", "classes", "annotations"}  # what a failed row asks for: no carried column's
 UNKNOWN = -1  # of a class, or of yes and no, in the arrays of a `Batch`
 
 Grid = tuple[int, int]  # rows and columns of every heatmap
@@ -362,8 +363,9 @@ def failed_lines(shard: Shard, outcomes: Sequence[Outcome | None]) -> bytes:
         if isinstance(outcome, Problem):
             left_out = {"uri", "problem", "version", "carried"}
             fields = row.model_dump(mode="json", exclude_none=True, exclude=left_out)
+            carried = zip_longest(shard.carried, row.carried or ())
             line = {
-                **dict(zip_longest(shard.carried, row.carried or ())),
+                **{name: value for name, value in carried if name not in READ_OF_FAILED},
                 "image": row.uri,
                 **fields,
                 "row": shard.first + index,

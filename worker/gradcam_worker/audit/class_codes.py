@@ -45,14 +45,6 @@ class ClassCodes:
         return encoded
 
 
-def grown(array: NDArray[np.float64], length: int) -> NDArray[np.float64]:
-    """Return the array with at least this length, zeros at its end."""
-    if len(array) >= length:
-        return array
-    more = np.zeros((max(length, 2 * len(array)) - len(array), *array.shape[1:]), array.dtype)
-    return np.concatenate([array, more])
-
-
 class ClassSums:
     """Sums of numbers, or of maps of one size, for each class."""
 

@@ -2,7 +2,7 @@
 
 import base64
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,9 +53,12 @@ def comparison_page(report: ComparisonReport, images: ImageFetcher, limits: Limi
     Returns:
         The page, of at most `MAX_PAGE_BYTES` bytes.
     """
-    records = [{"uri": one.uri, "sha256": one.sha256} for one in report.images]
+    cards = _cards(report)
+    chosen = {one.a.id for one in cards}
+    changed = [one for one in report.images if one.class_a in chosen]
+    records = [{"uri": one.uri, "sha256": one.sha256} for one in changed]
     distinct = {image_key(record): record for record in records}
-    data = _page_data(report)
+    data = _page_data(report, cards, changed)
     room = (MAX_PAGE_BYTES - len(_page(data))) // max(len(distinct), 1)
     photos = list(read_photos(list(distinct.values()), images, limits, photo_bytes(room)))
     numbers = {key: number for number, key in enumerate(distinct)}
@@ -70,11 +73,17 @@ def _page(data: Mapping[str, Any]) -> bytes:
     return fill_template("comparison.html", data, folder=TEMPLATES)
 
 
-def _page_data(report: ComparisonReport) -> dict[str, Any]:
-    """The data of the page, without the photos."""
-    cards = _cards(report)
+def _page_data(
+    report: ComparisonReport, cards: Sequence[ClassComparison], images: Sequence[ChangedImage]
+) -> dict[str, Any]:
+    """The data of the page, without the photos.
+
+    Args:
+        report: The comparison.
+        cards: The classes that are shown with heatmaps.
+        images: The images of these.
+    """
     chosen = {one.a.id for one in cards}
-    images = [one for one in report.images if one.class_a in chosen]
     grids = [one.a.heat for one in cards] + [side.heat for one in images for side in (one.a, one.b)]
     rows, columns = (
         min(max((getattr(heat, name) for heat in grids), default=1), MAX_CELLS_PER_SIDE)

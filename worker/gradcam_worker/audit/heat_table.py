@@ -171,10 +171,10 @@ def digests_of_sha256(hashes: Sequence[str | None]) -> Digests:
     values = _HEXADECIMAL[digits.reshape(-1, SHA256_DIGITS)]
     packed = (values[:, 0::2] << 4 | values[:, 1::2]).astype(np.uint8)
     words = np.ascontiguousarray(packed).view(">u8").astype(np.uint64)
-    digests = words[:, 0] ^ _mixed(words[:, 1]) ^ words[:, 2] ^ _mixed(words[:, 3])
+    digests = words[:, 0] ^ mixed(words[:, 1]) ^ words[:, 2] ^ mixed(words[:, 3])
     is_text = (values > 15).any(axis=1)  # noqa: PLR2004  # the greatest digit
     digests[is_text] = digests_of_uris([hashes[index] for index in np.flatnonzero(is_text).tolist()])
-    return _mixed(digests)
+    return mixed(digests)
 
 
 def digests_of_uris(uris: Sequence[str | None]) -> Digests:
@@ -183,13 +183,13 @@ def digests_of_uris(uris: Sequence[str | None]) -> Digests:
     return np.frombuffer(texts, np.uint64)
 
 
-def _mixed(words: Digests) -> Digests:
+def mixed(words: Digests) -> Digests:
     """Spread 64-bit numbers evenly: the last step of the generator splitmix64 (Steele, Lea, Flood, 2014)."""
-    mixed = words + np.uint64(0x9E3779B97F4A7C15)
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    spread: Digests = mixed ^ (mixed >> np.uint64(31))
-    return spread
+    with np.errstate(over="ignore"):
+        spread = words + np.uint64(0x9E3779B97F4A7C15)
+        spread = (spread ^ (spread >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        spread = (spread ^ (spread >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return np.asarray(spread ^ (spread >> np.uint64(31)), np.uint64)
 
 
 def _concatenate(parts: Sequence[HeatRecords]) -> HeatRecords:

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gradcam_worker.audit.heat_table import mixed
+
 MAX_ROWS = 512  # of a class
 MIN_ROWS = 32  # of a class, however many classes there are
 MAX_BYTES = 2**28  # of heat and features of all samples
@@ -160,9 +162,5 @@ class Samples:
 
 
 def _hash(rows: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """SplitMix64 of each number (Steele et al. 2014): a fixed order that looks like chance."""
-    with np.errstate(over="ignore"):
-        mixed = rows.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return np.asarray(mixed ^ (mixed >> np.uint64(31)), np.uint64)
+    """A fixed order of rows that looks like chance."""
+    return mixed(rows.astype(np.uint64))

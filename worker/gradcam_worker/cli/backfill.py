@@ -221,8 +221,8 @@ def run(
     """Explain every image of INPUT: a list (JSON Lines, CSV, Parquet, ORC, or one URI per line), the
     manifest.json of an S3 inventory, a folder, s3://bucket/prefix, or - for standard input.
 
-    Further columns of a list become columns of the dataset. --label, --boxes and --masks say what is known
-    about the images: then the dataset says whether the network is right, and looks at the object.
+    Further columns of a list become columns of the dataset. --label, --boxes and --mask-column say what is
+    known about the images: then the dataset says whether the network is right, and looks at the object.
 
     With --resume, --only-failed or --changed, INPUT and all options may be omitted: they are those that the
     backfill was begun with, and each that is given replaces one of them.
