@@ -19,9 +19,10 @@ from gradcam_worker.backfill.compaction import Compactor
 from gradcam_worker.backfill.output import DatasetDir
 from gradcam_worker.backfill.plan import Plan
 from gradcam_worker.backfill.progress import Progress
-from gradcam_worker.backfill.reuse import DoneRows
+from gradcam_worker.backfill.reuse import DoneRows, read_done_rows
 from gradcam_worker.backfill.sharding import cut_shards
 from gradcam_worker.errors import BackfillConflict, StorageUnavailable
+from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.schemas.options import Target
 from gradcam_worker.schemas.shard import Row, Shard
 from gradcam_worker.testing import MemoryStore
@@ -359,6 +360,21 @@ class TestCompaction:
             self.compact(complete)
             assert table(complete.store).equals(before)
             assert complete.summary
+
+    def test_of_a_merged_file_what_rows_it_has_is_read_and_not_their_heatmaps(
+        self, complete: Harness, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self.compact(complete, 10**7)
+        find, whole = complete.store.find, []
+
+        def counted(key: str, deadline: Deadline) -> bytes | None:
+            whole.append(key)
+            return find(key, deadline)
+
+        monkeypatch.setattr(complete.store, "find", counted)
+        done = read_done_rows(DatasetDir(complete.store), lambda _: True, lambda: None)
+        assert len(done) == 39, "one row of 40 has failed"
+        assert not whole, "a merged file may be a gigabyte, and several are read at once"
 
     @pytest.mark.parametrize("kill", [4, 6])
     @pytest.mark.parametrize("goes_on", ["compact", "backfill"])

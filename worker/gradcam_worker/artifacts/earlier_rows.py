@@ -129,25 +129,30 @@ def _metadata(data: bytes) -> dict[str, Any]:
 
 
 def read_digests(
-    data: bytes, name: str, accepts: Callable[[NetworkRef], bool]
+    store: Store, name: str, deadline: Deadline, accepts: Callable[[NetworkRef], bool]
 ) -> list[tuple[str, NDArray[np.uint64]]]:
-    """Read the digests of the explained rows of a file.
+    """Read the digests of the explained rows of a file; of a merged one no other columns are read.
 
     Args:
-        data: The file.
-        name: Its name, without folder and ending.
+        store: Opened at the dataset.
+        name: The name of the file, without folder and ending.
+        deadline: By when it has to be read.
         accepts: Whether rows that a network has explained may be taken over.
 
     Returns:
-        Each place in it, see `Shard.reuse`, with the digests of its rows. None of a file without digests.
+        Each place in it, see `Shard.reuse`, with the digests of its rows. None of a file without digests, or
+        of one that is gone.
 
     Raises:
         StorageUnavailable: It is no file of a dataset, or it is damaged.
     """
     import pyarrow.parquet as pq
 
+    opened = _open(store, name, deadline)
+    if opened is None:
+        return []
     with read_errors_as_storage_unavailable():
-        file = pq.ParquetFile(io.BytesIO(data))
+        file = pq.ParquetFile(opened, pre_buffer=True)
         metadata = read_metadata(file.schema_arrow)
         network = NetworkRef.model_validate(metadata["network"])
         if DIGEST_COLUMN not in file.schema_arrow.names or not accepts(network):

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from gradcam_worker.backfill.inputs.rows import Ids
 from gradcam_worker.backfill.output import REQUESTS_AT_ONCE, STORE_TIMEOUT_S, DatasetDir
 from gradcam_worker.resilience.deadline import Deadline
-from gradcam_worker.schemas.shard import data_key
 from gradcam_worker.schemas.status import NetworkRef
 
 FILES_AT_ONCE = 64
@@ -79,8 +78,7 @@ def read_done_rows(
     def read(name: str) -> list[tuple[str, Digests]]:
         from gradcam_worker.artifacts.earlier_rows import read_digests
 
-        data = output.store.find(data_key(name), Deadline(STORE_TIMEOUT_S))
-        return [] if data is None else read_digests(data, name, accepts)
+        return read_digests(output.store, name, Deadline(STORE_TIMEOUT_S), accepts)
 
     def places() -> Iterator[tuple[str, Digests]]:
         for start in range(0, len(names), FILES_AT_ONCE):
