@@ -12,6 +12,7 @@ import pytest
 
 from devtools.synthetic_dataset import decode_cells
 from gradcam_worker.artifacts.dataset import DatasetLayout, read_batches, schema
+from gradcam_worker.audit.exports.mlflow_run import figures
 from gradcam_worker.audit.report import CAUSES, AuditReport, ClassReport, Thresholds
 from gradcam_worker.audit.row_table import read_columns
 from gradcam_worker.audit.run import AuditOptions, audit
@@ -199,6 +200,21 @@ class TestCauses:
         assert confusion.share == pytest.approx(6 / 7)
         assert confusion.causes["wrong_elsewhere"] == 4
         assert (report.dataset.labelled, report.dataset.located) == (15, 16)
+        assert report.dataset.accuracy == round(9 / 15, 6)
+
+    def test_an_image_with_several_true_classes_counts_once_in_the_accuracy(self) -> None:
+        dataset = memory_dataset([Image(0, truth=0)] * 3, Image(1, truth=0))
+        ((name, content),) = (
+            (name, one) for name, one in dataset.objects.items() if name.endswith(".parquet")
+        )
+        table = pq.read_table(pa.BufferReader(content))
+        place, sink = table.column_names.index("truth_ids"), pa.BufferOutputStream()
+        several = pa.array([[0, 5, 6]] * len(table), table.schema.field("truth_ids").type)
+        pq.write_table(table.set_column(place, table.schema.field("truth_ids"), several), sink)
+        dataset.objects[name] = sink.getvalue().to_pybytes()
+        report = audit(dataset).report
+        assert (report.dataset.labelled, report.dataset.accuracy) == (4, 0.75)
+        assert figures(report)["accuracy"] == 0.75
 
     def test_without_boxes_by_the_typical_heat_of_the_class_and_the_border(self) -> None:
         usual = spread_out(Image(0, truth=0, spread=0.15), 40)

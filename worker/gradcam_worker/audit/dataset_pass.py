@@ -36,7 +36,8 @@ class DatasetPass:
         records: Heatmaps: one for each image and explained class.
         explained: Images with heatmaps.
         labelled: Of these, with a true class that the network knows.
-        located: Likewise, with boxes or a mask.
+        right: Of these, with a true class that came first.
+        located: Images with heatmaps, with boxes or a mask.
         error_codes: Error code -> number of failed images.
         grid: Rows and columns of the heat in `predictions`.
         classes: The codes of all classes.
@@ -58,6 +59,7 @@ class DatasetPass:
     records: int = 0
     explained: int = 0
     labelled: int = 0
+    right: int = 0
     located: int = 0
     error_codes: Counter[str] = field(default_factory=Counter)
     grid: Grid = (1, 1)
@@ -154,6 +156,7 @@ class DatasetPass:
         of = np.repeat(np.arange(len(correct)), np.diff(offsets))
         codes = self.classes.encode(ids)
         self.labelled += int((is_first & (correct != NONE)).sum())
+        self.right += int((is_first & (correct == 1)).sum())
         self.truths.add(codes[is_first[of]])
         self.missed.add(codes[is_first[of] & (correct[of] == 0)])
 

@@ -34,6 +34,7 @@ class DatasetFacts(ResponseModel):
     codes: dict[str, int]  # error code -> number of failed images
     explanations: int  # heatmaps: one for each image and explained class
     labelled: int  # explained images whose true class is known
+    accuracy: float | None  # share of these in which a true class came first; None: no labels
     located: int  # explained images with boxes or a mask
     network: str
     layer: str

@@ -200,6 +200,7 @@ def _report(store: Store, read: DatasetPass, judged: _Judged, options: AuditOpti
         codes=dict(sorted(read.error_codes.items())),
         explanations=read.records,
         labelled=read.labelled,
+        accuracy=_share(read.right, read.labelled),
         located=read.located,
         complete=store.find("dataset.json", Deadline(READ_TIMEOUT_S)) is not None,
         **read.facts,

@@ -489,11 +489,10 @@ function tell() {
   const { dataset } = report, total = {};
   for (const one of report.classes) for (const [cause, count] of Object.entries(one.causes)) total[cause] = (total[cause] || 0) + count;
   const judged = Object.values(total).reduce((sum, count) => sum + count, 0);
-  const truths = report.classes.reduce((sum, one) => sum + one.truths, 0), right = report.classes.reduce((sum, one) => sum + (one.right || 0), 0);
   document.title = find("title").textContent = page.title;
   find("title").append(make("small", { textContent: dataset.uri }));
   const figures = [[whole(dataset.explained), "images"], [whole(report.classes.length), report.classes.length === 1 ? "class" : "classes"]];
-  if (truths) figures.push([percent(right / truths), "accuracy"]);
+  if (dataset.accuracy !== null) figures.push([percent(dataset.accuracy), "accuracy"]);
   if (report.shortcuts.length) figures.push([whole(report.shortcuts.length), report.shortcuts.length === 1 ? "shortcut" : "shortcuts"]);
   if (dataset.failed) figures.push([whole(dataset.failed), "failed"]);
   find("figures").append(...figures.map(([value, label]) => make("div", { className: "figure" }, make("b", { textContent: value }), make("span", { textContent: label }))));

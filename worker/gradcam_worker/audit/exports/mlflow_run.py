@@ -96,16 +96,14 @@ def figures(report: AuditReport) -> dict[str, float]:
     """
     facts = report.dataset
     predicted = sum(one.predicted for one in report.classes)
-    labelled = sum(one.truths for one in report.classes if one.accuracy is not None)
-    right = sum(one.accuracy * one.truths for one in report.classes if one.accuracy is not None)
     found = {
         "images": float(facts.explained),
         "failed": float(facts.failed),
         "classes": float(len(report.classes)),
     }
     found["elsewhere_share"] = sum(one.elsewhere for one in report.classes) / max(predicted, 1)
-    if labelled:
-        found["accuracy"] = right / labelled
+    if facts.accuracy is not None:
+        found["accuracy"] = facts.accuracy
     for cause in CAUSES:
         found[f"{cause}_share"] = sum(one.causes.get(cause, 0) for one in report.classes) / max(predicted, 1)
     inside = [
