@@ -219,7 +219,15 @@ def test_one_is_continued_without_its_input_and_options(
     assert main([*again, "--resume", "--top-n", "1"]) == 2
     assert "give --top-n or --classes" in capsys.readouterr().err
     assert main([*again, "--resume", "--classes", "red"]) == 3
-    assert "Its target is" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "Its target is" in told
+    assert told.endswith(" is asked for. Choose another output.\n")
+    longer = image_list.with_name("longer.csv")
+    longer.write_text(image_list.read_text() + image_list.read_text().splitlines()[-1] + "\n")
+    assert main(["backfill", str(longer), *again[1:], "--changed"]) == 0
+    assert "19 of 21 rows are explained." in capsys.readouterr().out
+    now = json.loads(output_of(worker).joinpath("backfill.json").read_text())
+    assert now["given"] == {**begun["given"], "max_failed": "80%", "input_": str(longer)}
     assert main(again) == 2
     assert "Missing argument 'INPUT'" in capsys.readouterr().err
 

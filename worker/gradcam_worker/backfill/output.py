@@ -203,9 +203,11 @@ class DatasetDir:
             return asked
         if difference:
             hint = (
-                "" if same_weights.difference_from(stored) else " To run again what that changes: --changed."
+                "Choose another output."
+                if same_weights.difference_from(stored)
+                else "To run again what that changes: --changed. Or choose another output."
             )
-            message = f"{self.uri} holds another backfill. {difference}{hint} Or choose another output."
+            message = f"{self.uri} holds another backfill. {difference} {hint}"
             raise BackfillConflict(message)
         if done and not resume:
             some = counted(len(done), "shard of it is", "shards of it are")

@@ -100,10 +100,11 @@ class _BackfillCommand(RunCommand):
         self.params = [overlays if option.name == "artifacts" else option for option in self.params]
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """See `click.Command`. Where INPUT is omitted, input and options are those of the stored plan."""
+        """See `click.Command`. Where it continues a backfill, what is omitted is that of the stored plan."""
         given = _plain_values(self.make_parser(ctx).parse_args([*args])[0])
-        if "input_" not in given and "output" in given and any(map(given.get, ("resume", *REPEATING))):
-            ctx.default_map = _stored_options(given["output"])
+        continues = "output" in given and any(map(given.get, ("resume", *REPEATING)))
+        if continues and "for_api" not in given:
+            ctx.default_map = _stored_options(given["output"], has_input="input_" in given)
             if "for_api" in ctx.default_map and (others := given.keys() - MAY_CHANGE):
                 names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(others))
                 message = f"{names} cannot be changed: another program began this backfill"
@@ -133,11 +134,18 @@ def _absolute(given: Mapping[str, Any]) -> dict[str, Any]:
     return {**given, **paths}
 
 
-def _stored_options(output: str) -> dict[str, Any]:
-    """Input and options of the command that began a backfill. Raises InvalidInput if they are not known."""
+def _stored_options(output: str, *, has_input: bool) -> dict[str, Any]:
+    """Input and options of the command that began a backfill; {}: not known, and the command has an input.
+
+    Raises InvalidInput if they are not known, and the command has none.
+    """
     from gradcam_worker.client.backfills import open_dataset
 
-    given = open_dataset(output, Settings.from_environment()).require_plan().given
+    dataset = open_dataset(output, Settings.from_environment())
+    if has_input:
+        plan = dataset.read_plan()
+        return plan.given if plan and "for_api" not in plan.given else {}
+    given = dataset.require_plan().given
     if not given:
         message = (
             f"{output} was begun by an earlier version, which stored no options: name INPUT and options."
