@@ -161,7 +161,7 @@ class TestCarried:
             f"Column 'ok': 2 values are left out, being no bool; the first in {place}: 0",
             (
                 f"Column 's': 1 value is left out, being longer than {MAX_CELL:,}; the first in Line "
-                f"{SAMPLE_ROWS + 3}: {'x' * 80}"
+                f"{SAMPLE_ROWS + 3}: {'x' * 200}"
             ),
         ]
 
@@ -290,6 +290,16 @@ class TestPacked:
 
 
 class TestKnown:
+    @pytest.mark.parametrize("option", ["label_map", "boxes"])
+    def test_a_file_beside_the_list_is_told_by_its_own_name(self, write: Write, option: str) -> None:
+        refusal = refused(write("a.csv", f"image,truth\n{A},cat\n"), **{option: "none.json"})
+        assert refusal == "none.json cannot be read: No such file or directory."
+
+    def test_why_a_box_is_left_out_is_told_to_the_end(self, write: Write) -> None:
+        _, opened = read(write("a.csv", f'image,box\n{A},"[10, 10, -5, 4]"\n'), boxes="box")
+        (note,) = opened.notes()
+        assert note.endswith("with left < right and top < bottom, not [10.0, 10.0, 5.0, 14.0]")
+
     def test_labels_boxes_masks_and_classes_of_csv(self, write: Write) -> None:
         labels = write("map.csv", "cat,tabby\n")
         header = "image,truth,regions,mask,also,camera\n"

@@ -257,6 +257,19 @@ def test_a_mask_that_cannot_be_used_is_told_and_the_image_is_explained(
     assert [one.code for one in manifest.warnings] == ["mask_unusable"]
 
 
+def test_boxes_outside_of_the_image_are_told_and_count_for_nothing() -> None:
+    outside, on_it = [48, 0, 60, 9], [30, 60, 60, 90]
+    table, result = run_rows([{"annotations": {"boxes": [{"xyxy": outside}]}}])
+    assert (table["heat_inside"].to_pylist(), table["pointing_hit"].to_pylist()) == ([None], [None])
+    (warning,) = result.warnings
+    detail = "The box [48, 0, 60, 9] (left, top, right, bottom) is outside of 48 x 80 pixels."
+    assert (warning.code, warning.detail) == ("box_outside", f"1 of 1 rows. Row 100: {detail}")
+    both, result = run_rows([{"annotations": {"boxes": [{"xyxy": box} for box in (outside, on_it)]}}])
+    one, _ = run_rows([{"annotations": {"boxes": [{"xyxy": on_it}]}}])
+    assert both["heat_inside"].to_pylist() == one["heat_inside"].to_pylist() != [None]
+    assert [warning.code for warning in result.warnings] == ["box_outside"]
+
+
 def test_a_mask_that_cannot_be_read_at_present_fails_its_row() -> None:
     images: dict[str, bytes | BaseException] = {MASK: ImageFetchFailed("The server is down.")}
     rows: list[dict[str, Any]] = [{}, {"annotations": {"mask": {"uri": MASK}}}, {}]

@@ -17,7 +17,7 @@ from gradcam_worker.schemas.annotations import AnnotatedBox, AnnotatedMask, Anno
 from gradcam_worker.schemas.status import ResultWarning
 
 LABEL_UNKNOWN, LABEL_AMBIGUOUS = "label_unknown", "label_ambiguous"
-CLASS_UNKNOWN, MASK_UNUSABLE = "class_unknown", "mask_unusable"
+CLASS_UNKNOWN, MASK_UNUSABLE, BOX_OUTSIDE = "class_unknown", "mask_unusable", "box_outside"
 
 
 @dataclass(frozen=True)
@@ -153,20 +153,38 @@ class _Objects:
                 problem = str(error)
             else:
                 return [region] * len(classes), []
-        warnings = [] if problem is None else [ResultWarning(code=MASK_UNUSABLE, detail=problem)]
-        if problem is not None or not self._boxes:
-            return [None] * len(classes), warnings
-        return self._of_boxes(classes), warnings
+        if problem is not None:
+            return [None] * len(classes), [ResultWarning(code=MASK_UNUSABLE, detail=problem)]
+        return self._of_boxes(classes)
 
-    def _of_boxes(self, classes: Sequence[int]) -> list[Region | None]:
-        ids = [None if box.label is None else self._labels.find([box.label])[0] for box in self._boxes]
-        corners = [in_pixels(box, self._size) for box in self._boxes]
+    def _of_boxes(self, classes: Sequence[int]) -> tuple[list[Region | None], list[ResultWarning]]:
+        height, width = self._size
+        given = [(in_pixels(box, self._size), box.label) for box in self._boxes]
+        boxes = [one for one in given if _is_on_image(one[0], self._size)]
+        warnings = []
+        if outside := [box for box, label in given if (box, label) not in boxes]:
+            more = f", and {len(outside) - 1} more" if outside[1:] else ""
+            first = ", ".join(f"{edge:g}" for edge in outside[0])
+            detail = (
+                f"The box [{first}]{more} (left, top, right, bottom) is outside of {width} x {height} pixels."
+            )
+            warnings.append(ResultWarning(code=BOX_OUTSIDE, detail=detail))
+        if not boxes:
+            return [None] * len(classes), warnings
+        ids = [None if label is None else self._labels.find([label])[0] for _, label in boxes]
+        corners = [box for box, _ in boxes]
         every = region_of_boxes(corners, self._size)
         regions: list[Region | None] = []
         for class_id in classes:
             own = [box for box, of in zip(corners, ids, strict=True) if of == (class_id,)]
             regions.append(region_of_boxes(own, self._size) if own else every)
-        return regions
+        return regions, warnings
+
+
+def _is_on_image(box: tuple[float, float, float, float], size: Size) -> bool:
+    """Whether a part of the box is on the image."""
+    (left, top, right, bottom), (height, width) = box, size
+    return left < width and top < height and right > 0 and bottom > 0
 
 
 def in_pixels(box: AnnotatedBox, size: Size) -> tuple[float, float, float, float]:

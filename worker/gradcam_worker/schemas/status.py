@@ -99,8 +99,8 @@ class WorkerRef(ResponseModel):
 class ResultWarning(ResponseModel):
     """A warning about a result."""
 
-    # zero_heatmap, incomplete_attributions, image_damaged; label_unknown, label_ambiguous, mask_unusable of
-    # annotations, class_unknown of a row's own classes; later versions may add others
+    # zero_heatmap, incomplete_attributions, image_damaged; label_unknown, label_ambiguous, mask_unusable,
+    # box_outside of annotations, class_unknown of a row's own classes; later versions may add others
     code: str
     class_id: int = -1  # for the first two; -1: it concerns the whole image
     missing: float | None = None  # for image_damaged: the missing share of the image, from 0 to 1

@@ -39,6 +39,7 @@ from gradcam_worker.text.visible import counted, visible
 TEXT = "string"
 MAX_NAME = 256  # characters of a column's name: see `gradcam_worker.schemas.shard.CarriedColumns`
 MAX_CELL = 65_536  # characters of a text that is carried, or entries of a list
+MAX_LOST = 200  # characters of the first value that was lost, or of why
 MAX_TOLD = 20  # sentences about values that were lost
 MAX_COUNTED = 1000  # of their kinds
 NOT_UTF_8, TOO_LONG = "not UTF-8", f"longer than {MAX_CELL:,}"
@@ -161,7 +162,7 @@ class FurtherColumns:
             key = "others", "too many to name"
         self._lost[key] += 1
         if key not in self._first_lost:
-            self._first_lost[key] = f"{place}: {visible(str(value))[:80]}"
+            self._first_lost[key] = f"{place}: {visible(str(value))[:MAX_LOST]}"
 
     def forget(self) -> None:
         """Count from the start again."""

@@ -231,8 +231,8 @@ class _Opening:
             message = f"{display_name(where)} may not be read by this tenant."
             raise InvalidInput(message)
 
-    def further(self, reader: Reader | None = None, kinds: Kinds = ()) -> FurtherColumns:
-        """The further columns of the input."""
+    def further(self, reader: Reader | None = None, kinds: Kinds = (), name: str = "") -> FurtherColumns:
+        """The further columns of the input; messages about its columns begin with `name`."""
         options, settings = self.options, self.settings
         label_map, coco = NO_MAP, None
         carried: Mapping[str, str] = {}
@@ -250,8 +250,9 @@ class _Opening:
                 many = counted(coco.without_area, "box", "boxes")
                 self.notes.append(f"Left out {many} of {display_name(options.boxes)}, without an area.")
         if kinds and reader:
-            used = reader.used([name for name, _ in kinds])
-            carried, notes = choose_carried(kinds, used, options, self.fixed)
+            with _told_with(name):
+                used = reader.used([column for column, _ in kinds])
+                carried, notes = choose_carried(kinds, used, options, self.fixed)
             self.notes.extend(notes)
         return FurtherColumns(options, carried, label_map, coco)
 
@@ -305,12 +306,13 @@ def _list(opening: _Opening, form: str) -> Input:
     name = display_name(opening.where)
     try:
         parts, reader, form = _parts_and_reader(opening, form)
-        with _told_with(name if len(parts) == 1 else f"{name}: {parts[0].name}"):
+        told = name if len(parts) == 1 else f"{name}: {parts[0].name}"
+        with _told_with(told):
             first = _OpenPart(parts[0], opening.settings, opening.stack, form)
             kinds = reader.kinds(first.content(), parts[0].constants)
             if isinstance(reader, ArrowReader):
                 kinds = _with_later_types(kinds, reader, parts[1:TYPED_PARTS], opening.settings, form)
-            further = opening.further(reader, kinds)
+        further = opening.further(reader, kinds, told)
     except READ_ERRORS as error:
         message = f"{name} is damaged, or cannot be read: {error}"
         raise InvalidInput(message) from error
