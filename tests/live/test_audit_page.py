@@ -120,7 +120,7 @@ def served(folder: Path) -> Iterator[Site]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset with its audit: 40 images are right, 20 look into a corner, 12 are of another class."""
-    known = {MARKUP: "<i>hospital</i>"}
+    known = {MARKUP: "<i>hospital</i>", "tags": [7, 2**60 + 1]}
     pictures = [
         *(
             Image(
@@ -287,6 +287,14 @@ def test_a_row_is_read_from_the_dataset_as_it_was_computed(reader: Reader, site:
     names = [name for name, _ in site.asked]
     assert names.count("rows.parquet") == 1, "a small table is read whole"
     assert sum(name.startswith("0000") for name in names) == 1
+
+
+def test_whole_numbers_are_shown_in_lists_and_however_large(reader: Reader, site: Site) -> None:
+    reader.rows(site.url, [is_("row", 45)])
+    reader.until(lambda: len(reader.all(".tile")) == 2)
+    reader.all(".tile")[0].click()
+    reader.until(lambda: "tags" in reader.text("#look-facts th"))
+    assert f'[7,"{2**60 + 1}"]' in reader.text("#look-facts td")
 
 
 def _painted(reader: Reader, selector: str) -> Any:

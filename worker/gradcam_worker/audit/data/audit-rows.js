@@ -237,10 +237,13 @@ function* groupsOf(metadata, row) {
   }
 }
 
-// A record without numbers that JSON does not know.
-function plainly(record) {
-  return Object.fromEntries(Object.entries(record).map(([name, value]) => [name,
-    typeof value === "bigint" ? Number(value) : value instanceof Date ? value.toISOString() : value]));
+// A value without numbers and dates that JSON does not know; a number that is too large for JavaScript is a text.
+function plainly(value) {
+  if (typeof value === "bigint") return Number.isSafeInteger(Number(value)) ? Number(value) : String(value);
+  if (value instanceof Date) return value.toISOString();
+  if (Array.isArray(value)) return value.map(plainly);
+  if (value?.constructor !== Object) return value;
+  return Object.fromEntries(Object.entries(value).map(([name, one]) => [name, plainly(one)]));
 }
 
 // ---------------------------------------------------------------- what is filtered, and in which order
