@@ -79,6 +79,19 @@ class TestBothLibraries:
         assert s3.client.head_object(Bucket="results", Key="j/a.jpg")["ContentType"] == "image/jpeg"
         assert handed_over() == []
 
+    def test_the_embedded_server_lists_files_that_are_put_into_its_folder(
+        self, s3_server: Any, s3_settings: Any
+    ) -> None:
+        s3, folder = S3(Settings(**s3_settings)), s3_server.root / "photos" / "beside"
+        s3.put("photos", "beside/a.jpg", b"data", "image/jpeg")
+        assert [one.key for one in s3.list_objects("photos", "beside/")] == ["beside/a.jpg"]
+        (folder / "b.jpg").write_bytes(b"data")
+        end = time.monotonic() + 60  # unless told otherwise, rclone looks again after five minutes
+        while len(found := [one.key for one in s3.list_objects("photos", "beside/")]) < 2:
+            assert time.monotonic() < end
+            time.sleep(0.2)
+        assert found == ["beside/a.jpg", "beside/b.jpg"]
+
     @pytest.mark.parametrize("place", ["environment", "file"])
     def test_keys_are_found_in_the_usual_places(
         self,
