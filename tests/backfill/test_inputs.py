@@ -664,6 +664,19 @@ class TestListsOnS3:
             ):
                 pass
 
+    def test_a_tenants_coco_file_is_of_limited_size(self, named: Settings, tmp_path: Path) -> None:
+        large = tmp_path / "instances.json"
+        large.write_text('{"images": [], "annotations": []}' + " " * 2**26)
+        options = InputOptions(boxes=str(large))
+        where = "s3://photos/plan/lists/a.jsonl"
+        with open_input(where, named, options) as opened:
+            assert opened.annotated
+        with (
+            pytest.raises(InvalidInput, match="name the boxes in a column"),
+            open_input(where, named, options, may_read=lambda _: True),
+        ):
+            pass
+
 
 OWN = (
     "backfill.json",

@@ -28,6 +28,7 @@ from gradcam_worker.backfill.sharding import cut_shards
 from gradcam_worker.errors import (
     BackfillCanceled,
     BackfillConflict,
+    BackfillImpossible,
     BackfillStopped,
     BrokerUnavailable,
     GradcamError,
@@ -352,7 +353,7 @@ def test_where_all_have_been_tried_there_is_nothing_to_stop(harness: Harness, pl
 
 def test_what_no_worker_can_do_ends_it_at_once(harness: Harness, plan: Plan) -> None:
     nobody = plan.model_copy(update={"target": Target(classes=("purple",))})
-    with pytest.raises(BackfillStopped, match="because of unknown_class: There is no class 'purple'"):
+    with pytest.raises(BackfillImpossible, match="because of unknown_class: There is no class 'purple'"):
         harness.run(nobody, images(100), window=2)
     assert len(harness.done) <= 3
     assert harness.run(plan, images(8)), "of that one nothing was done: the output is free"
@@ -529,7 +530,7 @@ def test_shards_at_another_layer_are_no_dataset_and_nobody_goes_on_with_them(
 def test_once_its_weights_are_known_no_worker_writes_with_others(harness: Harness, plan: Plan) -> None:
     other = NetworkRef(name="efficientnet_lite0", layer="blocks", weights_sha256="a" * 64)
     harness.store.put("network.json", other.to_json().encode(), "application/json")
-    with pytest.raises(BackfillStopped, match="because of weights_checksum_mismatch"):
+    with pytest.raises(BackfillImpossible, match="because of weights_checksum_mismatch"):
         harness.run(plan, images(40))
     assert not [name for name in harness.store.objects if name.startswith("data/")]
 
@@ -714,7 +715,7 @@ def test_an_output_that_is_somebody_elses_is_refused(harness: Harness, plan: Pla
     dataset = DatasetDir(harness.store)
     own = {"id": "01a216d4-0523-773f-a799-60224947ae4d"}
     wider = plan.model_copy(update={**own, "target": Target(top_n=2)})
-    with pytest.raises(BackfillConflict, match=r"holds another backfill\. Its target is .*\. Or choose"):
+    with pytest.raises(BackfillConflict, match=r"holds another backfill\. Its target is .*\. Choose another"):
         dataset.resolve(wider, resume=True, changed=True)
     heavier = plan.model_copy(update={**own, "weights_sha256": "a" * 64})
     with pytest.raises(BackfillConflict, match=r"Its weights_sha256 is any.*--changed"):

@@ -60,6 +60,7 @@
     │   ├── BackfillConflict           backfill_conflict         raised
     │   ├── BackfillRunning            backfill_running          raised
     │   ├── BackfillStopped            backfill_stopped          raised
+    │   ├── BackfillImpossible         backfill_impossible       raised
     │   └── BackfillCanceled           backfill_canceled         raised
     ├── RequestError
     │   ├── InvalidRequest             invalid_request           raised
@@ -581,6 +582,13 @@ class BackfillStopped(BackfillError, LocalError):
 
     code = "backfill_stopped"
     public_message = "Too many images failed, and the others were not tried."
+
+
+class BackfillImpossible(BackfillError, LocalError):
+    """No image can be explained as it is asked for: a class, the network or the output is wrong."""
+
+    code = "backfill_impossible"
+    public_message = "These images cannot be explained in the way that was asked for."
 
 
 class BackfillCanceled(BackfillError, LocalError):

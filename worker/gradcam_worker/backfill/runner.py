@@ -29,6 +29,7 @@ from gradcam_worker.backfill.reuse import DoneRows, FirstShards, read_done_rows
 from gradcam_worker.errors import (
     BackfillCanceled,
     BackfillConflict,
+    BackfillImpossible,
     BackfillStopped,
     InvalidInput,
     LedgerUnavailable,
@@ -122,7 +123,8 @@ class BackfillRunner:
         Raises:
             BackfillConflict: The output belongs to another backfill, or the input has changed.
             BackfillRunning: Another process runs it now.
-            BackfillStopped: Too many rows failed, or no shard can succeed.
+            BackfillStopped: Too many rows failed.
+            BackfillImpossible: No shard can succeed.
             BackfillCanceled: It was cancelled.
             StorageUnavailable: The output cannot be read or written.
             InvalidInput: The input is empty, or cannot be read further.
@@ -353,7 +355,7 @@ class BackfillRunner:
         code = document.error.code if document.error else document.status
         reason = f"{code}: {document.error.detail if document.error else 'nobody knows why'}"
         if code in FATAL_CODES:
-            self._stop(f"No shard can be done, because of {reason}", resume=False)
+            self._stop(f"No shard can be done, because of {reason}", BackfillImpossible, resume=False)
         if entry.tries < MAX_TRIES:
             self._to_submit.append(entry.retry())
             return
@@ -392,7 +394,7 @@ class BackfillRunner:
     def _stop(
         self,
         reason: str,
-        kind: type[BackfillStopped | BackfillCanceled] = BackfillStopped,
+        kind: type[BackfillStopped | BackfillImpossible | BackfillCanceled] = BackfillStopped,
         *,
         resume: bool = True,
     ) -> None:

@@ -36,6 +36,7 @@ from gradcam_worker.schemas.shard import Row
 from gradcam_worker.schemas.status import StatusDocument
 from gradcam_worker.settings import Settings
 from gradcam_worker.storage.store import Store
+from gradcam_worker.text.visible import counted
 
 MAX_READ_S = 20.0  # of the input; what is left is estimated from the share that was read
 SAMPLE_ROWS = 4096  # of the readable rows; no round of the trial has more
@@ -157,6 +158,7 @@ class Trial:
         self._ledger = RedisLedger(settings)
         self._folder = f"trial-{new_id()[-12:]}"
         self._failed: Counter[str] = Counter()
+        self._told: set[str] = set()  # warnings
         self._rows = 0
 
     def run(self, sample: Sequence[Row]) -> Measurement:
@@ -170,7 +172,7 @@ class Trial:
 
         Raises:
             NoWorker: No worker is alive, or none has finished in time.
-            BackfillStopped: No row can be explained so.
+            BackfillImpossible: No row can be explained so.
         """
         workers = len(self._ledger.find_workers())
         if not workers:
@@ -179,12 +181,13 @@ class Trial:
         slots = min(workers * self._settings.shards, MAX_SHARDS)
         rest = list(sample)
         try:
-            self._report(f"Trial: {slots} shards of {WARM_ROWS} rows, on {workers} workers")
+            shards = counted(slots, "shard")
+            self._report(f"Trial: {shards} of {counted(WARM_ROWS, 'row')}, on {counted(workers, 'worker')}")
             warm = self._round(_take(rest, slots * WARM_ROWS), WARM_ROWS) or _Round()
             few = self._round(_take(rest, slots * WARM_ROWS), WARM_ROWS) or warm
             fitting = int(WARM_ROWS * TARGET_S / max(few.seconds, 0.01))
             shard_rows = max(min(fitting, self._plan.shard_rows, len(rest) // slots), 1)
-            self._report(f"Trial: {slots} shards of {shard_rows} rows")
+            self._report(f"Trial: {shards} of {counted(shard_rows, 'row')}")
             many = self._round(_take(rest, slots * shard_rows), shard_rows) or few
         finally:
             self._remove()
@@ -232,7 +235,7 @@ class Trial:
             RedisBackfillRegistry(self._ledger.server),
             options=RunOptions(window=len(shards), max_failed=1.0),
             on_progress=watch,
-            warn=self._report,
+            warn=self._warn,
         )
         with runner.lease() as lease:
             try:
@@ -250,6 +253,12 @@ class Trial:
         return _Round(
             len(rows), shard_rows, documents, sum(sizes) / max(len(sizes), 1), len(overlays), sum(overlays)
         )
+
+    def _warn(self, message: str) -> None:
+        """Report what a round says of the rows, once."""
+        if message not in self._told:
+            self._told.add(message)
+            self._report(message)
 
     def _remove(self) -> None:
         """Remove what the trial has written."""

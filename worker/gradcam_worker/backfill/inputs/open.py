@@ -76,6 +76,7 @@ HINTS = {  # for suffixes of formats that are not supported, or whose content is
 }
 TABLES = ("jsonl", "csv", "tsv", "parquet", "orc")  # forms with columns
 ARROW = ("parquet", "orc")
+MAX_TENANT_COCO_BYTES = 64 * 1024 * 1024  # some hundred thousand boxes
 TYPED_PARTS = 16  # files of a folder that are asked for the types of columns, until all are known
 READ_ERRORS = (EOFError, OSError, zlib.error, lzma.LZMAError)
 
@@ -245,6 +246,8 @@ class _Opening:
             self.check(options.boxes)
             with ExitStack() as stack:
                 file = unpacked(open_file(options.boxes, settings, stack))
+                if self.may_read:
+                    file = _limited(file, display_name(options.boxes))
                 coco = CocoBoxes(file, display_name(options.boxes), label_map)
             if coco.without_area:
                 many = counted(coco.without_area, "box", "boxes")
@@ -255,6 +258,17 @@ class _Opening:
                 carried, notes = choose_carried(kinds, used, options, self.fixed)
             self.notes.extend(notes)
         return FurtherColumns(options, carried, label_map, coco)
+
+
+def _limited(file: BinaryIO, name: str) -> BinaryIO:
+    """A COCO file of a tenant, which is read as a whole into the memory of the gateway's process."""
+    data = file.read(MAX_TENANT_COCO_BYTES + 1)
+    if len(data) > MAX_TENANT_COCO_BYTES:
+        message = (
+            f"{name} is longer than {MAX_TENANT_COCO_BYTES:,} bytes: name the boxes in a column of the list."
+        )
+        raise InvalidInput(message)
+    return io.BytesIO(data)
 
 
 def _check_columns(where: str, form: str, options: InputOptions) -> None:
