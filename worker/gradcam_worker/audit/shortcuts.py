@@ -3,11 +3,12 @@
 A suspect is only a correlation. `gradcam_worker.audit.masking_trial` tests whether it has an effect.
 
 *A place.* A window of about a quarter of the image's sides moves over the image. An image looks at a window
-if its heat there is at least half of that in its hottest window. A window is suspect if the class's images
-look at it at least three times as often as those of other classes, more often than chance explains (binomial
-test). Where the boxes of objects are known, only heat outside of them counts, at a distance of a cell. Where
-they are not, an object that is always at the same place in one class alone is a suspect too: no heatmap can
-tell it from a shortcut. Then at least a third of the class's images must look at the window.
+if its heat there is at least half of that in its hottest window, or three tenths where the boxes of objects
+are known. A window is suspect if the class's images look at it at least three times as often as those of
+other classes, more often than chance explains (binomial test). Where boxes are known, only heat outside of
+them counts, at a distance of a cell. Where they are not, an object that is always at the same place in one
+class alone is a suspect too: no heatmap can tell it from a shortcut. Then at least a third of the class's
+images must look at the window.
 
 *The background.* With boxes: at least half of the heat, or clearly more of it than in other classes, lies
 outside of them. Without: the heat is spread over clearly more of the image than that of other classes.
@@ -31,7 +32,7 @@ MIN_IMAGES = 8  # of a class that is looked at, and of a suspect
 MAX_IMAGES = 1024  # of a class that are looked at
 MAX_REFERENCE = 4096  # images of all classes together, the same number of each
 WINDOW = 0.25  # of each side
-LOOKS_AT = 0.5  # of the heat in the image's hottest window
+LOOKS_AT: dict[Basis, float] = {"boxes": 0.3, "other_classes": 0.5}  # of the heat in the hottest window
 TIMES_AS_OFTEN = 3.0
 MAX_CHANCE = 1e-4  # p of the binomial test
 PLACES_PER_CLASS = 3
@@ -119,7 +120,7 @@ def _gaze(sample: ClassSample, basis: Basis) -> _Gaze:
     if basis == "boxes":
         boxes = [of_image for number in numbers.tolist() if (of_image := sample.boxes[number]) is not None]
         heat = whole * (1 - share_near_boxes(boxes, grid))
-    looks = window_sums(heat, side) >= LOOKS_AT * hottest
+    looks = window_sums(heat, side) >= LOOKS_AT[basis] * hottest
     return _Gaze(numbers, heat, looks, _spread(whole))
 
 
