@@ -275,7 +275,10 @@ def run(
     reading = reading if run_options.changed else _as_begun(reading, fixed)
     policy = _policy(for_api.get("tenant"), ledger)
     may_read = policy.allows_list if policy else None
-    with open_input(input_, settings, reading, output=dataset.uri, fixed=fixed, may_read=may_read) as opened:
+    with (
+        _interrupted_by_sigterm(),  # also while a stream is waited for
+        open_input(input_, settings, reading, output=dataset.uri, fixed=fixed, may_read=may_read) as opened,
+    ):
         known = {"carried": opened.carried, "annotated": opened.annotated}
         where = {"input": opened.name, "output": dataset.uri, "shard_rows": shard_rows}
         requested = _plan({**spec, **known, **where}, settings)
@@ -296,7 +299,7 @@ def run(
             warn=progress.note,
         )
         try:
-            with _interrupted_by_sigterm(), runner.lease() as lease, progress:
+            with runner.lease() as lease, progress:
                 if as_json:
                     print_line("started", {"output": plan.output, "backfill": plan.id})
                 rows = _allowed(opened.rows(), policy) if policy else opened.rows()

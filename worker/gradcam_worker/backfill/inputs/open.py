@@ -323,7 +323,10 @@ def _list(opening: _Opening, form: str) -> Input:
         told = name if len(parts) == 1 else f"{name}: {parts[0].name}"
         with _told_with(told):
             first = _OpenPart(parts[0], opening.settings, opening.stack, form)
-            kinds = reader.kinds(first.content(), parts[0].constants)
+            # Lines of URIs have no columns: a stream of them is not waited for.
+            kinds = (
+                () if isinstance(reader, TextReader) else reader.kinds(first.content(), parts[0].constants)
+            )
             if isinstance(reader, ArrowReader):
                 kinds = _with_later_types(kinds, reader, parts[1:TYPED_PARTS], opening.settings, form)
         further = opening.further(reader, kinds, told)
