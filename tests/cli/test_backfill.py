@@ -424,8 +424,8 @@ def test_a_backfill_that_explains_no_row_fails_whatever_max_failed_says(
 def test_an_error_is_one_sentence_on_standard_error(
     worker: WorkerThread, image_list: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def error_of(*command: str, code: int = 3) -> str:
-        assert main(["backfill", *command]) == code
+    def error_of(*command: str) -> str:
+        assert main(["backfill", *command]) == 3
         return capsys.readouterr().err
 
     output = f"file://{output_of(worker)}"
@@ -434,7 +434,7 @@ def test_an_error_is_one_sentence_on_standard_error(
     assert "holds no backfill: there is no backfill.json" in error_of("status", output)
     assert "holds no backfill: there is no backfill.json" in error_of("cancel", output)
     assert "none.csv" in error_of("none.csv", "--output", output)
-    assert "There is no class 'purple'" in error_of(*command, "--classes", "purple", code=4)
+    assert "There is no class 'purple'" in error_of(*command, "--classes", "purple")
     assert not output_of(worker).joinpath("dataset.json").exists()
     assert main([*arguments(image_list, worker), "--max-failed", "0"]) == 4
     assert capsys.readouterr().err.endswith("More than 0% of the rows have failed.\n")

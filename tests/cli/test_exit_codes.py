@@ -20,6 +20,7 @@ def test_each_code_has_a_meaning_and_errors_have_the_code_of_their_cause() -> No
         "output_not_allowed": ExitCode.BAD_INPUT,
         "backfill_conflict": ExitCode.BAD_INPUT,
         "backfill_stopped": ExitCode.ROWS_FAILED,
+        "backfill_impossible": ExitCode.BAD_INPUT,
         "backfill_canceled": ExitCode.CANCELED,
         "backfill_running": ExitCode.RUNNING_ELSEWHERE,
         "ledger_unavailable": ExitCode.UNREACHABLE,
