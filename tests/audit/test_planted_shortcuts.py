@@ -94,6 +94,7 @@ def facts(**changes: object) -> DatasetFacts:
         "codes": {},
         "explanations": 0,
         "labelled": 0,
+        "accuracy": None,
         "located": 0,
         "network": "shapes",
         "layer": "maps",
