@@ -1,6 +1,5 @@
 """The images whose heat for a class moved farthest between two datasets."""
 
-import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -21,7 +20,6 @@ from gradcam_worker.storage.store import Store
 
 IMAGES_OF_A_CLASS = 4  # of each class that moved, at most, before all others
 DIGITS = 6  # of the report's numbers, after the point
-TINY = 1e-9
 
 
 class ComparedRows(NamedTuple):
@@ -153,16 +151,8 @@ def _image_side(
         predicted_name=predicted.name if predicted else None,
         heat_inside=rounded(inside) if inside is not None else None,
         shown=record.get(SHOWN_COLUMN),
-        heat=heat_cells(heatmap),
+        heat=HeatCells.of(heatmap),
     )
-
-
-def heat_cells(heat: NDArray[np.floating]) -> HeatCells:
-    """A heatmap for the report: one byte for each cell, 255 at its peak."""
-    scaled = np.clip(np.nan_to_num(heat.astype(np.float64), posinf=1), 0, None)
-    cells = np.rint(scaled / max(float(scaled.max()), TINY) * 255).astype(np.uint8)
-    rows, columns = cells.shape
-    return HeatCells(rows=rows, columns=columns, cells=base64.b64encode(cells.tobytes()).decode())
 
 
 def rounded(value: float) -> float:

@@ -22,7 +22,6 @@ from gradcam_worker.artifacts.dataset import Grid
 from gradcam_worker.audit.changed_images import (
     ComparedClass,
     ComparedRows,
-    heat_cells,
     most_changed,
     read_changed_images,
     rounded,
@@ -49,6 +48,7 @@ from gradcam_worker.audit.comparison_report import (
     Reason,
 )
 from gradcam_worker.audit.heat_table import UNKNOWN, ClassNames, HeatRecords, ImageKey
+from gradcam_worker.audit.report import HeatCells
 from gradcam_worker.audit.significance import Difference, benjamini_hochberg, permutation_test
 from gradcam_worker.audit.statistics import ReportProgress
 from gradcam_worker.errors import InvalidInput
@@ -340,7 +340,7 @@ def _class_side(
         heat_inside=_mean(tested.heat_inside),
         heat_at_border=_mean(tested.heat_at_border),
         precision=_mean(_known(tested.correct)),
-        heat=heat_cells(tested.heat.mean(axis=0, dtype=np.float64).reshape(grid)),
+        heat=HeatCells.of(tested.heat.mean(axis=0, dtype=np.float64).reshape(grid)),
     )
 
 

@@ -4,7 +4,6 @@ samples -> clusters.find_clusters -> report.clusters, and the map
         -> shortcuts.find_suspects -> masking_trial.try_suspects -> report.shortcuts
 """
 
-import base64
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -37,7 +36,6 @@ from gradcam_worker.errors import GradcamError
 from gradcam_worker.gradcam.network import Network
 
 EXAMPLES = 8
-MAX_BYTE = 255
 TURNED_OFF = "it was turned off"
 BACKGROUNDS = {"background": "background", "spread": "all over the image"}
 
@@ -169,7 +167,7 @@ def _cluster(cluster: Cluster, number: int, sample: ClassSample) -> ClusterRepor
         accuracy=_accuracy(sample, cluster.members),
         place=describe_place(hot_region(cluster.heat)),
         heat_inside=None if np.isnan(inside).all() else _rounded(float(np.nanmean(inside))),
-        heat=_cells(cluster.heat),
+        heat=HeatCells.of(cluster.heat),
         examples=_examples(sample, cluster.members),
     )
 
@@ -190,8 +188,8 @@ def _suspect(suspect: Suspect, sample: ClassSample) -> dict[str, Any]:
         "other_accuracy": _accuracy(sample, np.setdiff1d(np.arange(len(sample)), members)),
         "heat_share": _rounded(suspect.heat),
         "expected_heat_share": _rounded(suspect.expected),
-        "heat": _cells(sample.heat[members].mean(0)),
-        "region": None if region is None else _cells(region.astype(np.float32)),
+        "heat": HeatCells.of(sample.heat[members].mean(0)),
+        "region": None if region is None else HeatCells.of(region.astype(np.float32)),
         "examples": _examples(sample, members[most]),
     }
 
@@ -221,12 +219,6 @@ def _examples(sample: ClassSample, members: NDArray[np.intp]) -> tuple[tuple[int
     return tuple(
         (int(sample.rows[number]), int(sample.indices[number])) for number in members[:EXAMPLES].tolist()
     )
-
-
-def _cells(heat: NDArray[np.float32]) -> HeatCells:
-    levels = np.rint(heat / max(float(heat.max()), 1e-12) * MAX_BYTE).astype(np.uint8)
-    rows, columns = heat.shape
-    return HeatCells(rows=rows, columns=columns, cells=base64.b64encode(levels.tobytes()).decode())
 
 
 def _rounded(value: float) -> float:

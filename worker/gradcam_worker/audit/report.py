@@ -4,8 +4,11 @@ The same dataset and options always give the same report, byte for byte. Rows of
 `[row, index]`: the number of the image in the backfill's input, and of the class among those explained of it.
 """
 
-from typing import Any, Literal, get_args
+import base64
+from typing import Any, Literal, Self, get_args
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 
 from gradcam_worker.schemas.model import ResponseModel
@@ -20,6 +23,7 @@ CAUSE_TEXTS: dict[Cause, str] = {
     "unknown": "unknown",
 }
 Place = Literal["on_object", "elsewhere", "unknown"]  # where a prediction's heat lies
+TINY = 1e-12  # a smaller peak counts as none
 RowIndex = tuple[int, int]  # the columns `row` and `index`
 
 
@@ -84,6 +88,14 @@ class HeatCells(ResponseModel):
     rows: int
     columns: int
     cells: str  # base64
+
+    @classmethod
+    def of(cls, heat: NDArray[np.floating]) -> Self:
+        """Encode a heatmap (rows, columns). Where it is negative or no number, the cell is 0."""
+        scaled = np.clip(np.nan_to_num(heat.astype(np.float64), posinf=1), 0, None)
+        cells = np.rint(scaled / max(float(scaled.max()), TINY) * 255).astype(np.uint8)
+        rows, columns = cells.shape
+        return cls(rows=rows, columns=columns, cells=base64.b64encode(cells.tobytes()).decode())
 
 
 class ClassReport(ResponseModel):

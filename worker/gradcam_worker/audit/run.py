@@ -4,7 +4,6 @@
 `report` the format.
 """
 
-import base64
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,7 +46,6 @@ from gradcam_worker.storage.store import Store
 
 PAIR_BITS = 24  # of a class code in a key of a pair; the cause has 3 more
 CAUSE_BITS = 3
-MAX_BYTE = 255
 
 
 @dataclass(frozen=True)
@@ -275,7 +273,7 @@ def _classes(read: DatasetPass, judged: _Judged) -> list[ClassReport]:
             probability=_share(float(probability[code]), images[code]),
             causes=found,
             elsewhere=elsewhere[code],
-            typical_heat=_heat_cells(read.typical.mean(code)),
+            typical_heat=None if (typical := read.typical.mean(code)) is None else HeatCells.of(typical),
             mean_heat_inside=inside[code],
             mean_heat_at_border=at_border[code],
             to_learn=to_learn(bad, predicted + missed[code]),
@@ -317,12 +315,3 @@ def _share(part: float, count: int) -> float | None:
 
 def _means(sums: NDArray[np.float64], counts: NDArray[np.float64]) -> list[float | None]:
     return [_share(part, int(count)) for part, count in zip(sums.tolist(), counts.tolist(), strict=True)]
-
-
-def _heat_cells(mean: NDArray[np.float64] | None) -> HeatCells | None:
-    """A typical heat in bytes, its peak 255."""
-    if mean is None:
-        return None
-    cells = np.rint(mean / mean.max() * MAX_BYTE).astype(np.uint8)
-    rows, columns = cells.shape
-    return HeatCells(rows=rows, columns=columns, cells=base64.b64encode(cells.tobytes()).decode())
