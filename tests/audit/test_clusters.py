@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from devtools.planted.samples import GRID, anywhere, sample_of
-from gradcam_worker.audit.clusters import MAX_CLUSTERS, MIN_IMAGES, draw_map, find_clusters
 from gradcam_worker.audit.samples import ClassSample
+from gradcam_worker.audit.shortcuts.clusters import MAX_CLUSTERS, MIN_IMAGES, draw_map, find_clusters
 
 
 def two_gazes(class_id: int = 0) -> ClassSample:

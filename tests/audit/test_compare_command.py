@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gradcam_worker.audit.comparison_report import ComparisonReport
+from gradcam_worker.audit.comparison.report import ComparisonReport
 from gradcam_worker.cli.main import main
 from tests.audit.datasets import CORNER, MIDDLE_BOX, Image, folder_dataset
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gradcam_worker.audit.comparison import ComparisonOptions, compare
-from gradcam_worker.audit.comparison_report import ComparisonReport, ComparisonThresholds
+from gradcam_worker.audit.comparison.compare import ComparisonOptions, compare
+from gradcam_worker.audit.comparison.report import ComparisonReport, ComparisonThresholds
 from gradcam_worker.audit.report import HeatCells
 from gradcam_worker.errors import InvalidInput
 from gradcam_worker.testing import MemoryStore

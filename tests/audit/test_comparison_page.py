@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gradcam_worker.audit import comparison_page as module
-from gradcam_worker.audit.comparison import compare
-from gradcam_worker.audit.comparison_page import ComparisonPage, comparison_page
-from gradcam_worker.audit.comparison_report import ComparisonReport
+from gradcam_worker.audit.comparison import page as module
+from gradcam_worker.audit.comparison.compare import compare
+from gradcam_worker.audit.comparison.page import ComparisonPage, comparison_page
+from gradcam_worker.audit.comparison.report import ComparisonReport
 from gradcam_worker.gradcam.decoding.decode import Limits
 from gradcam_worker.gradcam.imaging.overlay import encode
 from gradcam_worker.testing import MemoryImageFetcher

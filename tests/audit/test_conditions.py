@@ -2,7 +2,7 @@
 
 import pytest
 
-from gradcam_worker.audit.conditions import Condition
+from gradcam_worker.audit.comparison.conditions import Condition
 from gradcam_worker.errors import InvalidInput
 
 FIGURES = {"moved": 4.0, "accuracy_change": -0.03, "distance_max": 0.25, "heat_inside_change": None}

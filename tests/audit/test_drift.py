@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from gradcam_worker.audit.comparison import compare
-from gradcam_worker.audit.comparison_report import FIGURES, ComparisonReport
-from gradcam_worker.audit.drift import append_line, gauges, log_line, write_gauges
+from gradcam_worker.audit.comparison.compare import compare
+from gradcam_worker.audit.comparison.drift import append_line, gauges, log_line, write_gauges
+from gradcam_worker.audit.comparison.report import FIGURES, ComparisonReport
 from gradcam_worker.errors import StorageUnavailable
 from tests.audit.datasets import CORNER, Image, memory_dataset
 

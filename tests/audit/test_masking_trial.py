@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from devtools.planted.samples import anywhere, boxes_around, sample_of
-from gradcam_worker.audit.masking_trial import TrialOutcome, try_suspects
 from gradcam_worker.audit.samples import ClassSample
-from gradcam_worker.audit.shortcuts import Suspect
+from gradcam_worker.audit.shortcuts.masking_trial import TrialOutcome, try_suspects
+from gradcam_worker.audit.shortcuts.suspects import Suspect
 from gradcam_worker.errors import ImageNotFound
 from gradcam_worker.gradcam.sizing import Placement
 from gradcam_worker.testing import TinyNetwork

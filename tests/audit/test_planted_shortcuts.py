@@ -7,8 +7,8 @@ import pytest
 from devtools.planted.evidence import audit_shapes, is_planted
 from devtools.planted.shapes import CLASSES, Shapes, draw, plant_of
 from devtools.planted.training import train, wrap
-from gradcam_worker.audit.gaze import GazeOptions
 from gradcam_worker.audit.report import DatasetFacts
+from gradcam_worker.audit.shortcuts.gaze import GazeOptions
 from gradcam_worker.errors import UnknownNetwork, WeightsChecksumMismatch
 from gradcam_worker.gradcam.files.weights import file_sha256
 from gradcam_worker.operations.trial_network import open_trial_network

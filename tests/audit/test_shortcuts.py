@@ -5,9 +5,14 @@ import numpy as np
 import pytest
 
 from devtools.planted.samples import anywhere, boxes_around, sample_of
-from gradcam_worker.audit.gaze_regions import describe_place, hot_region, share_near_boxes, window_sums
 from gradcam_worker.audit.samples import ClassSample
-from gradcam_worker.audit.shortcuts import Suspect, find_suspects
+from gradcam_worker.audit.shortcuts.gaze_regions import (
+    describe_place,
+    hot_region,
+    share_near_boxes,
+    window_sums,
+)
+from gradcam_worker.audit.shortcuts.suspects import Suspect, find_suspects
 from gradcam_worker.audit.significance import binomial_log_tail
 
 CORNER = (0.08, 0.92)  # x, y: at the bottom left

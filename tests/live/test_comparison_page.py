@@ -11,8 +11,8 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
-from gradcam_worker.audit.comparison import compare
-from gradcam_worker.audit.comparison_page import comparison_page
+from gradcam_worker.audit.comparison.compare import compare
+from gradcam_worker.audit.comparison.page import comparison_page
 from gradcam_worker.gradcam.decoding.decode import Limits
 from gradcam_worker.gradcam.imaging.overlay import encode
 from gradcam_worker.testing import MemoryImageFetcher

@@ -18,8 +18,8 @@ from devtools import synthetic_dataset
 from devtools.planted.dataset import explain
 from devtools.planted.shapes import CLASSES, SIDE, Shapes, draw, plant_of
 from devtools.planted.training import EPOCHS, TRAINING_IMAGES, train, wrap
-from gradcam_worker.audit.comparison import ComparisonOptions, compare
-from gradcam_worker.audit.comparison_report import ComparisonReport
+from gradcam_worker.audit.comparison.compare import ComparisonOptions, compare
+from gradcam_worker.audit.comparison.report import ComparisonReport
 from gradcam_worker.gradcam import Network
 from gradcam_worker.testing import MemoryStore
 

@@ -176,7 +176,7 @@ class ShortcutReport(SuspectReport):
     """A suspect that has an effect: masking it makes the class's probability fall.
 
     `effect` is the mean of both falls less the fall by masking elsewhere: see
-    `gradcam_worker.audit.masking_trial`.
+    `gradcam_worker.audit.shortcuts.masking_trial`.
     """
 
     masked: int  # images that were masked

@@ -20,8 +20,8 @@ from gradcam_worker.operations import console
 from gradcam_worker.settings import Settings
 
 if TYPE_CHECKING:
-    from gradcam_worker.audit.gaze import GazeOptions
     from gradcam_worker.audit.page import PageOptions
+    from gradcam_worker.audit.shortcuts.gaze import GazeOptions
 
 SHARE = click.FloatRange(0, 1)
 FACTOR = click.FloatRange(0)
@@ -201,7 +201,7 @@ def _page_options(options: Mapping[str, Any]) -> "PageOptions":
 
 
 def _gaze_options(options: Mapping[str, Any], settings: Settings) -> "GazeOptions":
-    from gradcam_worker.audit.gaze import GazeOptions
+    from gradcam_worker.audit.shortcuts.gaze import GazeOptions
     from gradcam_worker.operations.trial_network import open_trial_network
 
     open_network = partial(open_trial_network, settings) if options["trial"] else None

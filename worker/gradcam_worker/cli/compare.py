@@ -13,7 +13,7 @@ from gradcam_worker.settings import Settings
 from gradcam_worker.text.visible import counted
 
 if TYPE_CHECKING:
-    from gradcam_worker.audit.comparison_report import ComparisonReport
+    from gradcam_worker.audit.comparison.report import ComparisonReport
 
 REPORT, PAGE = "comparison.json", "index.html"
 SHOWN_CLASSES = 20  # on the terminal
@@ -145,12 +145,12 @@ def compare(
       gradcam compare s3://results/may s3://results/june -o drift
       gradcam compare cams/v1 cams/v2 --fail-if 'moved > 3 or heat_inside_change < -0.05'
     """
-    from gradcam_worker.audit.comparison import ComparisonOptions
-    from gradcam_worker.audit.comparison import compare as compare_datasets
-    from gradcam_worker.audit.comparison_page import comparison_page
-    from gradcam_worker.audit.comparison_report import FIGURES, CheckedCondition, ComparisonThresholds
-    from gradcam_worker.audit.conditions import Condition
-    from gradcam_worker.audit.drift import append_line, gauges, log_line, write_gauges
+    from gradcam_worker.audit.comparison.compare import ComparisonOptions
+    from gradcam_worker.audit.comparison.compare import compare as compare_datasets
+    from gradcam_worker.audit.comparison.conditions import Condition
+    from gradcam_worker.audit.comparison.drift import append_line, gauges, log_line, write_gauges
+    from gradcam_worker.audit.comparison.page import comparison_page
+    from gradcam_worker.audit.comparison.report import FIGURES, CheckedCondition, ComparisonThresholds
     from gradcam_worker.audit.statistics import open_dataset
     from gradcam_worker.gradcam.decoding.decode import Limits
     from gradcam_worker.images.fetch import UriFetcher

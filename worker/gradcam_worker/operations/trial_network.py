@@ -1,8 +1,8 @@
 """Loads the network of a dataset, so that an audit can try what it needs, and reads the dataset's images."""
 
-from gradcam_worker.audit.gaze import TrialNetwork
-from gradcam_worker.audit.masking_trial import Pixels
 from gradcam_worker.audit.report import DatasetFacts
+from gradcam_worker.audit.shortcuts.gaze import TrialNetwork
+from gradcam_worker.audit.shortcuts.masking_trial import Pixels
 from gradcam_worker.errors import NetworkIncompatible, WeightsChecksumMismatch
 from gradcam_worker.extras import required
 from gradcam_worker.gradcam.registry.registry import Registry

@@ -11,16 +11,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gradcam_worker.audit.clusters import Cluster, GazeMap, draw_map, find_clusters
-from gradcam_worker.audit.gaze_regions import describe_place, hot_region
-from gradcam_worker.audit.masking_trial import (
-    MIN_EFFECT,
-    Effect,
-    LoadPixels,
-    ReportProgress,
-    TrialOutcome,
-    try_suspects,
-)
 from gradcam_worker.audit.report import (
     AuditReport,
     ClusterReport,
@@ -31,7 +21,17 @@ from gradcam_worker.audit.report import (
     SuspectReport,
 )
 from gradcam_worker.audit.samples import ClassSample
-from gradcam_worker.audit.shortcuts import Suspect, find_suspects
+from gradcam_worker.audit.shortcuts.clusters import Cluster, GazeMap, draw_map, find_clusters
+from gradcam_worker.audit.shortcuts.gaze_regions import describe_place, hot_region
+from gradcam_worker.audit.shortcuts.masking_trial import (
+    MIN_EFFECT,
+    Effect,
+    LoadPixels,
+    ReportProgress,
+    TrialOutcome,
+    try_suspects,
+)
+from gradcam_worker.audit.shortcuts.suspects import Suspect, find_suspects
 from gradcam_worker.errors import GradcamError
 from gradcam_worker.gradcam.network import Network
 

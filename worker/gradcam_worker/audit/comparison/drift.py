@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from gradcam_worker.audit.comparison_report import FIGURES, ComparisonReport
+from gradcam_worker.audit.comparison.report import FIGURES, ComparisonReport
 from gradcam_worker.errors import StorageUnavailable
 from gradcam_worker.storage.stores import FolderStore
 

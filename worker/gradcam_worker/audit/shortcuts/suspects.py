@@ -1,6 +1,6 @@
 """Suspects: what a class's predictions look at and those of other classes do not, apart from the object.
 
-A suspect is only a correlation. `gradcam_worker.audit.masking_trial` tests whether it has an effect.
+A suspect is only a correlation. `masking_trial`, beside this module, tests whether it has an effect.
 
 *A place.* A window of about a quarter of the image's sides moves over the image. An image looks at a window
 if its heat there is at least half of that in its hottest window, or three tenths where the boxes of objects
@@ -21,8 +21,14 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from gradcam_worker.audit.gaze_regions import Heat, Region, hot_region, share_near_boxes, window_sums
 from gradcam_worker.audit.samples import ClassSample
+from gradcam_worker.audit.shortcuts.gaze_regions import (
+    Heat,
+    Region,
+    hot_region,
+    share_near_boxes,
+    window_sums,
+)
 from gradcam_worker.audit.significance import binomial_log_tail
 
 Kind = Literal["place", "background", "spread"]

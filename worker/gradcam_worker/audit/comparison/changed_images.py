@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradcam_worker.artifacts.dataset import SHOWN_COLUMN, read_batches
-from gradcam_worker.audit.compared_datasets import ReadDataset
-from gradcam_worker.audit.comparison_report import ChangedImage, ImageSide
+from gradcam_worker.audit.comparison.compared_datasets import ReadDataset
+from gradcam_worker.audit.comparison.report import ChangedImage, ImageSide
 from gradcam_worker.audit.heat_table import ClassNames, HeatRecords, ImageKey
 from gradcam_worker.audit.report import HeatCells
 from gradcam_worker.audit.significance import Difference

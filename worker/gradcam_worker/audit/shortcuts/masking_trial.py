@@ -25,9 +25,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from gradcam_worker.audit.gaze_regions import Region
 from gradcam_worker.audit.samples import ClassSample
-from gradcam_worker.audit.shortcuts import Suspect
+from gradcam_worker.audit.shortcuts.gaze_regions import Region
+from gradcam_worker.audit.shortcuts.suspects import Suspect
 from gradcam_worker.errors import GradcamError
 from gradcam_worker.gradcam.imaging.baseline import blurred
 from gradcam_worker.gradcam.network import Network

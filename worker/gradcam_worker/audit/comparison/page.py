@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradcam_worker.artifacts.dataset import SHOWN_COLUMN
-from gradcam_worker.audit.comparison_report import (
+from gradcam_worker.audit.comparison.report import (
     ChangedImage,
     ClassComparison,
     ComparedDataset,
@@ -25,7 +25,7 @@ from gradcam_worker.gradcam.imaging.html import encode_heatmaps, fill_template, 
 from gradcam_worker.gradcam.imaging.resize import enlarge
 from gradcam_worker.images.prepare import ImageFetcher
 
-TEMPLATES = Path(__file__).parent / "data"
+TEMPLATES = Path(__file__).parents[1] / "data"
 MAX_PAGE_BYTES = 20_000_000  # what a browser opens without delay
 MAX_CARDS = 100  # classes with mean heatmaps and images; the others are lines of a table
 MAX_CELLS_PER_SIDE = 24  # of a heatmap on the page

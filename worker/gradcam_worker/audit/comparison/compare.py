@@ -19,14 +19,14 @@ from numpy.typing import NDArray
 
 from gradcam_worker import __version__
 from gradcam_worker.artifacts.dataset import Grid
-from gradcam_worker.audit.changed_images import (
+from gradcam_worker.audit.comparison.changed_images import (
     ComparedClass,
     ComparedRows,
     most_changed,
     read_changed_images,
     rounded,
 )
-from gradcam_worker.audit.compared_datasets import (
+from gradcam_worker.audit.comparison.compared_datasets import (
     ReadDataset,
     common_grid,
     differences,
@@ -35,7 +35,7 @@ from gradcam_worker.audit.compared_datasets import (
     read_both,
     remarks,
 )
-from gradcam_worker.audit.comparison_report import (
+from gradcam_worker.audit.comparison.report import (
     FIGURES,
     ChangeTest,
     ClassComparison,

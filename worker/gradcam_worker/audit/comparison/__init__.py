@@ -1,0 +1,1 @@
+"""What moved between two datasets of heatmaps: `gradcam compare`. Begin at `compare`."""
