@@ -51,6 +51,8 @@ def _object(schema: Schema, root: Schema) -> Strategy:
 
 
 def _array(schema: Schema, root: Schema) -> Strategy:
+    if "prefixItems" in schema:  # of a fixed length: pydantic says so with minItems and maxItems
+        return st.tuples(*(allowed(item, root) for item in schema["prefixItems"])).map(list)
     least = schema.get("minItems", 0)
     most = min(schema.get("maxItems", MANY), least + MANY)
     return st.lists(allowed(schema["items"], root), min_size=least, max_size=most)
