@@ -90,7 +90,7 @@ def test_names_kinds_and_help_keep_to_prometheus_conventions() -> None:
 
 def test_labels_have_few_values_and_codes_are_those_of_the_errors_tree() -> None:
     assert {label for one in METRICS for label in one.labels} == {
-        *("state", "code", "outcome", "reason", "stage", "version", "priority"),
+        *("state", "code", "outcome", "reason", "stage", "version", "priority", "check"),
         *("operation", "status"),
     }
     assert set(CODES) - {"", OTHER} <= all_codes()

@@ -39,7 +39,8 @@ def test_a_worker_with_everything_is_well(settings: Settings, tmp_path: Path) ->
     )
     assert findings["workers"].detail == "none is alive"
     assert findings["eviction"].detail.endswith("has maxmemory-policy noeviction: it evicts nothing")
-    assert len(findings) == 8
+    assert findings["redis replication"].detail.endswith("is a primary, with 0 replicas")
+    assert len(findings) == 12
     assert (tmp_path / "health" / "probe.txt").exists()
 
 

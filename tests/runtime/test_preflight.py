@@ -14,8 +14,7 @@ from pydantic import SecretStr
 
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.errors import BrokerUnavailable, InvalidSettings, LedgerUnavailable, StorageUnavailable
-from gradcam_worker.operations import doctor, servers
-from gradcam_worker.redis_server.eviction import EvictionMonitor
+from gradcam_worker.operations import servers
 from gradcam_worker.runtime import preflight, service_factory
 from gradcam_worker.settings import Settings
 from gradcam_worker.storage.s3_errors import IdentityFailed
@@ -117,94 +116,10 @@ def test_a_ledger_of_its_own_is_called_by_its_own_name_and_a_false_authority_too
         )
 
 
-@pytest.fixture(scope="module")
-def evicting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[redis.Redis]:
-    """A Valkey of its own, whose policy a test may set."""
-    with (
-        servers.valkey(tmp_path_factory.mktemp("evicting")) as server,
-        redis.Redis(port=server.port) as connection,
-    ):
-        yield connection
-
-
-def evicts(server: redis.Redis, policy: str, maxmemory: str) -> Settings:
-    server.config_set("maxmemory", maxmemory)
-    server.config_set("maxmemory-policy", policy)
-    return Settings(broker_url=f"redis://127.0.0.1:{server.get_connection_kwargs()['port']}/0")
-
-
-@pytest.mark.parametrize("policy", ["allkeys-lru", "allkeys-lfu", "allkeys-random"])
-def test_a_redis_that_forgets_accepted_jobs_stops_a_worker_and_says_what_to_set(
-    policy: str, evicting: redis.Redis
-) -> None:
-    settings = evicts(evicting, policy, "100mb")
-    why = rf"{policy} and maxmemory 104,857,600.*accepted jobs\. Set maxmemory-policy noeviction"
-    with pytest.raises(InvalidSettings, match=f"^GRADCAM_BROKER_URL: .*{why}"):
-        preflight.check(settings, stores=False)
-    apart = Settings(broker_url="redis://127.0.0.1:1/0", ledger_url=settings.broker_url)
-    with pytest.raises(InvalidSettings, match=f"^GRADCAM_LEDGER_URL: .*{why}"):
-        preflight.check(apart, stores=False)
-
-
-@pytest.mark.parametrize(
-    ("policy", "maxmemory", "well", "why"),
-    [
-        ("noeviction", "100mb", True, ""),
-        ("noeviction", "0", True, ""),
-        ("allkeys-lru", "0", True, "harmless only while maxmemory is 0"),
-        ("volatile-lru", "0", True, "harmless only while maxmemory is 0"),
-        ("volatile-lru", "100mb", False, "final jobs and idempotency keys before their time"),
-        ("volatile-ttl", "100mb", False, "final jobs and idempotency keys before their time"),
-    ],
-)
-def test_a_redis_that_forgets_less_is_warned_of(
-    policy: str,
-    maxmemory: str,
-    well: bool,
-    why: str,
-    evicting: redis.Redis,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    settings = evicts(evicting, policy, maxmemory)
-    preflight.check(settings, stores=False)
-    assert [why in line and "noeviction" in line for line in caplog.messages] == ([True] if why else [])
-    (finding,) = doctor._check_eviction(settings)
-    assert (finding.well, bool(finding.fix)) == (well, bool(why))
-    assert why in finding.detail
-
-
 def test_the_hint_about_an_identity_is_one_sentence_without_gaps() -> None:
     error = StorageUnavailable("No credentials")
     error.__cause__ = IdentityFailed("No")
     assert "  " not in preflight.storage_hint(error).fix
-
-
-def test_a_policy_that_is_changed_while_a_worker_runs_is_found(
-    evicting: redis.Redis, caplog: pytest.LogCaptureFixture
-) -> None:
-    watch = EvictionMonitor(evicts(evicting, "noeviction", "100mb"))
-    watch.run_round()
-    assert (watch.last_problem(), caplog.messages) == (None, [])
-    evicts(evicting, "allkeys-lru", "100mb")
-    watch.run_round()
-    assert watch.last_problem()
-    evicts(evicting, "volatile-lru", "100mb")
-    watch.run_round()
-    assert not watch.last_problem()
-    assert {record.levelname for record in caplog.records} == {"ERROR", "WARNING"}
-    assert all("Set maxmemory-policy noeviction" in line for line in caplog.messages)
-
-
-def test_whoever_may_not_ask_is_told_so_and_starts(guarded: int, caplog: pytest.LogCaptureFixture) -> None:
-    settings = Settings(broker_url=f"redis://few:{PASSWORD}@127.0.0.1:{guarded}/0")
-    assert (
-        "does not report its maxmemory-policy: its user needs the permission +info"
-        in preflight.check_eviction(settings)
-    )
-    assert len(caplog.messages) == 1
-    (finding,) = doctor._check_eviction(settings)
-    assert finding.well
-    assert PASSWORD not in caplog.text + finding.detail
 
 
 def test_an_output_that_is_not_set_is_named_rather_than_its_default_refused(

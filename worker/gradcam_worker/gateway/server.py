@@ -11,6 +11,7 @@ import uvicorn
 from gradcam_worker.errors import InvalidSettings
 from gradcam_worker.gateway.access.caller import Access, is_this_machine
 from gradcam_worker.gateway.app import create_app
+from gradcam_worker.redis_server.server_checks import ServerMonitor
 from gradcam_worker.settings import Settings
 from gradcam_worker.text.log_events import EventLogger
 
@@ -68,8 +69,12 @@ def run(settings: Settings, host: str, port: int) -> int:
     server = _Server(config, app.state.gateway.open_requests.closing)
     gc.collect()
     gc.freeze()  # a pass over all that was imported takes 50 ms, in which nobody is answered
+    checks = ServerMonitor(settings)
+    app.state.gateway.metrics.set_redis_checks(checks.is_failing)
+    checks.loop.start()
     log.info("gateway_started", host=host, port=port)
     server.run([listener])
+    checks.loop.request_stop()
     log.info("gateway_stopped")
     return 0 if server.started else 1
 

@@ -22,6 +22,8 @@ BATCH_SIZE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 COMPUTES = ("worker", "engine")
 ONCE = ("worker", "supervisor")
 
+REDIS_CHECKS = ("eviction", "persistence", "replication", "memory", "version")
+
 OPERATIONS = (  # of the HTTP API, by their operationId in its OpenAPI document
     "submit_job",
     "list_jobs",
@@ -158,6 +160,13 @@ METRICS = (
         "1: the circuit breaker is open: storage fails, and no jobs are taken until it recovers.",
     ),
     MetricDefinition("gauge", "ready", "1: /ready answers 200."),
+    MetricDefinition(
+        "gauge",
+        "redis_check_failing",
+        "1: Redis is not set up as accepted jobs need it, by check: `gradcam doctor` says what to do.",
+        {"check": REDIS_CHECKS},
+        roles=("worker", "jobs", "gateway"),
+    ),
     MetricDefinition("gauge", "networks_resident", "Networks in memory.", roles=COMPUTES),
     MetricDefinition(
         "gauge",

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import prometheus_client
@@ -90,6 +91,11 @@ class Metrics(Observer):
     def set_gauge(self, name: str, read: Callable[[], float]) -> None:
         """Let each scrape read the gauge `name` from `read`."""
         self._collectors[name].set_function(read)
+
+    def set_redis_checks(self, is_failing: Callable[[str], bool]) -> None:
+        """Let each scrape read from `is_failing` which checks of Redis fail."""
+        for check in BY_NAME["redis_check_failing"].labels["check"]:
+            self._at("redis_check_failing", check).set_function(partial(is_failing, check))
 
     def set_ledger_gauges(self, read: Callable[[], QueueDepths]) -> None:
         """Let scrapes read the ledger's gauges from `read`.

@@ -19,7 +19,7 @@ from gradcam_worker.errors import (
 from gradcam_worker.gradcam.catalog import CATALOG, NetworkRow
 from gradcam_worker.gradcam.files import weights
 from gradcam_worker.ledger.redis.store import RedisLedger
-from gradcam_worker.redis_server.eviction import FIX, EvictionMonitor
+from gradcam_worker.redis_server.server_checks import ServerMonitor
 from gradcam_worker.runtime import devices, preflight
 from gradcam_worker.settings import Settings
 from gradcam_worker.text.visible import counted
@@ -52,7 +52,7 @@ def run_checks(settings: Settings, *, expected_workers: int = 0) -> Iterator[Fin
     broker_fix = "Start Redis or Valkey at that address, or set GRADCAM_BROKER_URL."
     yield _run_check("broker", preflight.check_broker, settings, broker_fix)
     yield _run_check("ledger", preflight.check_ledger, settings, broker_fix.replace("BROKER", "LEDGER"))
-    yield from _check_eviction(settings)
+    yield from _check_redis(settings)
     yield from _check_workers(settings, expected_workers)
     if importlib.util.find_spec("keras") is None:
         detail = "not installed: this machine can submit jobs but not run them"
@@ -77,10 +77,11 @@ def run_checks(settings: Settings, *, expected_workers: int = 0) -> Iterator[Fin
         yield from _check_own_network(row, settings)
 
 
-def _check_eviction(settings: Settings) -> Iterator[Finding]:
-    """Check what broker and ledger delete when their memory is full."""
-    for policy in EvictionMonitor(settings).read_policies():
-        yield Finding("eviction", policy.is_safe, str(policy), FIX if policy.evicts else "")
+def _check_redis(settings: Settings) -> Iterator[Finding]:
+    """Check how the servers of broker and ledger are set up."""
+    for check in ServerMonitor(settings).read_checks():
+        what = check.name if check.name == "eviction" else f"redis {check.name}"
+        yield Finding(what, check.well, check.detail, check.fix)
 
 
 def _check_weights(settings: Settings) -> Iterator[Finding]:

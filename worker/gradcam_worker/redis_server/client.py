@@ -202,19 +202,23 @@ class RedisClients:
         """Close all connections except those on which a thread waits for an answer."""
         self.get_client().connection_pool.disconnect(inuse_connections=False)
 
-    def read_memory_info(self) -> Mapping[str, Any]:
-        """Read the server's INFO memory.
+    def read_info(self) -> Mapping[str, Any]:
+        """Read the server's INFO.
 
         Returns:
-            Its fields; empty if the user has no permission to read it.
+            Its fields; empty if the user has no permission to read it, or the server has no such command.
 
         Raises:
             BrokerUnavailable, LedgerUnavailable: See `translate_errors`.
         """
         with self.translate_errors():
             try:
-                info: Any = self.get_client().info("memory")
+                info: Any = self.get_client().info()
             except redis.exceptions.NoPermissionError:
+                return {}
+            except redis.exceptions.ResponseError as error:
+                if not str(error).startswith("unknown command"):
+                    raise
                 return {}
         return info  # type: ignore[no-any-return]  # redis-py's types do not say
 

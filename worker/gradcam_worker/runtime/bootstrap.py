@@ -13,7 +13,7 @@ from gradcam_worker.execution.leases import LeaseManager
 from gradcam_worker.execution.services import Services, StorageProvider
 from gradcam_worker.observability import tracing
 from gradcam_worker.observability.events import NULL_OBSERVER, Observer
-from gradcam_worker.redis_server.eviction import EvictionMonitor
+from gradcam_worker.redis_server.server_checks import ServerMonitor
 from gradcam_worker.resilience.background_loop import BackgroundLoop
 from gradcam_worker.resilience.circuit_breaker import CircuitBreaker
 from gradcam_worker.resilience.outages import Outages
@@ -33,7 +33,7 @@ class WorkerComponents:
     handler: JobHandler
     outages: Outages
     background_loops: Sequence[BackgroundLoop]
-    eviction: EvictionMonitor
+    redis_checks: ServerMonitor
 
 
 def build_worker(
@@ -80,9 +80,9 @@ def build_worker(
         admits=RedisBackfillRegistry(ledger.server).admits,
         stall=stall,
     )
-    eviction = EvictionMonitor(settings)
-    own_loops = [leases.loop, breaker.loop, eviction.loop, stall.loop]
-    return WorkerComponents(handler, outages, [*own_loops, *shared_loops], eviction)
+    redis_checks = ServerMonitor(settings)
+    own_loops = [leases.loop, breaker.loop, redis_checks.loop, stall.loop]
+    return WorkerComponents(handler, outages, [*own_loops, *shared_loops], redis_checks)
 
 
 def use_storage(stores: StorageProvider) -> None:

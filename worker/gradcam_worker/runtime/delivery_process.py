@@ -12,6 +12,7 @@ from gradcam_worker.broker.publisher import Publisher
 from gradcam_worker.delivery.webhooks import Webhooks
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.observability import tracing
+from gradcam_worker.redis_server.server_checks import ServerMonitor
 from gradcam_worker.runtime import background
 from gradcam_worker.runtime.telemetry import Telemetry
 from gradcam_worker.schemas.ids import process_name
@@ -34,7 +35,9 @@ def run(settings: Settings) -> int:
     send = Webhooks(settings).send
     loops = background.build(settings, publisher, ledger, send, process, telemetry.observer, spans)
     delivery_loops = [loop.name for loop in loops]
-    loops += telemetry.loops
+    checks = ServerMonitor(settings)
+    telemetry.add_redis_checks(checks)
+    loops += [checks.loop, *telemetry.loops]
     background.start(loops)
     telemetry.require_alive(loops)
     telemetry.ready()

@@ -27,7 +27,7 @@ from gradcam_worker.gradcam.files import weights
 from gradcam_worker.gradcam.registry.registry import Registry
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.redis_server.client import NO_CLUSTER
-from gradcam_worker.redis_server.eviction import FIX, EvictionMonitor
+from gradcam_worker.redis_server.server_checks import ServerMonitor
 from gradcam_worker.runtime import devices
 from gradcam_worker.settings import ONE_SERVER, Settings
 from gradcam_worker.storage.filesystem import LOCATION_ERRORS
@@ -63,7 +63,7 @@ def check(settings: Settings, *, stores: bool = True) -> None:
     Raises:
         InvalidSettings: A fault is permanent.
     """
-    checks = [check_broker, check_ledger, check_eviction]
+    checks = [check_broker, check_ledger, check_redis]
     if stores:
         check_cache(settings, load_registry(settings))
         checks.append(check_storage)
@@ -110,25 +110,22 @@ def check_ledger(settings: Settings) -> str:
     return f"{without_secrets(settings.ledger)}: {queued} queued, {running} running"
 
 
-def check_eviction(settings: Settings) -> str:
-    """Check what Redis evicts when its memory is full.
+def check_redis(settings: Settings) -> str:
+    """Check that Redis is set up to lose no accepted job. What is less grave is logged by the process.
 
     Returns:
-        The policy of each server, for the operator.
+        What was found, for the operator.
 
     Raises:
         InvalidSettings: Accepted jobs would be evicted.
     """
-    policies = []
-    for policy in EvictionMonitor(settings, timeout_s=ANSWER_TIMEOUT_S).read_policies():
-        if policy.loses_jobs:
-            message = f"{policy.setting}: {policy} {FIX}"
+    found = []
+    for check in ServerMonitor(settings, timeout_s=ANSWER_TIMEOUT_S).read_checks():
+        if check.is_permanent:
+            message = f"{check.setting}: {check}"
             raise InvalidSettings(message)
-        if policy.evicts or policy.name is None:
-            reason = f"{policy} {FIX}" if policy.evicts else policy
-            log.warning("eviction_policy_unsafe", setting=policy.setting, reason=reason)
-        policies.append(str(policy))
-    return "; ".join(policies)
+        found.append(check.detail)
+    return "; ".join(found)
 
 
 def _check_mode(mode: str, setting: str) -> None:

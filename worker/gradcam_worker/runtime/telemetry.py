@@ -11,6 +11,7 @@ from gradcam_worker.observability import gpu, health
 from gradcam_worker.observability.events import NULL_OBSERVER, Observer
 from gradcam_worker.observability.health import Health, ServerProbes
 from gradcam_worker.observability.queue_depths import QueueDepths
+from gradcam_worker.redis_server.server_checks import ServerMonitor
 from gradcam_worker.resilience.background_loop import BackgroundLoop
 from gradcam_worker.resilience.circuit_breaker import CircuitBreaker
 from gradcam_worker.runtime import devices
@@ -73,22 +74,28 @@ class Telemetry:
             self.health.ready[name] = partial(probes.check, name)
 
     def add_worker(
-        self, loaded_networks: Callable[[], int], breaker: CircuitBreaker, eviction: health.Check
+        self, loaded_networks: Callable[[], int], breaker: CircuitBreaker, redis_checks: ServerMonitor
     ) -> None:
         """Add the checks and gauges of a worker process.
 
         Args:
             loaded_networks: The number of networks in memory.
             breaker: The circuit breaker of the storage.
-            eviction: Why Redis may lose accepted jobs, if so.
+            redis_checks: Checks how Redis is set up.
         """
         self.health.ready["storage"] = lambda: breaker.open_reason
-        self.health.ready["eviction"] = eviction
+        self.add_redis_checks(redis_checks)
         if not self._metrics:
             return
         self._metrics.set_gauge("breaker_open", lambda: bool(breaker.open_reason))
         if self._settings.role == "worker":
             self.add_device(loaded_networks)
+
+    def add_redis_checks(self, checks: ServerMonitor) -> None:
+        """Be ready only while Redis loses no accepted job and takes writes; show the gauge of its checks."""
+        self.health.ready["redis"] = checks.last_problem
+        if self._metrics:
+            self._metrics.set_redis_checks(checks.is_failing)
 
     def add_engine(self, engine: "EngineClient") -> None:
         """Add the check and the gauges of a process whose engine is another one."""

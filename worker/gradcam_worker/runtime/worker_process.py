@@ -149,7 +149,7 @@ def run(settings: Settings, *, ready_fd: int | None = None, load: service_factor
     components = build_worker(settings, publisher, services, device, telemetry.observer)
     handler = components.handler
     register(app, handler, components.outages.ledger)
-    telemetry.add_worker(lambda: inference.count, handler.breaker, components.eviction.last_problem)
+    telemetry.add_worker(lambda: inference.count, handler.breaker, components.redis_checks)
     _wait_for_networks(settings, inference, telemetry)
     broker_answers = partial(broker.is_reachable, broker.make_app(settings, timeout_s=PROBE_TIMEOUT_S))
     stopped, signals = threading.Event(), SimpleQueue[int]()
