@@ -1,6 +1,7 @@
 """`gradcam`: help, wrong usage and wrong settings."""
 
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -133,3 +134,24 @@ def test_a_command_ends_without_collecting_the_garbage_of_its_libraries() -> Non
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert "gradcam, version" in done.stdout
     assert "collected" not in done.stdout
+
+
+STARTING = """
+import os, time
+from gradcam_worker.cli import commands, main
+os.getpid = lambda: {pid}
+commands.run = lambda _: print("started", flush=True) or time.sleep(60)
+main.main([])
+"""
+
+
+@pytest.mark.parametrize(("pid", "code"), [(1, 128 + signal.SIGTERM), (7, -signal.SIGTERM)])
+def test_sigterm_ends_a_command_that_is_just_starting_also_as_the_first_process_of_a_container(
+    pid: int, code: int
+) -> None:
+    program = [sys.executable, "-c", STARTING.format(pid=pid)]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "started\n"
+        process.terminate()
+        assert process.wait(60) == code

@@ -5,11 +5,14 @@ Exit codes: see `gradcam_worker.cli.exit_codes`.
 
 import atexit
 import gc
+import os
+import signal
 import sys
 from collections.abc import Sequence
 
 from gradcam_worker import extras
 
+FIRST_PROCESS = 1  # its id, in a container
 CLI_PACKAGES = {"click", "rich"}  # installed by the extras cli, cpu, gpu and backfill
 
 
@@ -22,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    _end_at_sigterm_in_container()
     # Python searches for garbage twice as it exits: that takes seconds where TensorFlow is loaded.
     atexit.register(gc.freeze)
     try:
@@ -34,3 +38,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 1
     return commands.run(sys.argv[1:] if arguments is None else arguments)
+
+
+def _end_at_sigterm_in_container() -> None:
+    """End at SIGTERM from now on, until a command has its own handler.
+
+    The first process of a container is sent no signal that it does not handle: a pod that is to end while it
+    starts would take jobs until it is killed.
+    """
+    if os.getpid() == FIRST_PROCESS and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))

@@ -65,8 +65,13 @@ def run(settings: Settings, host: str, port: int) -> int:
         lifespan="on",
         ws="none",
     )
-    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again when it has stopped
     server = _Server(config, app.state.gateway.open_requests.closing)
+
+    def stop(*_: object) -> None:
+        """Stop after a signal before uvicorn handles it, or after: it raises the signal again."""
+        server.should_exit = True
+
+    signal.signal(signal.SIGTERM, stop)
     gc.collect()
     gc.freeze()  # a pass over all that was imported takes 50 ms, in which nobody is answered
     checks = ServerMonitor(settings)
