@@ -537,6 +537,8 @@ class Settings(BaseSettings):
     """memory limit of a process; 0: none. With the defaults, a CPU worker needs at least 6.2 GB"""
     starts: Count = 1
     """set by the supervisor: how often the worker of this device was started"""
+    stderr_pipe: StringList = ()
+    """set by the supervisor: file descriptors of a pipe for what native code writes to standard error"""
 
     # HTTP API
     serve_origins: OriginList = ()

@@ -37,7 +37,7 @@ SECRET = {"broker_url", "ledger_url", "s3_access_key_id", "s3_secret_access_key"
 SECRET |= {"status_sql_url", "traces", "webhook_secrets"}
 # ... and these from the chart, or from a supervisor.
 OWN = {"cache_dir", "devices", "metrics_host", "metrics_port", "networks", "redis_ca"}
-OWN |= {"engine_socket", "metrics_socket", "role", "starts"}
+OWN |= {"engine_socket", "metrics_socket", "role", "starts", "stderr_pipe"}
 REFUSED = Path(__file__).with_name("refused.yaml")
 
 

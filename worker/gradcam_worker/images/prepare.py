@@ -21,6 +21,7 @@ from gradcam_worker.gradcam.imaging.network_input import to_input
 from gradcam_worker.gradcam.network import NetworkFacts
 from gradcam_worker.gradcam.sizing import Placement
 from gradcam_worker.images.fetch import FetchedBytes
+from gradcam_worker.observability import native_output
 from gradcam_worker.resilience.budget import Budgets, Reservation
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.schemas.job import ImageRef
@@ -111,7 +112,8 @@ class FetchedImage:
         uri = fetched.uri
         del fetched, self._fetched  # `stored` has a copy of what decoders need
         with services.budgets.pixels.reserve(stored.declared_pixels, self._deadline) as reservation:
-            decoded = decode(stored, services.limits)
+            with native_output.attributed():  # decoders write what they think of a file to standard error
+                decoded = decode(stored, services.limits)
             image = DecodedImage(_input_record(uri, self.sha256, size, decoded), decoded, reservation)
             del decoded, stored
             self._reservation.shrink_to(0)

@@ -49,6 +49,11 @@ def log_context(**fields: object) -> Iterator[None]:
         _context_fields.reset(token)
 
 
+def context_fields() -> Mapping[str, object]:
+    """Return the fields of the log context: see `log_context`."""
+    return _context_fields.get()
+
+
 class ContextThreadPool(ThreadPoolExecutor):
     """A thread pool that runs each call in the context of the code that submitted it."""
 
@@ -136,12 +141,13 @@ def configure_logging(log_format: str, level: str) -> None:
     threshold = logging.getLevelNamesMapping()[level.upper()]
     if log_format == "json":
         handler.setFormatter(JsonFormatter(process_name()))
-        logging.captureWarnings(capture=True)
-        sys.excepthook = _log_uncaught
-        sys.unraisablehook = lambda args: _log_uncaught(args.exc_type, args.exc_value, args.exc_traceback)
-        threading.excepthook = lambda args: _log_uncaught(args.exc_type, args.exc_value, args.exc_traceback)
     else:
         handler.setFormatter(LineFormatter(TEXT_FORMAT))
+    # Their texts may come from a job: none of them is written as it is.
+    logging.captureWarnings(capture=True)
+    sys.excepthook = _log_uncaught
+    sys.unraisablehook = lambda args: _log_uncaught(args.exc_type, args.exc_value, args.exc_traceback)
+    threading.excepthook = lambda args: _log_uncaught(args.exc_type, args.exc_value, args.exc_traceback)
     logging.basicConfig(level=max(threshold, logging.INFO), handlers=[handler])
     logging.getLogger("gradcam").setLevel(threshold)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gradcam_worker.errors import GradcamError, InternalError, InvalidSettings, MissingExtra
 from gradcam_worker.inference.engine_server import EngineFacts, EngineServer
-from gradcam_worker.observability import tracing
+from gradcam_worker.observability import native_output, tracing
 from gradcam_worker.observability.logs import configure_logging
 from gradcam_worker.resilience.budget import limit_memory
 from gradcam_worker.runtime import background, parent_watch, preflight, service_factory
@@ -40,7 +40,8 @@ def run(settings: Settings, ready_fd: int, *, load: service_factory.Load | None 
     """
     configure_logging(settings.log_format, settings.log_level)
     try:
-        _serve(settings, ready_fd, load)
+        with native_output.capture(settings.stderr_pipe):
+            _serve(settings, ready_fd, load)
     except GradcamError as error:
         log.error("engine_failed", error=error)  # noqa: TRY400  # the error's sentence is enough
         return os.EX_CONFIG if isinstance(error, InvalidSettings | MissingExtra) else 1

@@ -27,6 +27,7 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Literal
 
 from gradcam_worker.errors import InvalidSettings
+from gradcam_worker.observability import native_output
 from gradcam_worker.resilience.retry import RetryPolicy
 from gradcam_worker.runtime import devices
 from gradcam_worker.runtime.devices import Device
@@ -359,21 +360,30 @@ class Supervisor:
             variables["GRADCAM_METRICS_PORT"] = "0"
             variables["GRADCAM_METRICS_SOCKET"] = str(_metrics_socket(self._folder, process))
         read_fd, write_fd = os.pipe()
-        with os.fdopen(read_fd, "rb") as signs, os.fdopen(write_fd, "wb") as childs_end:
+        output = native_output.make_pipe()
+        variables["GRADCAM_STDERR_PIPE"] = f"{output.read_fd},{output.write_fd}"
+        with (
+            os.fdopen(read_fd, "rb") as signs,
+            os.fdopen(write_fd, "wb") as childs_end,
+            os.fdopen(output.read_fd, "rb") as errors,
+            os.fdopen(output.write_fd, "wb") as childs_errors,
+        ):
             with self._lock:
                 if self._stopping.is_set():
                     return 0, False
                 child = self._children[process] = subprocess.Popen(
                     (*self._command, str(write_fd)),
                     stdin=subprocess.PIPE,  # closed when this process ends: see parent_watch
-                    pass_fds=[write_fd],
+                    pass_fds=[write_fd, *output],
                     env={**process.device.environment, **variables},
                     start_new_session=True,  # Ctrl-C reaches the supervisor alone, which forwards it once
                 )
             childs_end.close()
+            childs_errors.close()
             log.info("worker_process_started", device=process.name, pid=child.pid)
             took_jobs = self._watch(process, child, signs.fileno())
             code = child.wait()
+            native_output.log_last_output(errors.fileno(), device=process.name, pid=child.pid)
             with self._lock:
                 del self._children[process]
                 if self._stopping.is_set():

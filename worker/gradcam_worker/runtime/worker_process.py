@@ -33,6 +33,7 @@ from gradcam_worker.errors import (
 from gradcam_worker.execution.handler import JobHandler
 from gradcam_worker.inference.engine_client import EngineClient
 from gradcam_worker.inference.model_cache import ModelCache
+from gradcam_worker.observability import native_output
 from gradcam_worker.observability.logs import configure_logging
 from gradcam_worker.resilience.budget import limit_memory
 from gradcam_worker.resilience.outages import Outage
@@ -135,6 +136,11 @@ def run(settings: Settings, *, ready_fd: int | None = None, load: service_factor
         InvalidSettings: The process cannot work with its settings.
     """
     configure_logging(settings.log_format, settings.log_level)
+    with native_output.capture(settings.stderr_pipe if ready_fd is not None else ()):
+        return _run(settings, ready_fd, load)
+
+
+def _run(settings: Settings, ready_fd: int | None, load: service_factory.Load | None) -> int:
     _quiet_libraries()
     if ready_fd is not None:
         parent_watch.on_parent_exit(

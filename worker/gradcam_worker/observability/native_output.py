@@ -1,0 +1,218 @@
+"""What native code writes to standard error becomes events of the log.
+
+Libraries in C write to file descriptor 2 by themselves: libjpeg and libpng about a damaged image, in words
+that may come from its file; the driver of a GPU; the C library, before it aborts the process. Here a pipe
+takes the descriptor's place. A thread reads it, and so does each thread that has decoded an image, before it
+goes on (`attributed`): so lines that were written while images of one job alone were decoded name that job.
+
+The supervisor makes the pipe and keeps its reading end: it logs what a process wrote last before it died.
+Nobody who writes is ever blocked: what does not fit into the pipe, 64 KiB, is lost.
+"""
+
+import faulthandler
+import logging
+import os
+import select
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, TextIO
+
+from gradcam_worker.observability.logs import context_fields, log_context
+from gradcam_worker.text.log_events import EventLogger
+from gradcam_worker.text.visible import visible
+
+log = EventLogger("gradcam")
+
+STANDARD_ERROR = 2
+CHUNK_BYTES = 65_536
+MAX_LINES = 20  # logged of what is read at once: one damaged image may cause thousands
+MAX_LAST_LINES = 200  # of a process that died: among them a line for each frame of each of its threads
+MAX_LINE_LENGTH = 1000  # characters
+PARTIAL_LINE_S = 0.5  # after which a line without an end is logged as it is
+JOIN_TIMEOUT_S = 1.0
+
+
+class Pipe(NamedTuple):
+    """The two ends of a pipe."""
+
+    read_fd: int
+    write_fd: int
+
+
+class _Written(NamedTuple):
+    """Lines that were read at once, and the log fields of the threads that may have caused them."""
+
+    lines: list[bytes]
+    jobs: list[Mapping[str, object]]
+
+
+class _Reader:
+    """Reads the pipe of this process and logs what it finds."""
+
+    def __init__(self, read_fd: int) -> None:
+        self._read_fd, self._partial = read_fd, b""
+        self._ended = self._closed = False  # nobody can write any more; nothing may be read any more
+        self._decoding: list[Mapping[str, object]] = []  # the log fields of each thread that decodes
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._read, name="native-output", daemon=True)
+        self._thread.start()
+
+    @contextmanager
+    def attributed(self) -> Iterator[None]:
+        fields = context_fields()
+        with self._lock:
+            self._decoding.append(fields)
+        try:
+            yield
+        finally:
+            with self._lock:
+                written = self._take(whole=len(self._decoding) == 1)
+                self._decoding.remove(fields)
+            _log(written)
+
+    def close(self) -> None:
+        """Log what is left. The writing end must be closed."""
+        self._thread.join(JOIN_TIMEOUT_S)  # longer only if another process has the writing end, too
+        with self._lock:
+            written = self._take(whole=True)
+            self._closed = True
+        _log(written)
+
+    def _read(self) -> None:
+        while not (self._ended or self._closed):
+            ready, *_ = select.select([self._read_fd], [], [], PARTIAL_LINE_S if self._partial else None)
+            with self._lock:
+                written = self._take(whole=not ready)
+            _log(written)
+
+    def _take(self, *, whole: bool) -> _Written:
+        """Read what is there; `whole`: also a line that has no end yet."""
+        if self._closed:
+            return _Written([], [])
+        *lines, self._partial = (self._partial + self._read_all()).split(b"\n")
+        if (whole or len(self._partial) > CHUNK_BYTES) and self._partial:
+            lines.append(self._partial)
+            self._partial = b""
+        return _Written(lines, [*self._decoding] if lines else [])
+
+    def _read_all(self) -> bytes:
+        data = b""
+        while len(data) < CHUNK_BYTES:
+            try:
+                more = os.read(self._read_fd, CHUNK_BYTES)
+            except BlockingIOError:
+                break
+            if not more:
+                self._ended = True
+                break
+            data += more
+        return data
+
+
+_reader: _Reader | None = None  # a process has one standard error
+
+
+def make_pipe() -> Pipe:
+    """Make a pipe for a process, that blocks neither its reader nor its writers."""
+    pipe = Pipe(*os.pipe())
+    for fd in pipe:
+        os.set_blocking(fd, False)
+    return pipe
+
+
+@contextmanager
+def capture(pipe: Sequence[str]) -> Iterator[None]:
+    """Let what native code of this process writes to standard error become events, within the block.
+
+    The log, and whatever else Python code writes to standard error, goes where it went before. A crash writes
+    the stacks of all threads into the pipe.
+
+    Args:
+        pipe: The file descriptors of a `Pipe`, made by the supervisor and closed here; empty: nothing is
+            captured.
+    """
+    global _reader  # noqa: PLW0603  # a process has one standard error
+    if not pipe:
+        yield
+        return
+    read_fd, write_fd = map(int, pipe)
+    before, original_fd = sys.stderr, os.dup(STANDARD_ERROR)
+    with os.fdopen(original_fd, "w", buffering=1, errors="backslashreplace") as original:
+        before.flush()
+        os.dup2(write_fd, STANDARD_ERROR)
+        os.close(write_fd)
+        os.set_inheritable(read_fd, False)
+        _redirect(before, original)
+        _reader = reader = _Reader(read_fd)
+        had_faulthandler = faulthandler.is_enabled()
+        faulthandler.enable(STANDARD_ERROR)
+        try:
+            yield
+        finally:
+            if not had_faulthandler:
+                faulthandler.disable()
+            os.dup2(original_fd, STANDARD_ERROR)
+            _reader = None
+            reader.close()
+            _redirect(original, before)
+    os.close(read_fd)
+
+
+@contextmanager
+def attributed() -> Iterator[None]:
+    """Let what native code writes within the block be logged with the fields of this thread's job.
+
+    Where other threads are in such a block at the time, for other jobs, all their jobs are named.
+    """
+    if _reader is None:
+        yield
+        return
+    with _reader.attributed():
+        yield
+
+
+def log_last_output(read_fd: int, **fields: object) -> None:
+    """Log what a process that has ended wrote last, if it did not log that itself.
+
+    Args:
+        read_fd: The reading end of its pipe.
+        **fields: Added to each event.
+    """
+    data = b""
+    while len(data) <= CHUNK_BYTES:
+        try:
+            more = os.read(read_fd, CHUNK_BYTES)
+        except BlockingIOError:  # a process that it has started has the writing end
+            break
+        if not more:
+            break
+        data += more
+    _log_lines(data.split(b"\n"), MAX_LAST_LINES, fields)
+
+
+def _log(written: _Written) -> None:
+    ids = {str(one.get("job_id", "")): one for one in written.jobs}
+    if len(ids) == 1:
+        (fields,) = ids.values()
+        with log_context(**fields):
+            _log_lines(written.lines, MAX_LINES, {})
+    else:
+        _log_lines(written.lines, MAX_LINES, {"job_ids": sorted(filter(None, ids))} if ids else {})
+
+
+def _log_lines(lines: list[bytes], limit: int, fields: Mapping[str, object]) -> None:
+    texts = [text for line in lines if (text := line.decode(errors="backslashreplace").strip())]
+    for text in texts[:limit]:
+        log.warning("native_output", text=visible(text[:MAX_LINE_LENGTH]), **fields)
+    if len(texts) > limit:
+        log.warning("native_output_cut", lines=len(texts) - limit, **fields)
+
+
+def _redirect(before: TextIO, after: TextIO) -> None:
+    """Let Python code that writes to one stream write to another one."""
+    sys.stderr = after
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.StreamHandler) and handler.stream is before:
+            handler.setStream(after)
