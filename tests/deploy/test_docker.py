@@ -94,7 +94,7 @@ def test_what_does_not_exist_in_the_compose_file_is_found(right: str, wrong: str
     ("right", "wrong", "said"),
     [
         ("ARG VERSION=", "ARG VERSION=9", "ARG VERSION must say"),
-        ("USER 10001:10001", "USER 0:0", "runs as"),
+        ("USER 10001:0", "USER 0:0", "runs as"),
         ("EXPOSE 9464", "EXPOSE 9465", "EXPOSE says"),
         ('CMD ["worker"]', 'CMD ["wroker"]', "no command gradcam wroker"),
     ],

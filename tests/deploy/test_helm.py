@@ -1,21 +1,20 @@
 """The chart, its scaler and its schemas."""
 
 import copy
+import hashlib
 import json
 import math
 import random
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import redis
 
 import gradcam_worker
-from devtools.deploy_checks import helm, scaling, tools, wiring
+from devtools.deploy_checks import cluster_environment, helm, scaling, tools, wiring
 from devtools.deploy_checks.scaling import Scaler, Work
 from gradcam_worker.client.client import GradcamClient
-from gradcam_worker.errors import InvalidSettings
 from gradcam_worker.schemas.job import Job
 from gradcam_worker.schemas.work import ROUTES
 from gradcam_worker.settings import Settings
@@ -25,7 +24,6 @@ COMPONENT = "app.kubernetes.io/component"
 CONTAINER = ("spec", "template", "spec", "containers", 0)
 FILES_ALONE = [{"name": "files", "mountPath": "/etc/gradcam"}]
 MAP = "rehearsal-gradcam"
-RELEASES = ("gradcam", "gradcam-prod", "x")  # as people call them: the first two begin as settings do
 SCALER = Scaler(job_s=0.05, shard_s=5, drain_s=60, slots=18, most=8)
 
 
@@ -48,31 +46,8 @@ def one(documents: list[dict[str, Any]], kind: str, name: str) -> dict[str, Any]
     return found
 
 
-def injected(documents: list[dict[str, Any]]) -> Iterator[str]:
-    """What settings make of the Services of a namespace, as its other pods see them in their environment."""
-    for service in wiring.of_kind(documents, "Service"):
-        name = service["metadata"]["name"]
-        try:
-            if Settings.from_environment(service_links(name, service["spec"]["ports"])) != Settings():
-                yield f"Service {name} changes settings"
-        except InvalidSettings as error:
-            yield f"Service {name}: {error}"
-
-
-def service_links(service: str, ports: list[dict[str, Any]]) -> dict[str, str]:
-    """What Kubernetes sets for a Service in the pods of its namespace (`enableServiceLinks`)."""
-    name, address = service.upper().replace("-", "_"), "10.96.0.7"
-    links = {f"{name}_SERVICE_HOST": address}
-    for port in ports:
-        number, protocol = str(port["port"]), port.get("protocol", "TCP")
-        url, link = f"{protocol.lower()}://{address}:{number}", f"{name}_PORT_{number}_{protocol}"
-        links.setdefault(f"{name}_SERVICE_PORT", number)  # the first one's
-        links.setdefault(f"{name}_PORT", url)
-        links |= {link: url, f"{link}_PORT": number, f"{link}_ADDR": address}
-        links[f"{link}_PROTO"] = protocol.lower()
-        if "name" in port:
-            links[f"{name}_SERVICE_PORT_{port['name'].upper().replace('-', '_')}"] = number
-    return links
+def of_component(workloads: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    return [each for each in workloads if each["metadata"]["labels"][COMPONENT] == name]
 
 
 def work(running: int = 0, retrying: int = 0, **queued: int) -> Work:
@@ -196,30 +171,17 @@ def test_every_level_of_the_values_refuses_what_it_does_not_know() -> None:
 class TestRendered:
     def test_every_file_of_values_makes_what_is_right(self) -> None:
         files = sorted(CHART.glob("ci/*.yaml"))
-        assert [file.stem for file in files] == ["cpu", "everything", "gpu-keda"]
-        for file in files:
-            documents = rendered(file.stem)
-            assert [*helm.by_schema(documents), *helm.findings(documents)] == []
-
-    def test_under_each_name_of_a_release_settings_pass_over_what_kubernetes_says_of_its_services(
-        self,
-    ) -> None:
-        for release in RELEASES:
-            documents, errors = helm.template(CHART / "ci" / "everything.yaml", release=release)
-            assert not errors
-            assert [*helm.findings(documents), *injected(documents)] == []
+        assert [file.stem for file in files] == ["cpu", "everything", "gpu-keda", "openshift"]
+        assert helm.chart_findings() == []
 
     def test_a_service_that_reads_as_a_setting_is_found(self, monkeypatch: pytest.MonkeyPatch) -> None:
         documents = rendered("everything")
         named: Any = one(documents, "Service", "gradcam-deliver")
         named["metadata"]["name"] = "gradcam-deliver"
-        assert list(injected(documents)) == []
+        assert list(cluster_environment.findings(documents)) == []
         monkeypatch.setattr("gradcam_worker.settings.SERVICE_LINKS", ())
-        (found,) = injected(documents)
+        (found,) = cluster_environment.findings(documents)
         assert "Service gradcam-deliver: GRADCAM_DELIVER_" in found
-
-    def test_wrong_values_are_refused_by_name(self) -> None:
-        assert list(helm.refused()) == []
 
     def test_a_gpu_is_asked_for_and_only_for_workers(self) -> None:
         documents = rendered("gpu-keda")
@@ -235,13 +197,14 @@ class TestRendered:
 
     def test_a_tag_is_a_version_and_each_has_the_image_of_its_device(self) -> None:
         documents = rendered("everything")
-        images = [
-            one(documents, "Deployment", f"gradcam-{name}")["spec"]["template"]["spec"]["containers"][0][
-                "image"
-            ]
-            for name in ("worker", "deliver")
-        ]
-        assert images == [f"registry.example/gradcam-worker:1.2.3-{device}" for device in ("gpu", "cpu")]
+        images = {
+            name: one(documents, "Deployment", f"gradcam-{name}")["spec"]["template"]["spec"]["containers"][
+                0
+            ]["image"].removeprefix("registry.example:5000/vision/gradcam-worker")
+            for name in ("worker", "deliver", "gateway")
+        }
+        digest = f"@sha256:{hashlib.sha256().hexdigest()}"  # where one is given, it says more than the tag
+        assert images == {"worker": ":1.2.3-gpu", "deliver": ":1.2.3-cpu", "gateway": digest}
 
     def test_who_brings_no_account_and_makes_none_has_the_default_one(self) -> None:
         for sets, account in (
@@ -328,7 +291,7 @@ class TestRendered:
         for step in path[:-1]:
             place = place[step]
         place[path[-1]] = value
-        assert said in "\n".join([*helm.by_schema(documents), *helm.findings(documents)])
+        assert said in "\n".join([*helm.by_schema({"it": documents}), *helm.findings(documents)])
 
     @pytest.mark.parametrize(
         ("kind", "name", "path", "value", "said"),
@@ -347,9 +310,21 @@ class TestRendered:
             ("ConfigMap", "", ("data", "GRADCAM_NETWORKS"), "/etc/gradcam/nets.toml", "holds"),
             ("NetworkPolicy", "worker", ("spec", "egress", 0, "ports", 0, "port"), 54, "out to the DNS"),
             ("NetworkPolicy", "worker", ("spec", "egress", 1, "ports", 0, "port"), 6380, "out to redis"),
-            ("NetworkPolicy", "worker", ("spec", "ingress", 0, "ports", 0, "port"), "metric", "not listen"),
+            (
+                "NetworkPolicy",
+                "worker",
+                ("spec", "ingress", 0, "ports", 0, "port"),
+                "metric",
+                "none of its pods",
+            ),
             ("NetworkPolicy", "s3", ("spec", "podSelector", "matchLabels", COMPONENT), "s4", "for no pod"),
-            ("PodMonitor", "", ("spec", "podMetricsEndpoints", 0, "port"), "metric", "PodMonitor asks"),
+            (
+                "PodMonitor",
+                "",
+                ("spec", "podMetricsEndpoints", 0, "port"),
+                "metric",
+                "PodMonitor does not find",
+            ),
             ("PodDisruptionBudget", "worker", ("spec",), {"minAvailable": 1}, "drained"),
             ("Deployment", "worker", (*CONTAINER, "volumeMounts"), FILES_ALONE, "/cache cannot be written"),
             (
@@ -371,6 +346,86 @@ class TestRendered:
             place = place[step]
         place[path[-1]] = value
         assert any(said in each for each in wiring.findings(documents))
+
+    def test_what_an_operator_adds_is_in_every_pod_with_an_image_of_ours(self) -> None:
+        pods = {
+            each["metadata"]["labels"][COMPONENT]: each["spec"]["template"]["spec"]
+            for each in wiring.workloads(rendered("everything"))
+        }
+        assert {*pods} == {*wiring.OURS, "redis", "s3"}
+        for name in wiring.OURS:
+            (container,) = pods[name]["containers"]
+            assert {"NODE"} <= {each["name"] for each in container["env"]}
+            assert {"configMapRef": {"name": "proxy", "optional": True}} in container["envFrom"]
+            assert "/etc/ssl/own" in {mount["mountPath"] for mount in container["volumeMounts"]}
+            assert "certificates" in {volume["name"] for volume in pods[name]["volumes"]}
+            assert [each["name"] for each in pods[name]["initContainers"]] == ["mesh"]
+            important = "important" if name == "deliver" else "usual"
+            assert pods[name]["priorityClassName"] == important
+        assert "GRADCAM_S3_REGION" in str(pods["worker"])
+        assert "GRADCAM_S3_REGION" not in str(pods["deliver"])
+        assert pods["worker"]["securityContext"]["supplementalGroups"] == [44]
+
+    def test_a_cluster_may_choose_the_users_of_all_pods(self) -> None:
+        for each in wiring.workloads(rendered("openshift")):
+            context = each["spec"]["template"]["spec"]["securityContext"]
+            assert context["runAsNonRoot"]
+            assert not {"runAsUser", "runAsGroup", "fsGroup"} & {*context}
+        redis_pod = one(rendered("everything"), "StatefulSet", "gradcam-redis")["spec"]["template"]["spec"]
+        assert redis_pod["securityContext"]["runAsUser"] == 999
+
+    def test_who_only_submits_may_have_a_secret_of_its_own(self) -> None:
+        pods = wiring.workloads(rendered("everything"))
+        secrets = {
+            each["metadata"]["labels"][COMPONENT]: source["secretRef"]["name"]
+            for each in pods
+            for source in each["spec"]["template"]["spec"]["containers"][0].get("envFrom", [])
+            if "secretRef" in source
+        }
+        submits = dict.fromkeys(("gateway", "backfill"), "gradcam-submitter")
+        assert secrets == {
+            **dict.fromkeys(("worker", "deliver", "networks"), "gradcam"),
+            "s3": "gradcam-s3",
+            **submits,
+        }
+
+    def test_a_backfill_goes_on_where_it_was_and_one_that_is_changed_is_another_job(self) -> None:
+        def jobs(*sets: str) -> dict[str, list[str]]:
+            values = ("backfills.a.input=s3://photos/a.csv", "backfills.a.output=s3://results/a", *sets)
+            made = of_component(wiring.workloads(rendered("cpu", *values)), "backfill")
+            return {
+                each["metadata"]["name"]: each["spec"]["template"]["spec"]["containers"][0]["args"]
+                for each in made
+            }
+
+        command = ["backfill", "s3://photos/a.csv", "--output", "s3://results/a", "--json"]
+        ((name, args),) = jobs().items()
+        assert args == [*command, "--resume"]
+        assert re.fullmatch("rehearsal-gradcam-backfill-a-[0-9a-f]{8}", name)
+        assert [*jobs("backfillDefaults.continue=no").values()] == [command]
+        assert {*jobs("backfills.a.options={--top-n,2}")} != {name}
+        assert {*jobs("backfills.a.schedule=@daily")} == {"rehearsal-gradcam-backfill-a"}
+
+    def test_long_names_stay_apart_and_are_not_too_long(self) -> None:
+        first, second = (
+            helm.template(CHART / "ci" / "everything.yaml", release=f"{'a' * 52}{last}")[0] for last in "bc"
+        )
+        assert [*wiring.findings(first)] == []
+        named = [{(each["kind"], each["metadata"]["name"]) for each in each} for each in (first, second)]
+        assert not named[0] & named[1]
+
+    def test_a_name_that_is_too_long_or_leads_nowhere_is_found(self) -> None:
+        documents = rendered("everything")
+        one(documents, "StatefulSet", "gradcam-redis")["metadata"]["name"] = f"{'a' * 50}-redis"
+        one(documents, "Ingress", "gradcam-gateway")["spec"]["rules"][0]["http"]["paths"][0]["backend"][
+            "service"
+        ]["port"] = {"name": "web"}
+        backend = one(documents, "HTTPRoute", "gradcam-gateway")["spec"]["rules"][0]["backendRefs"][0]
+        backend["port"] = 80
+        found = "\n".join(wiring.findings(documents))
+        assert "redis has 56 characters: 52 are allowed" in found
+        assert "Ingress leads to rehearsal-gradcam-gateway:web, which is no Service" in found
+        assert "HTTPRoute leads to rehearsal-gradcam-gateway:80, which is no Service" in found
 
     def test_a_formula_of_another_shape_is_found(self) -> None:
         documents = rendered("gpu-keda")

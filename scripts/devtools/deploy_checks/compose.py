@@ -140,9 +140,9 @@ def image_findings(text: str) -> Iterator[str]:
     if f"VERSION={__version__}" not in runtime.texts("ARG"):
         yield f"Dockerfile: ARG VERSION must say what worker/gradcam_worker/__init__.py does, {__version__}"
     uid = re.findall(r"useradd .*--uid ([0-9]+)", text)
-    for target in ("cpu", "gpu", "web"):
+    for target in ("cpu", "gpu", "client", "web"):
         users = by_name[target].texts("USER")
-        if users != [f"{number}:{number}" for number in uid]:
+        if users != [f"{number}:0" for number in uid]:
             yield f"Dockerfile: target {target} runs as {users}, the account is {uid}"
         try:
             port = Settings.from_environment(image_environment(target)).metrics_port
@@ -151,5 +151,5 @@ def image_findings(text: str) -> Iterator[str]:
             continue
         if runtime.texts("EXPOSE") != [str(port)]:
             yield f"Dockerfile: EXPOSE says {runtime.texts('EXPOSE')}, GRADCAM_METRICS_PORT {port}"
-    for command in runtime.texts("CMD"):
+    for command in (*runtime.texts("CMD"), *by_name["client"].texts("CMD")):
         yield from (f"Dockerfile: {finding}" for finding in command_findings(yaml.safe_load(command)))

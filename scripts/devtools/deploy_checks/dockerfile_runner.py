@@ -10,7 +10,7 @@ exec form; EXPOSE, LABEL and STOPSIGNAL do not say how it is made. Anything else
 What is not as in a container:
 * the system below it is this machine's; so is its Python: ours where the user may run it, else `python3`;
 * the paths of MOVED lie below the stage's folder, wherever an instruction names them;
-* `RUN useradd` makes its home and no account;
+* `RUN useradd` makes its home and no account: its uid is the only user there is, of group 0;
 * pip asks the index, and keeps the cache, of this user.
 """
 
@@ -77,7 +77,7 @@ class Builder:
     @property
     def as_user(self) -> dict[str, Any]:
         """The arguments of subprocess that say as whom programs are started."""
-        return {"user": self.uid, "group": self.uid, "extra_groups": []} if os.getuid() == 0 else {}
+        return {"user": self.uid, "group": 0, "extra_groups": []} if os.getuid() == 0 else {}
 
     def make(self, name: str) -> Made:
         """Carry out a stage, and before it those that it stands on. Raises Failed."""
@@ -99,7 +99,7 @@ class Builder:
         """Make a folder where it is missing, and give it to the user with all that it holds."""
         folder.mkdir(parents=True, exist_ok=True)
         if self.as_user:
-            subprocess.run(["/bin/chown", "--recursive", f"{self.uid}:{self.uid}", folder], check=True)
+            subprocess.run(["/bin/chown", "--recursive", f"{self.uid}:0", folder], check=True)
         return folder
 
     def _carry_out(self, instruction: Instruction, made: Made) -> None:
@@ -154,9 +154,11 @@ class Builder:
     def _run(self, instruction: Instruction, made: Made) -> None:
         text = instruction.text
         if text.startswith("useradd "):
-            for home in re.findall(r"--create-home --home-dir (\S+)", text):
+            account, _, text = text.partition(" && ")
+            for home in re.findall(r"--create-home --home-dir (\S+)", account):
                 made.place(home).mkdir(parents=True)
-            return
+            if not text:
+                return
         mounted = [made.place(target) for _, _, target in _MOUNT.findall(text)]
         for (stage, source, _), folder in zip(_MOUNT.findall(text), mounted, strict=True):
             self._copy(self.make(stage).place(source), folder)

@@ -104,7 +104,7 @@ def _run(builder: Builder, made: Made, settings: dict[str, str], made_s: float) 
     user, written = made.started_with["USER"], ", ".join(_written(made.folder, since))
     smoke, worker_said = smoke_log.read_text(errors="replace"), log.read_text(errors="replace")
     checks = [
-        (user != f"{UID}:{UID}", f"The image's user is {user}, not {UID}:{UID}."),
+        (user != f"{UID}:0", f"The image's user is {user}, not {UID}:0."),
         (health, f"The image's health check ended with {health} while the worker was ready."),
         (smoke_code, f"The smoke test ended with {smoke_code}: {smoke[-2000:]}"),
         (code, f"After SIGTERM the worker ended with {code}, not 0. Its log ends: {worker_said[-800:]}"),

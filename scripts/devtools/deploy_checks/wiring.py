@@ -1,7 +1,7 @@
 """Whether the objects of the chart find each other: what no schema says, since each is right by itself.
 
 A Service its pods, an address its Service, a policy its ports, a mount its volume, a setting its file.
-A container that writes has a writable volume, and a node can be drained.
+A container that writes has a writable volume, a node can be drained, and names are as long as they may be.
 """
 
 import re
@@ -14,6 +14,11 @@ FILES = "/etc/gradcam"
 URL = re.compile(r"http://([a-z0-9-]+)(?:\.([a-z0-9-]+)\.svc)?:([0-9]+)")
 DNS = 53
 NAMESPACE = "vision"  # that the chart is rendered for
+OURS = {"worker", "deliver", "gateway", "networks", "backfill"}  # the components with an image of ours
+MEASURED = {"worker", "deliver", "gateway"}  # those that serve metrics
+# Kubernetes adds to a name what makes a label of its pods, and a label has 63 characters.
+MAX_LABEL = 63
+MAX_NAME = {"StatefulSet": 52, "CronJob": 52}
 
 
 def of_kind(documents: list[Document], *kinds: str) -> list[Document]:
@@ -23,23 +28,75 @@ def of_kind(documents: list[Document], *kinds: str) -> list[Document]:
 
 def findings(documents: list[Document]) -> Iterator[str]:
     """What does not fit together, in all that a template made."""
-    pods = [document["spec"]["template"] for document in of_kind(documents, "Deployment", "StatefulSet")]
-    ours = [pod for pod in pods if _component(pod) in {"worker", "deliver"}]
+    pods = [document["spec"]["template"] for document in workloads(documents)]
+    ours = [pod for pod in pods if _component(pod) in OURS]
+    for document in documents:
+        yield from _name(document)
     for service in of_kind(documents, "Service"):
         yield from _service(service, pods)
     for document in of_kind(documents, "ScaledObject", "ConfigMap"):
         yield from _addresses(document, documents)
     for policy in of_kind(documents, "NetworkPolicy"):
         yield from _policy(policy, pods)
-    for monitor in of_kind(documents, "PodMonitor"):
-        for endpoint in monitor["spec"]["podMetricsEndpoints"]:
-            if any(endpoint["port"] not in _ports(pod) for pod in ours):
-                yield f"the PodMonitor asks at {endpoint['port']}, which not all pods have"
+    for monitor in of_kind(documents, "PodMonitor", "ServiceMonitor"):
+        yield from _monitor(monitor, pods, of_kind(documents, "Service"))
+    for route in of_kind(documents, "Ingress", "HTTPRoute"):
+        yield from _route(route, of_kind(documents, "Service"))
     for budget in of_kind(documents, "PodDisruptionBudget"):
         if "maxUnavailable" not in budget["spec"]:
             yield "the PodDisruptionBudget lets no node be drained that has the only worker"
     for pod in ours:
         yield from (f"{_component(pod)}: {finding}" for finding in _mounts(pod, documents))
+
+
+def workloads(documents: list[Document]) -> list[Document]:
+    """What makes pods; of a CronJob, the Job that it makes."""
+    made = of_kind(documents, "Deployment", "StatefulSet", "Job")
+    for cron in of_kind(documents, "CronJob"):
+        made.append({**cron["spec"]["jobTemplate"], "kind": "Job", "metadata": cron["metadata"]})
+    return made
+
+
+def _name(document: Document) -> Iterator[str]:
+    kind, name = document["kind"], document["metadata"]["name"]
+    most = MAX_NAME.get(kind, MAX_LABEL)
+    if len(name) > most or not re.fullmatch("[a-z0-9]([a-z0-9-]*[a-z0-9])?", name):
+        yield f"{kind} {name} has {len(name)} characters: {most} are allowed, a-z, 0-9 and - between them"
+
+
+def _monitor(monitor: Document, pods: list[Document], services: list[Document]) -> Iterator[str]:
+    kind, spec = monitor["kind"], monitor["spec"]
+    if kind == "PodMonitor":
+        measured = {_component(pod): {*_ports(pod)} for pod in _selected(spec["selector"], pods)}
+        asked = {endpoint["port"] for endpoint in spec["podMetricsEndpoints"]}
+    else:
+        chosen = _selected(spec["selector"], services)
+        measured = {_component(its): {port["name"] for port in its["spec"]["ports"]} for its in chosen}
+        asked = {endpoint["port"] for endpoint in spec["endpoints"]}
+    there = MEASURED & {_component(pod) for pod in pods}
+    if missing := there - {name for name, ports in measured.items() if asked <= ports}:
+        yield f"the {kind} does not find {', '.join(sorted(missing))} at {', '.join(asked)}"
+
+
+def _route(route: Document, services: list[Document]) -> Iterator[str]:
+    """Whether what leads in leads to a Service."""
+    known = {
+        (its["metadata"]["name"], port[key])
+        for its in services
+        for port in its["spec"]["ports"]
+        for key in ("name", "port")
+        if key in port
+    }
+    if route["kind"] == "Ingress":
+        backends = [
+            path["backend"]["service"] for rule in route["spec"]["rules"] for path in rule["http"]["paths"]
+        ]
+        named = [(backend["name"], next(iter(backend["port"].values()))) for backend in backends]
+    else:
+        named = [(ref["name"], ref["port"]) for rule in route["spec"]["rules"] for ref in rule["backendRefs"]]
+    for name, port in named:
+        if (name, port) not in known:
+            yield f"{route['kind']} leads to {name}:{port}, which is no Service"
 
 
 def _component(pod: Document) -> str:
@@ -49,7 +106,9 @@ def _component(pod: Document) -> str:
 def _ports(pod: Document) -> dict[str, int]:
     """Name -> number."""
     containers = pod["spec"]["containers"]
-    return {port["name"]: port["containerPort"] for container in containers for port in container["ports"]}
+    return {
+        port["name"]: port["containerPort"] for container in containers for port in container.get("ports", [])
+    }
 
 
 def _selected(selector: Document, pods: list[Document]) -> list[Document]:
@@ -87,9 +146,9 @@ def _policy(policy: Document, pods: list[Document]) -> Iterator[str]:
     if not chosen:
         yield f"NetworkPolicy {name} is for no pod"
     ports = [port["port"] for rule in spec.get("ingress", []) for port in rule["ports"]]
-    for port, pod in ((port, pod) for port in ports for pod in chosen):
-        if port not in {*_ports(pod), *_ports(pod).values()}:
-            yield f"NetworkPolicy {name} lets in at {port}, where {_component(pod)} does not listen"
+    listened = {one for pod in chosen for pair in _ports(pod).items() for one in pair}
+    for port in {*ports} - listened:
+        yield f"NetworkPolicy {name} lets in at {port}, where none of its pods listens"
     if "egress" in spec:
         others = [pod for pod in pods if pod not in chosen]
         for place in _closed(spec["egress"], others):
@@ -129,7 +188,7 @@ def _mounts(pod: Document, documents: list[Document]) -> Iterator[str]:
     files = {item["path"] for source in sources for item in source.get("items", [])}
     files |= {key for source in sources for key in maps.get(source["name"], {})}
     names = [source["configMapRef"]["name"] for source in container["envFrom"] if "configMapRef" in source]
-    for name, value in (pair for map_name in names for pair in maps[map_name].items()):
+    for name, value in (pair for map_name in names for pair in maps.get(map_name, {}).items()):
         folder, _, file = str(value).rpartition("/")
         if folder == FILES and file not in files:
             yield f"{name} is {value}, and {FILES} holds {sorted(files)}"

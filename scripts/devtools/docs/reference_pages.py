@@ -410,6 +410,7 @@ def main(arguments: list[str]) -> int:
     values = json.loads(helm.VALUES.read_text(encoding="utf-8"))
     values["properties"]["settings"] = helm.settings_schema()
     files[helm.VALUES] = json.dumps(values, indent=2) + "\n"
+    files[helm.CHART_ALERTS] = helm.ALERTS.read_text(encoding="utf-8")
     stale = [path for path, text in files.items() if not path.is_file() or path.read_text("utf-8") != text]
     names = [str(path.relative_to(ROOT)) for path in stale]
     if "--check" in arguments:

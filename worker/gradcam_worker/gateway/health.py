@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, Response
 from gradcam_worker.errors import GradcamError
 from gradcam_worker.gateway.access.caller import Caller
 from gradcam_worker.gateway.answers import NOT_KEPT
-from gradcam_worker.gateway.context import CallerWith, GatewayOf
+from gradcam_worker.gateway.context import CallerWith, Gateway, GatewayOf
 from gradcam_worker.observability.prometheus import CONTENT_TYPE
 
 READY_TIMEOUT_S = 3.0  # for an answer of the ledger
@@ -30,13 +30,20 @@ async def live() -> Response:
 @router.get("/ready", operation_id="ready")
 async def ready(gateway: GatewayOf) -> Response:
     """200 while the ledger answers, else 503."""
+    if problem := await find_ledger_problem(gateway):
+        body = {"status": "unavailable", "why": {"ledger": problem}}
+        return JSONResponse(body, HTTPStatus.SERVICE_UNAVAILABLE, NOT_KEPT)
+    return JSONResponse({"status": "ok"}, headers=NOT_KEPT)
+
+
+async def find_ledger_problem(gateway: Gateway) -> str | None:
+    """Return what is wrong with the ledger's server, or None."""
     try:
         async with asyncio.timeout(READY_TIMEOUT_S):
             await gateway.client.statuses([NO_JOB])
     except (GradcamError, TimeoutError):
-        body = {"status": "unavailable", "why": {"ledger": "has not answered"}}
-        return JSONResponse(body, HTTPStatus.SERVICE_UNAVAILABLE, NOT_KEPT)
-    return JSONResponse({"status": "ok"}, headers=NOT_KEPT)
+        return "has not answered"
+    return None
 
 
 @router.get("/metrics", operation_id="metrics")

@@ -4,13 +4,19 @@ import asyncio
 import gc
 import signal
 import socket
+from collections.abc import Coroutine
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
 from gradcam_worker.errors import InvalidSettings
 from gradcam_worker.gateway.access.caller import Access, is_this_machine
 from gradcam_worker.gateway.app import create_app
+from gradcam_worker.gateway.context import Gateway
+from gradcam_worker.gateway.health import READY_TIMEOUT_S, find_ledger_problem
+from gradcam_worker.observability import health
+from gradcam_worker.observability.prometheus import CONTENT_TYPE
 from gradcam_worker.redis_server.server_checks import ServerMonitor
 from gradcam_worker.settings import Settings
 from gradcam_worker.text.log_events import EventLogger
@@ -29,6 +35,24 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, closing: asyncio.Event) -> None:
         super().__init__(config)
         self._closing = closing
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to serve, in the event loop."""
+        await super().startup(sockets)
+        self._loop = asyncio.get_running_loop()
+
+    def ask(self, question: Coroutine[Any, Any, str | None]) -> str | None:
+        """Run a check in the event loop, from another thread; return what is wrong, or None."""
+        if self._loop is None or self._loop.is_closed():
+            question.close()
+            return "does not serve"
+        answer = asyncio.run_coroutine_threadsafe(question, self._loop)
+        try:
+            return answer.result(READY_TIMEOUT_S + 1)
+        except TimeoutError:
+            answer.cancel()
+            return "does not answer"
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Stop after a signal, in the thread of the event loop."""
@@ -72,6 +96,7 @@ def run(settings: Settings, host: str, port: int) -> int:
         server.should_exit = True
 
     signal.signal(signal.SIGTERM, stop)
+    _serve_metrics(settings, app.state.gateway, server)
     gc.collect()
     gc.freeze()  # a pass over all that was imported takes 50 ms, in which nobody is answered
     checks = ServerMonitor(settings)
@@ -82,6 +107,16 @@ def run(settings: Settings, host: str, port: int) -> int:
     checks.loop.request_stop()
     log.info("gateway_stopped")
     return 0 if server.started else 1
+
+
+def _serve_metrics(settings: Settings, gateway: Gateway, server: _Server) -> None:
+    """Serve health and metrics where all other processes do, and without a key. Raises InvalidSettings."""
+    if not settings.metrics_port:
+        return
+    checks = health.Health()
+    checks.live["event loop"] = checks.startup["event loop"] = lambda: server.ask(asyncio.sleep(0))
+    checks.ready["ledger"] = lambda: server.ask(find_ledger_problem(gateway))
+    health.serve((settings.metrics_host, settings.metrics_port), checks, gateway.metrics.scrape, CONTENT_TYPE)
 
 
 def _listen(host: str, port: int) -> socket.socket:

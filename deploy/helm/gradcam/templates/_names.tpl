@@ -1,5 +1,12 @@
+{{- /* A name of at most `most` characters: a longer one is cut, and a checksum keeps it apart from others. */ -}}
+{{- define "gradcam.cut" -}}
+{{- if le (len .name) (int .most) }}{{ .name }}{{ else }}{{ printf "%s-%s" (.name | trunc (int (sub .most 9)) | trimSuffix "-") (sha256sum .name | trunc 8) }}{{ end }}
+{{- end }}
+
+{{- /* 46 characters: with "-redis" 52, the most that the name of a StatefulSet may have. */ -}}
 {{- define "gradcam.name" -}}
-{{- if contains "gradcam" .Release.Name }}{{ .Release.Name | trunc 50 | trimSuffix "-" }}{{ else }}{{ printf "%s-gradcam" .Release.Name | trunc 50 | trimSuffix "-" }}{{ end }}
+{{- $name := ternary .Release.Name (printf "%s-gradcam" .Release.Name) (contains "gradcam" .Release.Name) }}
+{{- include "gradcam.cut" (dict "name" $name "most" 46) }}
 {{- end }}
 
 {{- define "gradcam.release" -}}
@@ -14,8 +21,13 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end }}
 
+{{- /* The image of a target of docker/Dockerfile: `target` is cpu, gpu or client. */ -}}
 {{- define "gradcam.image" -}}
-{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}-{{ .device }}
+{{- with .root.Values.image }}
+{{- $digest := index .digests $.target }}
+{{- if .registry }}{{ trimSuffix "/" .registry }}/{{ end }}{{ .repository }}
+{{- if $digest }}@{{ $digest }}{{ else }}:{{ .tag | default $.root.Chart.AppVersion }}-{{ $.target }}{{ end }}
+{{- end }}
 {{- end }}
 
 {{- define "gradcam.serviceAccount" -}}
@@ -60,13 +72,11 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{ add (ceil (.Values.settings.shutdown_timeout_s | default 90)) .Values.worker.graceSeconds }}
 {{- end }}
 
+{{- /* Of a pod: what is said for all, and over it what is said for this part. */ -}}
 {{- define "gradcam.podSecurity" -}}
-runAsNonRoot: true
-runAsUser: {{ . }}
-runAsGroup: {{ . }}
-fsGroup: {{ . }}
-fsGroupChangePolicy: OnRootMismatch
-seccompProfile: {type: RuntimeDefault}
+{{- $said := mergeOverwrite (deepCopy .root.Values.podSecurityContext) (.part.podSecurityContext | default dict) }}
+{{- if .root.Values.assignedUser }}{{ $said = omit $said "runAsUser" "runAsGroup" "fsGroup" }}{{ end }}
+{{- toYaml $said }}
 {{- end }}
 
 {{- define "gradcam.containerSecurity" -}}
@@ -75,44 +85,125 @@ readOnlyRootFilesystem: true
 capabilities: {drop: [ALL]}
 {{- end }}
 
-{{- /* What worker and delivery worker share: environment, probes, mounts. */ -}}
-{{- define "gradcam.container" -}}
-imagePullPolicy: {{ .Values.image.pullPolicy }}
-command: [gradcam]
-envFrom:
-  - configMapRef: {name: {{ include "gradcam.name" . }}}
-  - secretRef: {name: {{ .Values.secret.existingSecret }}}
-ports:
-  - {name: metrics, containerPort: 9464}
-livenessProbe:
-  httpGet: {path: /live, port: metrics}
-  periodSeconds: 10
-  timeoutSeconds: 5
-  failureThreshold: 6
-readinessProbe:
-  httpGet: {path: /ready, port: metrics}
-  periodSeconds: 10
-  timeoutSeconds: 5
-securityContext: {{- include "gradcam.containerSecurity" . | nindent 2 }}
-volumeMounts:
-  - {name: tmp, mountPath: /tmp}
-  - {name: cache, mountPath: /cache}
-  - {name: files, mountPath: /etc/gradcam, readOnly: true}
+{{- /* A list of `key` for all parts, and of this one. */ -}}
+{{- define "gradcam.extra" -}}
+{{- with concat (index .root.Values .key) (index .part .key | default list) }}{{ toYaml . }}{{ end }}
 {{- end }}
 
-{{- define "gradcam.volumes" -}}
-- name: tmp
-  emptyDir: {}
-- name: files
-  projected:
-    sources:
-      - configMap:
-          name: {{ include "gradcam.name" . }}-files
-{{- if .Values.redisCa.configMap }}
-      - configMap:
-          name: {{ .Values.redisCa.configMap }}
-          items: [{key: {{ .Values.redisCa.key }}, path: redis-ca.pem}]
+{{- /* Labels and annotations of a pod. */ -}}
+{{- define "gradcam.podMetadata" -}}
+labels:
+  {{- include "gradcam.labels" .root | nindent 2 }}
+  app.kubernetes.io/component: {{ .component }}
+  {{- with .part.podLabels }}{{ toYaml . | nindent 2 }}{{ end }}
+annotations:
+  checksum/settings: {{ include (print .root.Template.BasePath "/configmap.yaml") .root | sha256sum }}
+  {{- with merge (dict) (.part.podAnnotations | default dict) (.annotations | default dict) }}{{ toYaml . | nindent 2 }}{{ end }}
 {{- end }}
+
+{{- /* The spec of a pod with one of our images:
+root: the chart; part: its values; component: its name; target: its image; args: the command line of gradcam;
+resources: of its container; probes: {port, startup: path, seconds: to start, period}, for what does not end;
+ports: its ports by name; env: variables of its own; secret: who it is for Redis; keepsCache: whether /cache is
+the claim; grace: seconds to end; preStop: seconds from the end of its Service to SIGTERM; restartPolicy: of Jobs. */ -}}
+{{- define "gradcam.podSpec" -}}
+{{- $values := .root.Values -}}
+serviceAccountName: {{ include "gradcam.serviceAccount" .root }}
+automountServiceAccountToken: false
+enableServiceLinks: false  # a Service called gradcam-... would read as settings
+{{- with .grace }}
+terminationGracePeriodSeconds: {{ . }}
+{{- end }}
+{{- with .restartPolicy }}
+restartPolicy: {{ . }}
+{{- end }}
+securityContext: {{- include "gradcam.podSecurity" . | nindent 2 }}
+{{- with $values.image.pullSecrets }}
+imagePullSecrets:
+{{- range . }}
+  - name: {{ . }}
+{{- end }}
+{{- end }}
+{{- with include "gradcam.extra" (merge (dict "key" "initContainers") .) }}
+initContainers: {{- . | nindent 2 }}
+{{- end }}
+containers:
+  - name: {{ .component }}
+    image: {{ include "gradcam.image" . }}
+    imagePullPolicy: {{ $values.image.pullPolicy }}
+    command: [gradcam]
+    args: {{- toYaml .args | nindent 6 }}
+    envFrom:
+      - configMapRef: {name: {{ include "gradcam.name" .root }}}
+{{- with .secret | default $values.secret.existingSecret }}
+      - secretRef: {name: {{ . }}}
+{{- end }}
+{{- with include "gradcam.extra" (merge (dict "key" "extraEnvFrom") .) }}
+      {{- . | nindent 6 }}
+{{- end }}
+{{- $env := concat (.env | default list) $values.extraEnv (.part.extraEnv | default list) }}
+{{- with $env }}
+    env: {{- toYaml . | nindent 6 }}
+{{- end }}
+{{- with .ports }}
+    ports:
+{{- range $name, $number := . }}
+      - {name: {{ $name }}, containerPort: {{ $number }}}
+{{- end }}
+{{- end }}
+{{- with .probes }}
+    startupProbe:
+      httpGet: {path: {{ .startup }}, port: {{ .port }}}
+      periodSeconds: {{ .period }}
+      timeoutSeconds: 5
+      failureThreshold: {{ div (add .seconds .period -1) .period }}
+    livenessProbe:
+      httpGet: {path: /live, port: {{ .port }}}
+      periodSeconds: 10
+      timeoutSeconds: 5
+      failureThreshold: 6
+    readinessProbe:
+      httpGet: {path: /ready, port: {{ .port }}}
+      periodSeconds: 10
+      timeoutSeconds: 5
+{{- end }}
+{{- with .preStop }}
+    lifecycle: {preStop: {exec: {command: [sleep, {{ . | quote }}]}}}
+{{- end }}
+    resources: {{- toYaml .resources | nindent 6 }}
+    securityContext: {{- include "gradcam.containerSecurity" .root | nindent 6 }}
+    volumeMounts:
+      - {name: tmp, mountPath: /tmp}
+      - {name: cache, mountPath: /cache}
+      - {name: files, mountPath: /etc/gradcam, readOnly: true}
+{{- with include "gradcam.extra" (merge (dict "key" "extraVolumeMounts") .) }}
+      {{- . | nindent 6 }}
+{{- end }}
+volumes:
+  - name: tmp
+    emptyDir: {}
+  - name: cache
+{{- if and .keepsCache $values.cache.existingClaim }}
+    persistentVolumeClaim: {claimName: {{ $values.cache.existingClaim }}}
+{{- else if .keepsCache }}
+    emptyDir: {sizeLimit: {{ $values.cache.sizeLimit }}}
+{{- else }}
+    emptyDir: {}
+{{- end }}
+  - name: files
+    projected:
+      sources:
+        - configMap:
+            name: {{ include "gradcam.name" .root }}-files
+{{- if $values.redisCa.configMap }}
+        - configMap:
+            name: {{ $values.redisCa.configMap }}
+            items: [{key: {{ $values.redisCa.key }}, path: redis-ca.pem}]
+{{- end }}
+{{- with include "gradcam.extra" (merge (dict "key" "extraVolumes") .) }}
+  {{- . | nindent 2 }}
+{{- end }}
+{{- include "gradcam.placement" (merge (dict) .part (dict "priorityClassName" $values.priorityClassName)) }}
 {{- end }}
 
 {{- /* Where pods go: what is said of it, as it is said. */ -}}
@@ -120,5 +211,7 @@ volumeMounts:
 {{- $places := list "nodeSelector" "tolerations" "affinity" "topologySpreadConstraints" "priorityClassName" "runtimeClassName" -}}
 {{- $said := dict -}}
 {{- range $name, $value := . }}{{ if and $value (has $name $places) }}{{ $_ := set $said $name $value }}{{ end }}{{ end -}}
-{{- with $said }}{{ toYaml . }}{{ end }}
+{{- with $said }}
+{{ toYaml . }}
+{{- end }}
 {{- end }}
