@@ -36,6 +36,7 @@ ATTACKS = {
     "recovery": Attack(1, 4, "kills, with the default settings"),
     "failover": Attack(2, 5, "failovers"),
     "servers": Attack(1, 15, "seconds of each fault"),
+    "mixed_fleet": Attack(6, 40, "faults in a fleet with each of the earlier releases"),
     "images": Attack(400, 4000, "mutated images"),
     "status": Attack(100, 1000, "jobs"),
     "soak": Attack(15, 300, "seconds"),

@@ -21,6 +21,7 @@ from pydantic import SecretStr
 
 from devtools.faults import tiny_worker, webhook_receiver
 from devtools.faults.proxy import FaultyProxy
+from devtools.faults.releases import PRESENT, Release
 from devtools.processes import children
 from gradcam_worker.broker import app, publisher
 from gradcam_worker.client.client import GradcamClient
@@ -91,17 +92,12 @@ class Server:
 class Worker:
     """A supervisor and its worker process, below a keeper."""
 
-    def __init__(self, settings: Settings, log: Path) -> None:
+    def __init__(self, settings: Settings, log: Path, release: Release = PRESENT) -> None:
         """Its output is added to `log`."""
         temporary = log.parent / "tmp"
         temporary.mkdir(exist_ok=True)
-        self.log = log
-        self.keeper = parent_watch.spawn(
-            [sys.executable, "-P", tiny_worker.__file__, "supervise"],
-            log=log,
-            environment={**settings.to_environment(), "TMPDIR": str(temporary)},
-            grace_s=settings.shutdown_timeout_s + 15,
-        )
+        self.log, self.release = log, release
+        self.keeper = release.spawn(release.worker_command, settings, log, TMPDIR=str(temporary))
 
     @property
     def supervisor(self) -> int | None:
@@ -159,9 +155,9 @@ class Cluster:
         port = self.broker.now.port
         return redis.Redis(port=port, decode_responses=True, socket_timeout=5, socket_connect_timeout=2)
 
-    def work(self, settings: Settings | None = None) -> Worker:
+    def work(self, settings: Settings | None = None, release: Release = PRESENT) -> Worker:
         """Start a worker."""
-        self.workers.append(Worker(settings or self.settings, self.folder / "worker.log"))
+        self.workers.append(Worker(settings or self.settings, self.folder / "worker.log", release))
         return self.workers[-1]
 
     def job(self, number: int, **changes: Any) -> Job:
@@ -189,12 +185,15 @@ class Cluster:
         """A client of the attacked ledger."""
         return GradcamClient(settings=self.settings)
 
-    def submit(self, job: Job) -> None:
-        """Submit a job until it is accepted: from then on, it must never be lost."""
+    def submit(self, job: Job, by: Callable[[Job], object] | None = None) -> None:
+        """Submit a job until it is accepted: from then on, it must never be lost.
+
+        `by` submits it; None: the cluster's own client.
+        """
         end = time.monotonic() + SUBMIT_S
         while True:
             try:
-                self.client.submit(job)
+                (by or self.client.submit)(job)
                 break
             except LedgerUnavailable:
                 self.refused += 1

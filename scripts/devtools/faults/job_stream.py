@@ -20,6 +20,7 @@ class JobStream:
     ahead: int  # never more than these are unfinished
     endless: bool = False  # it goes on until `join`
     make: Callable[[int], Job] | None = None  # number -> job; None: the cluster's own; may be changed
+    submit: Callable[[Job], object] | None = None  # None: the cluster's own client
     every_s: float = 0.0  # pause between two of them; may be changed while it runs
     first: int = 0  # number of the first
     made: list[Job] = field(default_factory=list)
@@ -49,7 +50,7 @@ class JobStream:
                     time.sleep(0.01)
                     continue
                 job = (self.make or self.cluster.job)(self.first + len(self.made))
-                self.cluster.submit(job)
+                self.cluster.submit(job, self.submit)
                 self.made.append(job)
                 self._left.wait(self.every_s)
         except Exception as error:  # noqa: BLE001  # raised in `join`, by the thread that can do something

@@ -32,6 +32,14 @@ class Verdict:
         """Note a broken promise if there are any such cases: how many, and one of them."""
         self.require(not cases, f"{len(cases)} {sentence}: {next(iter(cases), None)}")
 
+    def add(self, name: str, part: "Verdict") -> None:
+        """Count what a part of the attack has found, whose figures and sentences have this name."""
+        for key in ("jobs", "faults", *PROMISES):
+            setattr(self, key, getattr(self, key) + getattr(part, key))
+        self.recovery_s_max = max(self.recovery_s_max, part.recovery_s_max)
+        self.figures[name] = part.figures
+        self.broken += [f"{name}: {sentence}" for sentence in part.broken]
+
     @property
     def kept(self) -> bool:
         """Whether every promise was kept."""
