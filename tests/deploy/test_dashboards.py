@@ -12,15 +12,19 @@ import yaml  # type: ignore[import-untyped]
 from prometheus_client.parser import text_string_to_metric_families
 
 from gradcam_worker.cli.commands import gradcam
+from gradcam_worker.observability.definitions import PRIORITIES
+from gradcam_worker.observability.events import EndedJob
 from gradcam_worker.observability.gpu import DeviceUse
 from gradcam_worker.observability.prometheus import HostMetrics, Metrics, ProcessScrape
-from gradcam_worker.observability.queue_depths import QueueDepths
+from gradcam_worker.observability.queue_depths import QueueDepths, TenantUse
 from gradcam_worker.schemas.work import ROUTES
 from gradcam_worker.settings import Settings
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 RUNBOOK = DEPLOY.parent / "docs" / "how-to" / "runbook.md"
-ALERTS = yaml.safe_load((DEPLOY / "alerts" / "gradcam.rules.yaml").read_text())["groups"][0]["rules"]
+GROUPS = yaml.safe_load((DEPLOY / "alerts" / "gradcam.rules.yaml").read_text())["groups"]
+RULES = [rule for group in GROUPS for rule in group["rules"]]
+ALERTS = [rule for rule in RULES if "alert" in rule]
 DASHBOARD = json.loads((DEPLOY / "grafana" / "gradcam.json").read_text())
 PANELS = [one for one in DASHBOARD["panels"] if one["type"] != "row"]
 OF_PROMETHEUS = {"instance"}  # labels that a scrape adds
@@ -35,13 +39,16 @@ def scrape() -> dict[str, dict[str, set[str]]]:
     As one process, and as an engine process and a job process.
     """
     each = dict.fromkeys(ROUTES, 1)
-    depths = QueueDepths(each, dict.fromkeys(each, 1.0), 1, 1, 1, 1, 1.0, 1)
+    tenants = {"acme": TenantUse(1, 1, 1.0)}
+    depths = QueueDepths(each, dict.fromkeys(each, 1.0), 1, 1, 1, 1, 1.0, 1, tenants)
     worker, engine, jobs = (Metrics(role=role) for role in ("worker", "engine", "jobs"))
     worker.set_ledger_gauges(lambda: depths)
     for metrics in (worker, engine):
         metrics.set_device_gauges(lambda: DeviceUse(memory_bytes=1, utilization=0.5))
     for metrics in (worker, jobs):
         metrics.job_finished("failed", "a code of a later version")
+        for priority in PRIORITIES:
+            metrics.job_ended(EndedJob("a network", priority, "succeeded", 1, 1))
     host = HostMetrics(lambda: depths)
     scrapes = [
         ProcessScrape("engine-0", is_engine=True, starts=1, text=engine.scrape()),
@@ -59,8 +66,8 @@ def scrape() -> dict[str, dict[str, set[str]]]:
 
 def asked() -> Iterator[tuple[str, str]]:
     """Where an expression stands, and the expression."""
-    for alert in ALERTS:
-        yield alert["alert"], alert["expr"]
+    for rule in RULES:
+        yield rule.get("alert") or rule["record"], rule["expr"]
     for panel in PANELS:
         for target in panel["targets"]:
             yield panel["title"], target["expr"]

@@ -15,6 +15,7 @@ import pytest
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from gradcam_worker import __version__
 from gradcam_worker.delivery.dispatcher import OutboxDispatcher
 from gradcam_worker.errors import (
     AttemptFenced,
@@ -30,15 +31,16 @@ from gradcam_worker.execution.leases import LeaseManager
 from gradcam_worker.gradcam.catalog import CATALOG
 from gradcam_worker.gradcam.network import GRADCAM
 from gradcam_worker.inference.model_cache import ModelCache
+from gradcam_worker.ledger.ledger import Tenant
 from gradcam_worker.ledger.reaper import Reaper
 from gradcam_worker.ledger.redis import stats
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.observability import gpu, prometheus
-from gradcam_worker.observability.definitions import BY_NAME, CODES, METRICS, OTHER
-from gradcam_worker.observability.events import Observer
+from gradcam_worker.observability.definitions import BY_NAME, CODES, MAX_NETWORKS, MAX_TENANTS, METRICS, OTHER
+from gradcam_worker.observability.events import EndedJob, Observer
 from gradcam_worker.observability.gpu import DeviceUse
 from gradcam_worker.observability.prometheus import HostMetrics, Metrics, ProcessScrape
-from gradcam_worker.observability.queue_depths import QueueDepths
+from gradcam_worker.observability.queue_depths import QueueDepths, TenantUse
 from gradcam_worker.resilience.circuit_breaker import CircuitBreaker
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.schemas.ids import new_id
@@ -92,6 +94,7 @@ def test_labels_have_few_values_and_codes_are_those_of_the_errors_tree() -> None
     assert {label for one in METRICS for label in one.labels} == {
         *("state", "code", "outcome", "reason", "stage", "version", "priority", "check"),
         *("operation", "status"),
+        *("network", "tenant"),
     }
     assert set(CODES) - {"", OTHER} <= all_codes()
     assert {"timeout", "worker_lost", "internal", "image_not_found"} < set(CODES)
@@ -174,12 +177,70 @@ def test_jobs_are_counted_by_how_they_end_and_messages_by_what_becomes_of_them(s
     }
     assert ends == {"done": 3, "later": 1, "dropped": 1, "returned": 1}
     assert found["messages_dropped_total"] == 1
+    assert found["network_jobs_total{network=efficientnet_lite0,state=succeeded}"] == 1
+    assert found["network_jobs_total{network=efficientnet_lite0,state=failed}"] == 1
+    assert found["job_seconds_count{network=efficientnet_lite0,priority=normal}"] == 2
+    assert found["network_device_seconds_total{network=efficientnet_lite0}"] > 0
     assert found["job_stage_seconds_count{stage=fetch}"] == 3
     assert found["job_stage_seconds_count{stage=upload}"] == 1
     assert found["job_stage_seconds_count{stage=queue}"] == 3
     assert found["batch_images_sum"] == found["batch_images_count"] == 1
     assert found["network_loads_total{outcome=loaded}"] == found["network_load_seconds_count"] == 1
     assert "jobs_in_flight" not in found
+
+
+def test_networks_with_series_of_their_own_are_known_and_few(shop: Shop) -> None:
+    shop.handle(shop.job(network="no-such-network"))
+    assert read(shop.counted)["network_jobs_total{network=(others),state=failed}"] == 1
+    counted = Metrics()
+    for number in [*range(MAX_NETWORKS + 5), 0]:
+        counted.job_ended(EndedJob(f"own-{number}", "high", "succeeded", 3, 0.5))
+    found = read(counted)
+    names = {name for name in found if name.startswith("network_jobs_total")}
+    assert len(names) == MAX_NETWORKS + 1
+    assert found["network_jobs_total{network=(others),state=succeeded}"] == 5
+    assert found["network_jobs_total{network=own-0,state=succeeded}"] == 2
+    assert found["job_seconds_bucket{le=5.0,network=own-1,priority=high}"] == 1
+
+
+def test_a_canceled_job_has_no_time_to_its_end() -> None:
+    counted = Metrics()
+    counted.job_ended(EndedJob("own", "high", "canceled", 3, 0))
+    assert {*read(counted)} - {f"build_info{{version={__version__}}}", "worker_starts_total"} == {
+        "network_jobs_total{network=own,state=canceled}"
+    }
+
+
+def test_tenants_with_series_of_their_own_are_those_with_most_jobs_today() -> None:
+    uses = {f"t{number:02}": TenantUse(1, number, 0.5) for number in range(MAX_TENANTS + 3)}
+    counted, none = Metrics(), dict.fromkeys(ROUTES, 0)
+    counted.set_ledger_gauges(lambda: QueueDepths(none, none, 0, 0, 0, 0, 0, 0, uses))
+    found = read(counted)
+    assert found["tenant_today_jobs{tenant=t22}"] == 22
+    assert found["tenant_today_jobs{tenant=(others)}"] == 0 + 1 + 2
+    assert found["tenant_queue_jobs{tenant=(others)}"] == 3
+    assert found["tenant_today_device_seconds{tenant=t03}"] == 0.5
+    assert "tenant_today_jobs{tenant=t02}" not in found
+
+
+def test_what_tenants_use_is_read_from_the_ledger(settings: Settings, job: Job) -> None:
+    ledger = RedisLedger(settings)
+
+    def submit(tenant: str) -> Any:
+        made = Job.parse({**job.model_dump(mode="json"), "id": new_id()})
+        return ledger.submit(made, tenant=Tenant(tenant))
+
+    running = ledger.claim(submit("acme"), ME).document
+    ledger.finish(running, status="succeeded", metrics={"explain_s": 0.5, "batch_size": 2})
+    submit("acme")
+    submit("acme")
+    submit("zoo")
+    ledger.server.redis.hset(f"{ledger.server.prefix}tenants", "idle", "{}")
+    assert stats.read_depths(ledger.server, settings.lease_s).tenants == {
+        "acme": TenantUse(2, 1, 0.25),
+        "idle": TenantUse(0, 0, 0),
+        "zoo": TenantUse(1, 0, 0),
+    }
 
 
 def test_a_job_is_in_flight_while_it_is_run(shop: Shop) -> None:

@@ -33,10 +33,10 @@ from gradcam_worker.execution import pipeline, shards
 from gradcam_worker.execution.attempt import JobContext, Progress
 from gradcam_worker.execution.leases import LeaseManager
 from gradcam_worker.execution.services import Services
-from gradcam_worker.ledger.ledger import ClaimOutcome, Entry, Ledger
+from gradcam_worker.ledger.ledger import ClaimOutcome, Entry, Ledger, device_s_of
 from gradcam_worker.ledger.state_machine import is_suspected
 from gradcam_worker.observability import logs, tracing
-from gradcam_worker.observability.events import NULL_OBSERVER, Observer
+from gradcam_worker.observability.events import NULL_OBSERVER, EndedJob, Observer
 from gradcam_worker.observability.tracing import NO_TRACES, Traces
 from gradcam_worker.resilience.circuit_breaker import CircuitBreaker
 from gradcam_worker.resilience.deadline import Deadline
@@ -346,11 +346,11 @@ class JobHandler:
             except (AttemptFenced, LedgerUnavailable):
                 raise
             except BaseException as error:  # noqa: BLE001  # whatever a job raises becomes its Problem here
-                return self._end_with_error(progress_writer.close(), context, error)
+                return self._end_with_error(work, progress_writer.close(), context, error)
             self.breaker.succeeded()
             latest = progress_writer.close()
             metrics = {**latest.metrics, **context.metrics, **result.metrics}
-            self._finish(latest, status="succeeded", **{**vars(result), "metrics": metrics})
+            self._finish(work, latest, status="succeeded", **{**vars(result), "metrics": metrics})
             if isinstance(work, Shard):
                 failed = sum(result.rows.failed.values()) if result.rows else 0
                 self.observer.shard_finished(len(work.rows) - failed, failed)
@@ -370,7 +370,7 @@ class JobHandler:
                 self.observer.stages_measured({**document.metrics, **context.metrics})
 
     def _end_with_error(
-        self, document: StatusDocument, context: JobContext, error: BaseException
+        self, work: Work, document: StatusDocument, context: JobContext, error: BaseException
     ) -> Disposition:
         if not isinstance(error, GradcamError):
             log.exception(  # noqa: LOG004  # called in the `except` block of `_run_attempt`
@@ -383,10 +383,10 @@ class JobHandler:
         problem = Problem.of(error, stage=context.current_stage, attempt=document.attempt)
         changes: dict[str, Any] = {"error": problem, "metrics": {**document.metrics, **context.metrics}}
         if isinstance(error, JobCanceled):
-            self._finish(document, status="canceled", **changes)
+            self._finish(work, document, status="canceled", **changes)
             return Disposition.FINISHED
         if not error.retryable or document.attempt >= document.max_attempts:
-            self._finish(document, status="failed", **changes)
+            self._finish(work, document, status="failed", **changes)
             return Disposition.FINISHED
         delay_s = self._backoff_s(document.attempt)
         log.warning("job_retry_scheduled", delay_s=delay_s, error=error)
@@ -396,10 +396,22 @@ class JobHandler:
         _report_end(written)
         return Disposition.RETRY
 
-    def _finish(self, document: StatusDocument, *, status: str, **changes: Any) -> None:
+    def _finish(self, work: Work, document: StatusDocument, *, status: str, **changes: Any) -> None:
         with tracing.span("write"):
             written = self.ledger.finish(document, status=status, patience_s=WRITE_PATIENCE_S, **changes)
         _report_end(written)
+        if isinstance(work, Job):
+            age_s = ((written.completed_at or utc_now()) - written.created_at).total_seconds()
+            network = self._known_network(work.network)
+            ended = EndedJob(network, work.priority, written.status, max(age_s, 0), device_s_of(written))
+            self.observer.job_ended(ended)
+
+    def _known_network(self, name: str) -> str | None:
+        """The name of a network; None if there is no such network."""
+        try:
+            return self.services.networks.find(name).name
+        except GradcamError:
+            return None
 
     def _backoff_s(self, attempt: int) -> float:
         settings = self.settings

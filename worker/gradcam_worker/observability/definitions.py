@@ -1,21 +1,26 @@
 """Every metric of a worker process, defined once: name, help, labels with all their values, buckets.
 
 A value that is unknown, because the ledger is unreachable or there is no GPU, is absent, not zero. Labels
-have few values, all known beforehand; a job's text, such as the name of its network, is never a label.
+have few values, known beforehand but for two, which are bounded: networks that this worker knows, the first
+MAX_NETWORKS that jobs name, and the MAX_TENANTS tenants with most jobs today. All others are OTHERS together.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from gradcam_worker import __version__, errors
-from gradcam_worker.schemas.work import ROUTES
+from gradcam_worker.schemas.work import ROUTE, ROUTES
 
 PREFIX = "gradcam_"
 OTHER = "other"  # in place of an error code that only a later version knows
+OTHERS = "(others)"  # of networks and tenants: neither can have this name
+MAX_NETWORKS, MAX_TENANTS = 32, 20  # that have series of their own
+ANY: tuple[str, ...] = ()  # values of a label that are not known beforehand
 
 STAGES = ("queue", "fetch", "decode", "load", "batch_wait", "explain", "measure", "render", "upload")
 DURATION_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60, 600)
 LOAD_BUCKETS = (1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
+AGE_BUCKETS = (0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 900, 3600)  # of a job when it becomes final
 BATCH_SIZE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 # Processes that compute; and the one that shows what all processes of a host would show alike.
@@ -46,6 +51,8 @@ OPERATIONS = (  # of the HTTP API, by their operationId in its OpenAPI document
     OTHER,
 )
 
+PRIORITIES = tuple(route for route in ROUTES if route != ROUTE)
+
 # Error codes that a status document can hold; '' for a job that succeeded.
 _CODES = {error.code for error in errors.all_errors() if not issubclass(error, errors.LocalError)}
 CODES = (*sorted({"", *_CODES}), OTHER)
@@ -71,6 +78,26 @@ METRICS = (
         "Jobs, and shards of backfills, that this process made final. (A job that is cancelled while it "
         "waits is made final by its client, so no worker counts it.)",
         {"state": ("succeeded", "failed", "canceled", "expired"), "code": CODES},
+    ),
+    MetricDefinition(
+        "histogram",
+        "job_seconds",
+        "Seconds from when a job of one image was accepted until this process made it succeeded or failed, "
+        "with all its attempts and pauses.",
+        {"network": ANY, "priority": PRIORITIES},
+        AGE_BUCKETS,
+    ),
+    MetricDefinition(
+        "counter",
+        "network_jobs_total",
+        "Jobs of one image that this process ended, by network.",
+        {"network": ANY, "state": ("succeeded", "failed", "canceled")},
+    ),
+    MetricDefinition(
+        "counter",
+        "network_device_seconds_total",
+        "Seconds of the device that these jobs used: each its equal share of its pass.",
+        {"network": ANY},
     ),
     MetricDefinition(
         "counter",
@@ -257,6 +284,30 @@ METRICS = (
         "queue_oldest_seconds",
         "How long the oldest of them has been queued; 0: none is queued.",
         {"priority": ROUTES},
+        source="ledger",
+        roles=ONCE,
+    ),
+    MetricDefinition(
+        "gauge",
+        "tenant_queue_jobs",
+        "Queued jobs of a tenant.",
+        {"tenant": ANY},
+        source="ledger",
+        roles=ONCE,
+    ),
+    MetricDefinition(
+        "gauge",
+        "tenant_today_jobs",
+        "Jobs of a tenant that ended today (UTC).",
+        {"tenant": ANY},
+        source="ledger",
+        roles=ONCE,
+    ),
+    MetricDefinition(
+        "gauge",
+        "tenant_today_device_seconds",
+        "Seconds of the device that these jobs used.",
+        {"tenant": ANY},
         source="ledger",
         roles=ONCE,
     ),

@@ -5,6 +5,18 @@ it must be fast, must not block, and must not raise.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class EndedJob:
+    """A job of one image that became final."""
+
+    network: str | None  # None: this worker knows no such network
+    priority: str
+    status: str
+    age_s: float  # since it was accepted
+    device_s: float  # that it used
 
 
 class Observer:
@@ -12,6 +24,9 @@ class Observer:
 
     def job_finished(self, status: str, code: str) -> None:
         """A job became final with this status; `code` is that of its error, or ''."""
+
+    def job_ended(self, job: EndedJob) -> None:
+        """An attempt in this process made a job of one image final."""
 
     def message_handled(self, outcome: str) -> None:
         """A message was handled: the value of a `gradcam_worker.execution.handler.Disposition`."""

@@ -22,17 +22,20 @@ from gradcam_worker.errors import LedgerUnavailable
 from gradcam_worker.observability.definitions import (
     BY_NAME,
     CODES,
+    MAX_NETWORKS,
+    MAX_TENANTS,
     METRICS,
     OPERATIONS,
     OTHER,
+    OTHERS,
     PREFIX,
     STAGES,
     MetricDefinition,
     can_occur,
 )
-from gradcam_worker.observability.events import Observer
+from gradcam_worker.observability.events import EndedJob, Observer
 from gradcam_worker.observability.gpu import DeviceUse
-from gradcam_worker.observability.queue_depths import QueueDepths
+from gradcam_worker.observability.queue_depths import QueueDepths, TenantUse
 from gradcam_worker.text.log_events import EventLogger
 
 log = EventLogger("gradcam")
@@ -59,6 +62,7 @@ class Metrics(Observer):
         self._registry = CollectorRegistry()
         self._collectors: dict[str, Any] = {}
         self._series: dict[tuple[str, ...], Any] = {}  # metric and the values of its labels
+        self._networks = {OTHERS}  # values of that label
         for metric in METRICS:
             if metric.source == "process":
                 self._register(metric, self._registry if role in metric.roles else None)
@@ -118,6 +122,19 @@ class Metrics(Observer):
     def job_finished(self, status: str, code: str) -> None:
         """See `Observer.job_finished`."""
         self._at("jobs_total", status, code if code in CODES else OTHER).inc()
+
+    def job_ended(self, job: EndedJob) -> None:
+        """See `Observer.job_ended`."""
+        network = self._network_label(job.network)
+        self._at("network_jobs_total", network, job.status).inc()
+        self._at("network_device_seconds_total", network).inc(job.device_s)
+        if job.status != "canceled":
+            self._at("job_seconds", network, job.priority).observe(job.age_s)
+
+    def _network_label(self, network: str | None) -> str:
+        if network and len(self._networks) <= MAX_NETWORKS:
+            self._networks.add(network)
+        return network if network in self._networks else OTHERS
 
     def message_handled(self, outcome: str) -> None:
         """See `Observer.message_handled`."""
@@ -314,8 +331,9 @@ def _ledger_collector(read: Callable[[], QueueDepths]) -> _CachedGauges:
 
 def _ledger_gauges(depths: QueueDepths) -> list[Metric]:
     return [
-        _gauge_by_priority("queue_jobs", depths.queued),
-        _gauge_by_priority("queue_oldest_seconds", depths.oldest_s),
+        _labelled_gauge("queue_jobs", depths.queued),
+        _labelled_gauge("queue_oldest_seconds", depths.oldest_s),
+        *_tenant_gauges(depths.tenants),
         _gauge("retrying_jobs", depths.retrying),
         _gauge("running_jobs", depths.running),
         _gauge("dead_jobs", depths.dead),
@@ -334,8 +352,26 @@ def _gauge(name: str, value: float) -> Metric:
     return GaugeMetricFamily(PREFIX + name, BY_NAME[name].help, value=value)
 
 
-def _gauge_by_priority(name: str, values: Mapping[str, float]) -> Metric:
+def _tenant_gauges(tenants: Mapping[str, TenantUse]) -> list[Metric]:
+    """Gauges of the tenants that use most, and of all others together."""
+    by_use = sorted(tenants, key=lambda name: (-tenants[name].jobs_today, -tenants[name].queued, name))
+    shown = {name: [tenants[name]] for name in by_use[:MAX_TENANTS]}
+    if others := [tenants[name] for name in by_use[MAX_TENANTS:]]:
+        shown[OTHERS] = others
+    values: dict[str, Callable[[TenantUse], float]] = {
+        "tenant_queue_jobs": lambda use: use.queued,
+        "tenant_today_jobs": lambda use: use.jobs_today,
+        "tenant_today_device_seconds": lambda use: use.device_s_today,
+    }
+    return [
+        _labelled_gauge(metric, {name: sum(map(read, uses)) for name, uses in shown.items()})
+        for metric, read in values.items()
+    ]
+
+
+def _labelled_gauge(name: str, values: Mapping[str, float]) -> Metric:
+    """A gauge with one label: value of the label -> value."""
     family = GaugeMetricFamily(PREFIX + name, BY_NAME[name].help, labels=[*BY_NAME[name].labels])
-    for priority, value in values.items():
-        family.add_metric([priority], value)
+    for label, value in values.items():
+        family.add_metric([label], value)
     return family

@@ -1,7 +1,16 @@
 """The ledger's counts of waiting and running work: gradcam_worker.observability.queue_depths.QueueDepths."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class TenantUse:
+    """What a tenant has queued, and what its jobs that ended today (UTC) have used."""
+
+    queued: int
+    jobs_today: int
+    device_s_today: float
 
 
 @dataclass(frozen=True)
@@ -16,3 +25,4 @@ class QueueDepths:
     events: int  # the next ones of their recipient: a job's webhook, or the database
     oldest_event_s: float
     workers: int  # alive
+    tenants: Mapping[str, TenantUse] = field(default_factory=dict)  # name -> use

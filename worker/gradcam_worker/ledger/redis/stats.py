@@ -1,12 +1,14 @@
-"""The lengths and ages of the queues in the ledger and its outbox, read in one round trip."""
+"""The lengths and ages of the queues in the ledger and its outbox, and what tenants have queued and used."""
 
+from gradcam_worker.ledger.ledger import latest_days
 from gradcam_worker.ledger.redis.scripts import ReadDepths
-from gradcam_worker.ledger.redis.store import WORKER_TTL_LEASES
-from gradcam_worker.observability.queue_depths import QueueDepths
+from gradcam_worker.ledger.redis.store import EPOCH, WORKER_TTL_LEASES
+from gradcam_worker.observability.queue_depths import QueueDepths, TenantUse
 from gradcam_worker.redis_server.client import RedisServer
-from gradcam_worker.schemas.work import ROUTES
+from gradcam_worker.schemas.work import ROUTE, ROUTES
 
 MAX_SCANNED_RECIPIENTS = 10_000  # in search of the oldest event: a few milliseconds of the server's time
+MAX_TENANTS_READ = 500  # by name: each costs five commands
 
 
 def read_depths(server: RedisServer, lease_s: float) -> QueueDepths:
@@ -39,4 +41,31 @@ def read_depths(server: RedisServer, lease_s: float) -> QueueDepths:
         events=events,
         oldest_event_s=event_ms / 1000,
         workers=workers,
+        tenants=_read_tenants(server),
     )
+
+
+def _read_tenants(server: RedisServer) -> dict[str, TenantUse]:
+    """Read what each tenant uses: two round trips, or one where there is no tenant."""
+    redis, p = server.redis, server.prefix
+    priorities = [route for route in ROUTES if route != ROUTE]
+    (today,) = latest_days(1)
+    with server.translate_errors():
+        with redis.pipeline(transaction=False) as pipe:
+            pipe.hgetall(f"{p}tenants")
+            for route in priorities:
+                pipe.zrange(f"{p}turns:{route}", 0, MAX_TENANTS_READ)
+            registered, *waiting = pipe.execute()
+        names = sorted({*registered}.union(*waiting) - {""})[:MAX_TENANTS_READ]
+        with redis.pipeline(transaction=False) as pipe:
+            for name in names:
+                pipe.hmget(f"{p}usage:{name}:{(today - EPOCH).days}", "jobs", "device_us")
+                for route in priorities:
+                    pipe.zcard(f"{p}turn:{route}:{name}")
+            answers = iter(pipe.execute() if names else ())
+    uses = {}
+    for name in names:
+        jobs, device_us = next(answers)
+        queued = sum(next(answers) for _ in priorities)
+        uses[name] = TenantUse(queued, int(jobs or 0), int(device_us or 0) / 1e6)
+    return uses
