@@ -3,6 +3,7 @@ import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from gradcam_worker.gradcam.files.weights import file_sha256
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.operations.doctor import (
     Finding,
+    _check_gpu_memory,
     _check_storage,
     _check_weights,
     _check_workers,
@@ -78,6 +80,32 @@ def test_the_health_of_running_workers_is_reported(settings: Settings) -> None:
     assert findings["worker gpu-1:7"].detail.startswith("NVIDIA H100, 3 jobs running, started 2026")
     assert not findings["worker gpu-2:7"].well
     assert findings["worker gpu-2:7"].detail == "The storage failed 3 times."
+
+
+@pytest.mark.tensorflow
+def test_a_gpu_whose_memory_others_have_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over doubles of nvidia-smi and pynvml: one full GPU, and one that is not."""
+    from gradcam_worker.gradcam import device_memory
+
+    gib = 2**30
+    free = {
+        "GPU-a": SimpleNamespace(total=24 * gib, free=20 * gib),
+        "GPU-b": SimpleNamespace(total=24 * gib, free=0),
+    }
+    driver = SimpleNamespace(
+        nvmlInit=lambda: None, nvmlDeviceGetHandleByUUID=str, nvmlDeviceGetMemoryInfo=free.__getitem__
+    )
+    listed = "".join(f"echo 'GPU {number}: NVIDIA L4 (UUID: {uuid})'\n" for number, uuid in enumerate(free))
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{listed}")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(device_memory, "_pynvml", lambda: driver)
+    well, full = _check_gpu_memory(Settings())
+    assert (well.what, well.well) == ("memory of GPU 0", True)
+    assert well.detail.startswith("20.0 of 24.0 GiB of the GPU are free")
+    assert (full.what, full.well) == ("memory of GPU 1", False)
+    assert "nvidia-smi" in full.fix
+    assert list(_check_gpu_memory(Settings(devices="cpu"))) == []
 
 
 def test_weights_that_keras_has_downloaded_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,13 @@ from celery.exceptions import Reject
 
 from gradcam_worker.broker import app as broker
 from gradcam_worker.broker import publisher
-from gradcam_worker.errors import InvalidSettings, LedgerUnavailable, NetworkIncompatible, WeightsUnavailable
+from gradcam_worker.errors import (
+    DeviceOutOfMemory,
+    InvalidSettings,
+    LedgerUnavailable,
+    NetworkIncompatible,
+    WeightsUnavailable,
+)
 from gradcam_worker.execution.handler import Disposition
 from gradcam_worker.gradcam.catalog import NetworkRow
 from gradcam_worker.ledger.ledger import Ledger
@@ -103,7 +109,7 @@ def test_a_job_is_the_one_argument_of_its_task() -> None:
 @pytest.mark.parametrize(
     ("failures", "stopped"),
     [
-        ([WeightsUnavailable("no route"), WeightsUnavailable("no route")], False),
+        ([WeightsUnavailable("no route"), DeviceOutOfMemory("none free")], False),
         (
             [WeightsUnavailable("no route"), because(WeightsUnavailable("none"), FileNotFoundError(2, "x"))],
             True,
@@ -112,7 +118,7 @@ def test_a_job_is_the_one_argument_of_its_task() -> None:
     ],
     ids=["away", "no file", "no network"],
 )
-def test_weights_that_are_only_away_are_waited_for(
+def test_weights_that_are_only_away_and_memory_that_others_have_are_waited_for(
     failures: list[Exception], stopped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(preloading, "RETRY_S", 0)

@@ -162,6 +162,23 @@ def peak_memory() -> int | None:
     return int(tf.config.experimental.get_memory_info("GPU:0")["peak"])
 
 
+def memory_in_use() -> int:
+    """The bytes of this process's arrays on the first GPU; 0 on a CPU."""
+    if device_name() == "cpu":
+        return 0
+    if name() == "jax":
+        import jax
+
+        return int(jax.devices()[0].memory_stats()["bytes_in_use"])
+    if name() == "torch":
+        import torch
+
+        return int(torch.cuda.memory_allocated())
+    import tensorflow as tf
+
+    return int(tf.config.experimental.get_memory_info("GPU:0")["current"])
+
+
 def reset_peak_memory() -> None:
     """Reset `peak_memory`. With JAX this is impossible: its peak is that since the start of the process."""
     if device_name() == "cpu" or name() == "jax":

@@ -26,6 +26,10 @@ from gradcam_worker.text.visible import counted
 
 MILLION = 1_000_000
 MAX_CORRELATION = 0.5  # of heatmaps before and after weights are shuffled, where they still depend on them
+GPU_MEMORY_FIX = (
+    "Unless a worker of yours has loaded its networks there, end the processes that `nvidia-smi` names on "
+    "the host of this GPU. A worker waits for memory to load what GRADCAM_PRELOAD names."
+)
 SETTING_FIX = "Correct the setting that the message names."
 
 
@@ -66,6 +70,7 @@ def run_checks(settings: Settings, *, expected_workers: int = 0) -> Iterator[Fin
         settings,
         "Check the driver and the TensorFlow installation, or set GRADCAM_DEVICES.",
     )
+    yield from _check_gpu_memory(settings)
     yield from _check_weights(settings)
     try:
         registry = preflight.load_registry(settings)
@@ -217,3 +222,19 @@ def _check_storage(settings: Settings) -> Finding:
 def _describe_device(settings: Settings) -> str:
     processes = devices.choose(settings)
     return preflight.check_device(settings) + (f", {len(processes)} processes" if len(processes) > 1 else "")
+
+
+def _check_gpu_memory(settings: Settings) -> Iterator[Finding]:
+    """Report the memory of each GPU that a worker would use, where its driver tells."""
+    from gradcam_worker.gradcam import device_memory
+
+    try:
+        gpus = [device for device in devices.choose(settings) if device.is_gpu]
+    except InvalidSettings:
+        return  # the check of the device reports it
+    for gpu in gpus:
+        name = gpu.environment[devices.VISIBLE_GPUS]
+        memory = device_memory.read_gpu_memory(name)
+        detail = f"{memory} ({name})" if memory else f"its driver does not tell ({name})"
+        well = memory is None or memory.free >= device_memory.LITTLE_BYTES
+        yield Finding(f"memory of {gpu.name}", well=well, detail=detail, fix="" if well else GPU_MEMORY_FIX)

@@ -4,7 +4,7 @@ import errno
 import gc
 import time
 
-from gradcam_worker.errors import InvalidSettings, PermanentError, WeightsUnavailable
+from gradcam_worker.errors import DeviceOutOfMemory, InvalidSettings, PermanentError, WeightsUnavailable
 from gradcam_worker.gradcam.registry.registry import Registry
 from gradcam_worker.inference.model_cache import ModelCache
 from gradcam_worker.observability.health import Health
@@ -13,12 +13,12 @@ from gradcam_worker.text.log_events import EventLogger
 
 log = EventLogger("gradcam")
 
-RETRY_S = 10.0  # between two attempts to load the weights of a network
+RETRY_S = 10.0  # between two attempts to load a network
 MISSING_FILE_ERRNOS = {errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EACCES}  # an operator has to act
 
 
 def preload(settings: Settings, model_cache: ModelCache, health: Health) -> None:
-    """Load the networks of GRADCAM_PRELOAD, and wait for weights that are not available yet.
+    """Load the networks of GRADCAM_PRELOAD, and wait for weights, or for device memory, that others have.
 
     Args:
         settings: Of this process.
@@ -38,7 +38,7 @@ def preload(settings: Settings, model_cache: ModelCache, health: Health) -> None
     while remaining:
         try:
             model_cache.warm_up(networks.find(remaining[0]))
-        except (PermanentError, WeightsUnavailable) as error:
+        except (PermanentError, WeightsUnavailable, DeviceOutOfMemory) as error:
             cause = error.__cause__
             no_file = isinstance(cause, OSError) and cause.errno in MISSING_FILE_ERRNOS
             if isinstance(error, PermanentError) or no_file:

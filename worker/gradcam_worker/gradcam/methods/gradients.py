@@ -8,8 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from gradcam_worker.errors import DeviceOutOfMemory
-from gradcam_worker.gradcam import backend
+from gradcam_worker.gradcam import backend, device_memory
 from gradcam_worker.gradcam.backend import keras
 from gradcam_worker.gradcam.graph.saturation import EXCLUDED
 from gradcam_worker.gradcam.methods.cam import heat_features
@@ -265,15 +264,15 @@ def compiled(
     Calling it launches the computation on the device and returns a function that waits for the result, as
     numpy arrays. Both raise DeviceOutOfMemory.
     """
-    run, out_of_memory = _COMPILE[backend.name()](function, signature, list(variables))
+    run = _COMPILE[backend.name()](function, signature, list(variables))
 
     def launch(*arrays: Any) -> Wait:
-        shapes = " and ".join(str(array.shape) for array in arrays)
-        with _translating(out_of_memory, shapes):
+        use = f"a pass over arrays of {' and '.join(str(array.shape) for array in arrays)}"
+        with device_memory.explained(use):
             result = run(*arrays)
 
         def wait() -> Any:
-            with _translating(out_of_memory, shapes):
+            with device_memory.explained(use):
                 return keras.tree.map_structure(ops.convert_to_numpy, result)
 
         return wait
@@ -291,23 +290,6 @@ def traced_trunk(parts: Parts) -> Any:
 
     signature = [tf.TensorSpec((None, *parts.pixels), "uint8")]
     return tf.function(trunk, input_signature=signature, autograph=False).get_concrete_function()
-
-
-@contextmanager
-def _translating(out_of_memory: type[Exception], shapes: str) -> Iterator[None]:
-    """Raise DeviceOutOfMemory for the backend's own error."""
-    try:
-        yield
-    except out_of_memory as error:
-        if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
-            raise
-        message = f"No device memory for a pass over arrays of {shapes}."
-        raise DeviceOutOfMemory(message) from error
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    text = str(error).casefold()
-    return "resource_exhausted" in text or "out of memory" in text
 
 
 # Operations that may multiply activations with each other, as attention does, or hide others that do.
@@ -353,15 +335,13 @@ def _recorded_operations() -> Iterator[set[str]]:
     kinds |= {operation.type for operation in graph.get_operations()[before:]}
 
 
-def _tensorflow_compile(
-    function: Callable[..., Any], signature: Any, _: Any
-) -> tuple[Callable[..., Any], Any]:
+def _tensorflow_compile(function: Callable[..., Any], signature: Any, _: Any) -> Callable[..., Any]:
     import tensorflow as tf
 
     tf.get_logger().setLevel("ERROR")  # it warns of retracing, which a new target layer needs
     specs = [tf.TensorSpec(shape, dtype) for shape, dtype in signature]
     traced = tf.function(function, input_signature=specs, autograph=False, jit_compile=False)
-    return lambda *arrays: traced(*map(tf.constant, arrays)), tf.errors.ResourceExhaustedError
+    return lambda *arrays: traced(*map(tf.constant, arrays))
 
 
 def _jax_linearize(function: Callable[[Any], Any], at: Any) -> tuple[Any, Pull]:
@@ -371,9 +351,7 @@ def _jax_linearize(function: Callable[[Any], Any], at: Any) -> tuple[Any, Pull]:
     return scores, jax.vmap(lambda cotangent: vector_jacobian(cotangent)[0])
 
 
-def _jax_compile(
-    function: Callable[..., Any], _: Any, variables: list[Any]
-) -> tuple[Callable[..., Any], Any]:
+def _jax_compile(function: Callable[..., Any], _: Any, variables: list[Any]) -> Callable[..., Any]:
     import jax
 
     def pure(
@@ -387,7 +365,7 @@ def _jax_compile(
     def run(*arrays: Any) -> Any:
         return jitted([variable.value for variable in variables], *arrays)
 
-    return run, jax.errors.JaxRuntimeError
+    return run
 
 
 def _torch_linearize(function: Callable[[Any], Any], at: Any) -> tuple[Any, Pull]:
@@ -403,14 +381,14 @@ def _torch_linearize(function: Callable[[Any], Any], at: Any) -> tuple[Any, Pull
     return scores.detach(), pull
 
 
-def _torch_compile(function: Callable[..., Any], _: Any, __: Any) -> tuple[Callable[..., Any], Any]:
+def _torch_compile(function: Callable[..., Any], _: Any, __: Any) -> Callable[..., Any]:
     import torch
 
     def run(*arrays: Any) -> Any:
         with torch.no_grad():
             return function(*map(ops.convert_to_tensor, arrays))
 
-    return run, torch.OutOfMemoryError
+    return run
 
 
 _LINEARIZE: dict[str, Callable[..., tuple[Any, Pull]]] = {
@@ -418,7 +396,7 @@ _LINEARIZE: dict[str, Callable[..., tuple[Any, Pull]]] = {
     "jax": _jax_linearize,
     "torch": _torch_linearize,
 }
-_COMPILE: dict[str, Callable[..., tuple[Callable[..., Any], Any]]] = {
+_COMPILE: dict[str, Callable[..., Callable[..., Any]]] = {
     "tensorflow": _tensorflow_compile,
     "jax": _jax_compile,
     "torch": _torch_compile,

@@ -12,7 +12,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from gradcam_worker.errors import NetworkIncompatible, WeightsUnavailable
-from gradcam_worker.gradcam import backend, catalog
+from gradcam_worker.gradcam import backend, catalog, device_memory
 from gradcam_worker.gradcam.backend import keras
 from gradcam_worker.gradcam.catalog import Head, NetworkRow, Preprocessing, find_preprocessing
 from gradcam_worker.gradcam.files import label_file, model_file, weights
@@ -78,6 +78,7 @@ def load_network(
         NetworkIncompatible: It cannot be explained.
         UnknownLayer: Its target layer does not exist.
         InvalidSettings: There is no such precision, forward pass or sizing, or OpenVINO is not installed.
+        DeviceOutOfMemory: The device has no room for it at present.
 
     Examples:
         ```python
@@ -88,7 +89,7 @@ def load_network(
     if sizing is not None:
         row = replace(row, sizing=resolve_sizing(sizing, row.preprocessing.pixel_channels))
     compiled_forward.check(forward)
-    with backend.default_configuration():
+    with backend.default_configuration(), device_memory.explained(f"the network {row.name}"):
         if row.file is not None and random_seed is None:
             if file is None:
                 message = f"The file of {row.name} ({row.file.uri}) has not been fetched."
