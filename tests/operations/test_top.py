@@ -17,7 +17,7 @@ from gradcam_worker.cli.main import main
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.errors import ImageNotFound, StorageUnavailable
 from gradcam_worker.ledger.redis.store import RedisLedger
-from gradcam_worker.observability.queue_depths import QueueDepths
+from gradcam_worker.observability.queue_depths import QueueDepths, TenantUse
 from gradcam_worker.operations import console as terminal
 from gradcam_worker.operations import top
 from gradcam_worker.schemas.job import Priority
@@ -97,7 +97,7 @@ def test_a_snapshot_has_queues_workers_throughput_errors_and_backfills(settings:
         assert snapshot.ended == {"succeeded": 1, "failed": 2, "canceled": 1, "expired": 0}
         assert (snapshot.depths.dead, snapshot.errors_of) == (2, 2)
         assert snapshot.errors == {"image_not_found": 1, "storage_unavailable": 1}
-        assert snapshot.workers[0] == {"id": "gpu-1:7", **WELL}
+        assert snapshot.workers[0] == {"id": "gpu-1:7", "engine": None, **WELL}
         assert "cannot read" in snapshot.workers[1]["trouble"]
         top.render(snapshot)
         assert [facts["output"] for facts in snapshot.backfills] == ["s3://results/cats"]
@@ -132,6 +132,42 @@ def test_fifty_workers_fit_a_terminal_and_those_in_trouble_come_first(
     )
     roomy = rendered_lines(replace(EMPTY, workers=workers[:3]), monkeypatch, HEIGHT)
     assert not any("more." in line for line in roomy)
+
+
+def test_job_processes_are_below_their_engine_and_what_is_paused_is_told_with_its_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = {"id": "a/engine-0", "pid": 41, "requests": 3, "networks": 1, "trouble": None}
+    gone = {**engine, "id": "b/engine-0", "trouble": "the engine process does not answer"}
+    workers = (
+        {"id": "gpu-1:aa:51", **WELL, "engine": engine},
+        {"id": "gpu-1:bb:51", **WELL, "engine": gone},  # another container of that host
+        {"id": "gpu-1:cc:52", **ILL, "engine": engine},
+        {"id": "gpu-2:dd:7", **WELL, "engine": None},
+    )
+    lines = rendered_lines(replace(EMPTY, workers=workers), monkeypatch)
+    at = next(at for at, line in enumerate(lines) if line.startswith("4 workers"))
+    assert lines[at].strip() == "4 workers, 12 jobs running, 2 processes are paused"
+    assert lines[at + 2].startswith("gpu-1 engine 41  ")
+    assert [line.split()[0] for line in lines[at + 2 : at + 8]] == [
+        *("gpu-1", "gpu-1:cc:52", "gpu-1:aa:51"),
+        *("gpu-1", "gpu-1:bb:51", "gpu-2:dd:7"),
+    ]
+    assert lines[at + 2].split()[-2:] == ["6", "12.5"], "requests of both job processes"
+    said = " ".join(" ".join(lines[at + 8 :]).split())
+    assert "gpu-1:cc:52 is paused: The storage failed 3 times" in said
+    assert "gpu-1 engine 41 is paused: the engine process does not answer" in said
+
+
+def test_tenants_that_wait_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    tenants = {f"t{number}": TenantUse(0, number, 0.5) for number in range(8)} | {
+        "waits": TenantUse(1234, 2, 3.25)
+    }
+    lines = rendered_lines(replace(EMPTY, depths=replace(EMPTY.depths, tenants=tenants)), monkeypatch)
+    at = next(at for at, line in enumerate(lines) if line.startswith("tenant"))
+    assert lines[at + 1].split() == ["waits", "1,234", "2", "3.2"]
+    assert [line.split()[0] for line in lines[at + 2 : at + 6]] == ["t7", "t6", "t5", "t4"]
+    assert lines[at + 6].split() == ["...", "and", "4", "more", "0", "6", "2.0"]
 
 
 def test_names_from_workers_cannot_control_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

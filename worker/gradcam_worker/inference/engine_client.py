@@ -264,6 +264,11 @@ class EngineClient:
         return self._pool.free_bytes
 
     @property
+    def pid(self) -> int:
+        """The process id of the engine; 0: it has not answered yet."""
+        return self._welcome.pid if self._welcome else 0
+
+    @property
     def device(self) -> str:
         """The name of the engine's device."""
         return self._welcome.device if self._welcome else ""

@@ -23,7 +23,7 @@ from gradcam_worker.backfill.registry import RedisBackfillRegistry
 from gradcam_worker.errors import LedgerUnavailable
 from gradcam_worker.ledger.redis import stats
 from gradcam_worker.ledger.redis.store import RedisLedger
-from gradcam_worker.observability.queue_depths import QueueDepths
+from gradcam_worker.observability.queue_depths import QueueDepths, TenantUse
 from gradcam_worker.operations import console
 from gradcam_worker.schemas.status import StatusDocument
 from gradcam_worker.schemas.work import ROUTE, ROUTES
@@ -35,8 +35,10 @@ REFRESH_INTERVAL_S = 1.0
 MINUTE_MS, HOUR_MS = 60_000, 3_600_000
 MAX_DEAD_LETTERS = 500  # of the last hour, read to count their error codes
 STATES = ("succeeded", "failed", "canceled", "expired")
-DEFAULT_HEALTH = {"device": "", "since": "", "running": 0, "batch": 0.0, "trouble": None}
-MAX_CODES, MAX_BACKFILLS = 6, 4  # shown
+DEFAULT_HEALTH = {"device": "", "since": "", "running": 0, "batch": 0.0, "trouble": None, "engine": None}
+DEFAULT_ENGINE = {"id": "", "pid": 0, "requests": 0, "networks": 0, "trouble": None}
+MAX_CODES, MAX_BACKFILLS, MAX_TENANTS = 6, 4, 5  # shown
+COUNTED_OF_TENANTS = ("waiting", "ended today", "device s")
 MAX_NOTES = 5  # about workers in trouble, on a screen
 NOTE_LINES, WRAP_MARGIN = 2, 10  # lines of one note; columns that may stay empty where it wraps between words
 FREE_LINES = 4  # below the workers: the number of workers that are not shown, the hint, the prompt
@@ -121,7 +123,8 @@ class Dashboard:
 def _health(text: str) -> dict[str, Any]:
     """Parse the health that a worker has written to the ledger; its version may be another one."""
     try:
-        return {**DEFAULT_HEALTH, **json.loads(text)}
+        health = {**DEFAULT_HEALTH, **json.loads(text)}
+        return {**health, "engine": health["engine"] and {**DEFAULT_ENGINE, **health["engine"]}}
     except (ValueError, TypeError):
         return {**DEFAULT_HEALTH, "trouble": "It reports its health in a form that this version cannot read."}
 
@@ -227,6 +230,9 @@ def render(snapshot: Snapshot, *, height: int | None = None) -> RenderableType:
     if snapshot.backfills:
         parts += [*map(_backfill, snapshot.backfills[:MAX_BACKFILLS]), ""]
         lines += 2 * min(len(snapshot.backfills), MAX_BACKFILLS) + 1
+    if snapshot.depths.tenants:
+        parts += [_tenants(snapshot.depths.tenants), ""]
+        lines += 2 + min(len(snapshot.depths.tenants), MAX_TENANTS + 1)
     max_lines = None if height is None else max(height - lines - FREE_LINES, 2)
     parts.append(_workers(snapshot.workers, max_lines))
     return Group(*parts)
@@ -275,12 +281,68 @@ def _backfill(facts: Mapping[str, Any]) -> RenderableType:
     return Group(title, console.plain("    " + line))
 
 
+def _tenants(tenants: Mapping[str, TenantUse]) -> RenderableType:
+    """The tenants that wait for most, or have used most today; and all others together."""
+    table = console.table("tenant", "waiting", "ended today", "device s", numbers=COUNTED_OF_TENANTS)
+    names = sorted(tenants, key=lambda name: (-tenants[name].queued, -tenants[name].jobs_today, name))
+    rows = [(name, [tenants[name]]) for name in names[:MAX_TENANTS]]
+    if others := names[MAX_TENANTS:]:
+        rows.append((f"... and {len(others)} more", [tenants[name] for name in others]))
+    for name, uses in rows:
+        queued, jobs = sum(use.queued for use in uses), sum(use.jobs_today for use in uses)
+        device_s = sum(use.device_s_today for use in uses)
+        style = "" if queued or jobs else "dim"
+        table.add_row(console.plain(name), f"{queued:,}", f"{jobs:,}", f"{device_s:,.1f}", style=style)
+    return table
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A process in the table of workers."""
+
+    name: str
+    device: str
+    since: str
+    running: int
+    batch: float
+    trouble: str | None
+    is_worker: bool = True  # else an engine process: its job processes are the workers
+
+
+def _rows(workers: Sequence[Mapping[str, Any]]) -> list[_Row]:
+    """A row for each worker, below its engine process if it has one; those in trouble first."""
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for worker in workers:
+        engine = worker.get("engine")
+        host = worker["id"].partition(":")[0]
+        groups.setdefault((host, str(engine["id"])) if engine else ("", worker["id"]), []).append(worker)
+    grouped = []
+    for (host, _), members in groups.items():
+        rows = []
+        engines = [worker["engine"] for worker in members if worker.get("engine")]
+        if engines:
+            first, trouble = members[0], next(filter(None, (one["trouble"] for one in engines)), None)
+            name = f"{host} engine {engines[0]['pid']}"
+            requests = sum(one["requests"] for one in engines)
+            rows.append(_Row(name, first["device"], "", requests, first["batch"], trouble, is_worker=False))
+        indent = "  " if engines else ""
+        for worker in members:
+            device, batch = ("", 0.0) if engines else (worker["device"], worker["batch"])
+            name = f"{indent}{worker['id']}"
+            rows.append(_Row(name, device, worker["since"], worker["running"], batch, worker["trouble"]))
+        grouped.append(sorted(rows, key=lambda row: row.is_worker and not row.trouble))
+    grouped.sort(key=lambda rows: not any(row.trouble for row in rows))
+    return [row for rows in grouped for row in rows]
+
+
 def _workers(workers: Sequence[Mapping[str, Any]], max_lines: int | None) -> RenderableType:
-    """A row for each worker, those in trouble first, and a note for each trouble, in at most `max_lines`."""
+    """A row for each process, those in trouble first, and a note for each trouble, in at most `max_lines`."""
     if not workers:
         return Text("No worker is alive: start one with `gradcam worker`.", "yellow")
-    running = sum(worker["running"] for worker in workers)
+    rows = _rows(workers)
+    running, paused = sum(worker["running"] for worker in workers), sum(bool(row.trouble) for row in rows)
     title = f"{counted(len(workers), 'worker')}, {counted(running, 'job')} running"
+    title += f", {counted(paused, 'process is', 'processes are')} paused" if paused else ""
     table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None)
     table.pad_edge = False
     table.add_column("worker", no_wrap=True, overflow="ellipsis", min_width=20)
@@ -290,21 +352,19 @@ def _workers(workers: Sequence[Mapping[str, Any]], max_lines: int | None) -> Ren
         table.add_column(numbers, no_wrap=True, justify="right")
     max_rows = None
     if max_lines is not None:
-        notes_shown = min(sum(bool(worker["trouble"]) for worker in workers), MAX_NOTES)
-        max_rows = max(max_lines - 2 - NOTE_LINES * notes_shown, 1)
-    shown = sorted(workers, key=lambda worker: not worker["trouble"])[:max_rows]
-    for worker in shown:
-        started = datetime.fromisoformat(worker["since"]) if worker["since"] else None
+        max_rows = max(max_lines - 2 - NOTE_LINES * min(paused, MAX_NOTES), 1)
+    shown = rows[:max_rows]
+    for row in shown:
+        started = datetime.fromisoformat(row.since) if row.since else None
         uptime = console.duration_text(console.age_s(started.timestamp())) if started else ""
-        batch = f"{worker['batch']:.1f}" if worker["batch"] else ""
-        name, device = console.plain(worker["id"]), console.plain(worker["device"])
-        style = "red" if worker["trouble"] else ""
-        table.add_row(name, device, uptime, str(worker["running"]), batch, style=style)
+        batch = f"{row.batch:.1f}" if row.batch else ""
+        name, device = console.plain(row.name), console.plain(row.device)
+        table.add_row(name, device, uptime, str(row.running), batch, style="red" if row.trouble else "")
     notes = [
-        console.plain(f"{worker['id']}: {worker['trouble']}", "red") for worker in shown if worker["trouble"]
+        console.plain(f"{row.name.strip()} is paused: {row.trouble}", "red") for row in shown if row.trouble
     ]
     for note in notes:
         note.truncate(NOTE_LINES * (console.out.width - WRAP_MARGIN), overflow="ellipsis")
-    hidden = len(workers) - len(shown)
+    hidden = len(workers) - sum(row.is_worker for row in shown)
     rest = [Text(f"... and {hidden} more.", "dim")] if hidden else []
     return Group(table, *rest, *(notes if max_lines is None else notes[:MAX_NOTES]))

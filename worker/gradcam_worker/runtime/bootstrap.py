@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from gradcam_worker import __version__
 from gradcam_worker.backfill.registry import RedisBackfillRegistry
@@ -11,6 +12,8 @@ from gradcam_worker.broker.publisher import Publisher
 from gradcam_worker.execution.handler import JobHandler
 from gradcam_worker.execution.leases import LeaseManager
 from gradcam_worker.execution.services import Services, StorageProvider
+from gradcam_worker.inference.client import InferenceClient
+from gradcam_worker.inference.engine_client import EngineClient
 from gradcam_worker.observability import tracing
 from gradcam_worker.observability.events import NULL_OBSERVER, Observer
 from gradcam_worker.redis_server.server_checks import ServerMonitor
@@ -58,6 +61,7 @@ def build_worker(
             "running": len(leases.jobs()),
             "batch": round(services.inference.mean_batch_size, 1),
             "trouble": breaker.open_reason or services.inference.failure,
+            **_engine_state(services.inference, settings),
             "version": __version__,
             "networks": networks.read(),
         }
@@ -83,6 +87,20 @@ def build_worker(
     redis_checks = ServerMonitor(settings)
     own_loops = [leases.loop, breaker.loop, redis_checks.loop, stall.loop]
     return WorkerComponents(handler, outages, [*own_loops, *shared_loops], redis_checks)
+
+
+def _engine_state(inference: InferenceClient[Any], settings: Settings) -> dict[str, object]:
+    """What a job process says of its engine process; nothing where this process computes by itself."""
+    if not isinstance(inference, EngineClient):
+        return {}
+    engine = {
+        "id": str(settings.engine_socket),  # the same for all job processes of this engine
+        "pid": inference.pid,
+        "requests": inference.in_flight,
+        "networks": inference.count,
+        "trouble": inference.not_ready,
+    }
+    return {"engine": engine}
 
 
 def use_storage(stores: StorageProvider) -> None:
