@@ -57,6 +57,15 @@ class CornerNetwork(TinyNetwork):
         return 20 * np.stack([red, green, np.full(len(red), 0.05)], axis=1).astype(np.float32)
 
 
+class AnyCornerNetwork(CornerNetwork):
+    """Knows red by any pixel of the corner: what is left of a mark is enough."""
+
+    def _blocks(self, pixels: Any) -> Any:
+        blocks = super()._blocks(pixels)
+        blocks[:, 0, 0] = pixels[:, :4, :4].max((1, 2)) / np.float32(255)
+        return blocks
+
+
 def suspect(class_id: int, **changes: Any) -> Suspect:
     fields = {"kind": "place", "basis": "boxes", "region": TOP_LEFT, "members": np.arange(30)}
     return Suspect(class_id, **{**fields, "heat": 0.5, "expected": 0.1, **changes})
@@ -79,6 +88,14 @@ def test_a_region_that_the_network_needs_is_named_with_its_effect() -> None:
 def test_a_region_without_an_effect_is_dropped() -> None:
     outcome = trial([suspect(RED), suspect(GREEN)], Images(mark=False))
     assert (outcome.named, outcome.dropped) == ((), 2)
+
+
+def test_a_region_that_covers_a_part_of_a_mark_is_named_though_the_other_part_is_enough() -> None:
+    part = np.zeros((12, 12), np.bool_)
+    part[:3, :2] = True
+    images = Images(mark=True)
+    outcome = try_suspects([suspect(RED, region=part)], images.samples(), AnyCornerNetwork(), images.load)
+    assert len(outcome.named) == 1
 
 
 def test_objects_are_never_filled() -> None:

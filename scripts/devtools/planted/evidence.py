@@ -144,7 +144,7 @@ def in_lines(findings: list[Finding]) -> list[str]:
 
 @click.command("scripts/audit-evidence")
 @click.option("--seeds", default=10, show_default=True, help="Trainings of each case.")
-@click.option("--first-seed", default=20, show_default=True, help="Seeds 0 to 19 chose the thresholds.")
+@click.option("--first-seed", default=30, show_default=True, help="Seeds 0 to 29 chose the rules.")
 @click.option("--case", "cases", multiple=True, type=click.Choice([*CASES]), help="Default: all.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, nothing else.")
 def main(seeds: int, first_seed: int, cases: tuple[str, ...], *, as_json: bool) -> None:

@@ -74,6 +74,19 @@ def hot_region(map_: Heat) -> Region:
     return np.asarray(labels == labels[peak], np.bool_)
 
 
+def widened(region: Region) -> Region:
+    """The region, and the cells around it: heat tells a place to about a cell.
+
+    Args:
+        region: (rows, columns).
+
+    Returns:
+        A new array of the same shape.
+    """
+    wider = cv2.dilate(region.astype(np.uint8), np.ones((3, 3), np.uint8))
+    return np.asarray(wider > 0, np.bool_)
+
+
 def describe_place(region: Region) -> str:
     """Name the place of a region: `top left corner`, `left edge`, `centre`, or `all over`."""
     if region.mean() > HOT_SHARE:

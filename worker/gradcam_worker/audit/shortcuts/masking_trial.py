@@ -8,6 +8,9 @@ far the class's probability falls is compared with masking elsewhere:
     effect of a spread gaze = mean fall(all) - mean of the greatest fall(a window of half the sides), less the
         same of images of other classes: what no single place explains
 
+A region is filled with a cell more on each side: heat tells a place to about a cell, and of a mark that is
+hidden by half the network may need no more than the other half.
+
 Every region is filled in two ways, and the falls are averaged: by the image itself, blurred, which keeps
 colours and hides shapes; and by the mean colour of all sampled images, which hides both. Boxes of objects are
 never filled, so that an effect is of something else.
@@ -26,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradcam_worker.audit.samples import ClassSample
-from gradcam_worker.audit.shortcuts.gaze_regions import Region
+from gradcam_worker.audit.shortcuts.gaze_regions import Region, widened
 from gradcam_worker.audit.shortcuts.suspects import Suspect
 from gradcam_worker.errors import GradcamError
 from gradcam_worker.gradcam.imaging.baseline import blurred
@@ -157,7 +160,8 @@ def try_suspects(
     untested: list[Suspect] = []
     for done, suspect in enumerate(tested):
         places = [pair for pair in named if pair[0].class_id == suspect.class_id]
-        effect = trial.run(suspect, [place.region for place, _ in places if place.region is not None])
+        explained = [widened(place.region) for place, _ in places if place.region is not None]
+        effect = trial.run(suspect, explained)
         least = max(min_effect, MIN_SPREAD_EFFECT) if suspect.kind == "spread" else min_effect
         if effect is None:
             untested.append(suspect)
@@ -228,7 +232,7 @@ class _Trial:
             return None
         rng = np.random.default_rng([self._seed, suspect.class_id, len(suspect.members)])
         if suspect.region is not None:
-            return self._place(images, suspect.region, rng)
+            return self._place(images, widened(suspect.region), rng)
         if suspect.kind == "background":
             return self._background(images, others, explained, rng)
         return self._spread(images, others, rng)
