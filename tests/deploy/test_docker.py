@@ -4,13 +4,15 @@ import os
 import re
 import shutil
 import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import redis
 
 from devtools import ROOT
-from devtools.deploy_checks import checks, compose, tools
+from devtools.deploy_checks import checks, compose, read_only_root, started, tools
 from devtools.deploy_checks.dockerfile import DOCKERFILE, Instruction, allowed, instructions, stages
 from devtools.deploy_checks.dockerfile_runner import Builder, Failed
 from gradcam_worker.cli.main import main
@@ -23,6 +25,13 @@ COMPOSE = checks.COMPOSE.read_text()
 @pytest.mark.live
 def test_docker_and_deploy_are_well() -> None:
     assert checks.findings() == []
+
+
+@pytest.mark.live
+def test_each_process_starts_with_the_environment_that_a_cluster_gives_it() -> None:
+    tools.make()
+    tiny_worker = [sys.executable, "-P", str(ROOT / "scripts/devtools/faults/tiny_worker.py"), "supervise"]
+    assert [*started.findings(tiny_worker)] == []
 
 
 def test_a_worker_has_room_for_the_networks_that_it_may_keep() -> None:
@@ -67,6 +76,11 @@ def test_a_right_that_the_compose_file_should_not_give_is_found(
     ("right", "wrong", "said"),
     [
         ("command: [deliver]", "command: [delivr]", "no command gradcam delivr"),
+        (
+            ', "/cache:size=16m,mode=1777"]\n    ports: ["127.0.0.1:${GATE',
+            ']\n    ports: ["127.0.0.1:${GATE',
+            "/cache",
+        ),
         ("[demo, --against-running,", "[demo, --against-runing,", "No such option"),
         ("GRADCAM_PRELOAD", "GRADCAM_PRELAOD", "Did you mean GRADCAM_PRELOAD?"),
         ("target: gpu", "target: gpus", "no target gpus"),
@@ -248,6 +262,22 @@ def test_stages_are_carried_out_each_in_a_folder_of_its_own(
     assert not (two.folder / "dist").exists()
     assert two.started_with["USER"] == "5:5"
     assert [*map(two.words, ("ENTRYPOINT", "CMD", "HEALTHCHECK"))] == [["gradcam"], ["worker"], ["well"]]
+
+
+@pytest.mark.skipif(bool(read_only_root.reason()), reason=read_only_root.reason())
+def test_nobody_writes_beside_the_folders_that_are_given_on_a_read_only_root() -> None:
+    with tempfile.TemporaryDirectory() as name:  # `tmp_path` is closed to other users
+        written, closed = Path(name) / "written", Path(name) / "closed"
+        for folder in (Path(name), written, closed):
+            folder.mkdir(exist_ok=True)
+            folder.chmod(0o777)
+        script = f"id -u; touch {written}/a; ! touch {closed}/b 2>&1; grep CapBnd /proc/self/status"
+        command = read_only_root.command(["sh", "-ec", script], [written])
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert said.startswith(f"{read_only_root.ANY_USER}\n")
+        assert "Read-only file system" in said
+        assert said.endswith("CapBnd:\t0000000000000000\n")
+        assert [*written.iterdir(), *closed.iterdir()] == [written / "a"]
 
 
 @pytest.mark.parametrize(

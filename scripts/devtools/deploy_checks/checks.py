@@ -4,19 +4,21 @@
     scripts/check-deploy --rehearse    # and: the image is made and run, see `rehearsal`; some minutes
 
 Others' programs come first (hadolint, shellcheck, yamllint, schemas); then whatever is named there (settings,
-commands, paths, ports, users, targets) is looked up in the code; `helm` checks the chart.
+commands, paths, ports, users, targets) is looked up in the code; `helm` checks the chart; `started` starts
+what the chart starts.
 """
 
 import argparse
 import re
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import yaml  # type: ignore[import-untyped]
 
 from devtools import ROOT
-from devtools.deploy_checks import compose, helm, rehearsal, tools
+from devtools.deploy_checks import compose, helm, rehearsal, started, tools
 from devtools.deploy_checks.dockerfile import DOCKERFILE
 from gradcam_worker.cli.commands import gradcam
 from gradcam_worker.settings import PREFIX, Settings
@@ -97,7 +99,7 @@ def prometheus() -> Iterator[str]:
 
 
 def findings() -> list[str]:
-    """Return everything that is wrong, without the rehearsal. Raises tools.Missing."""
+    """Return everything that is wrong, without what has to be started. Raises tools.Missing."""
     tools.make()
     return [
         *programs(),
@@ -114,10 +116,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rehearse", action="store_true", help="make the image and run it, too")
     options = parser.parse_args()
+    begun = time.monotonic()
     try:
-        wrong = findings()
+        wrong = [*findings(), *started.findings()]
     except tools.Missing as error:
         wrong = [str(error)]
+    print(f"Checked in {time.monotonic() - begun:.0f} s.")
     if options.rehearse:
         wrong += rehearsal.main()
     print("\n".join(wrong) or "docker/ and deploy/ are well.")

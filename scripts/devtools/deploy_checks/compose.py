@@ -83,14 +83,15 @@ def _ours(service: Mapping[str, Any]) -> Iterator[str]:
         yield f"there is no user {user} in deploy/redis/users.acl or docker/valkey"
     if service["image"].endswith("-web"):
         return
-    command = service.get("command", ["worker"])
+    is_client = service["image"].endswith("-client")
+    command = service.get("command", ["serve"] if is_client else ["worker"])
     yield from command_findings(command)
     grace = float(service.get("stop_grace_period", "10s").removesuffix("s"))
     if command == ["worker"] and grace < settings.shutdown_timeout_s + REQUEUE_TIMEOUT_S:
         yield f"a worker that needs {settings.shutdown_timeout_s:g} s to end is killed after {grace:g} s"
     places = [mount.split(":")[0] for mount in service.get("tmpfs", [])]
     places += [volume.split(":")[1] for volume in service.get("volumes", [])]
-    if command[0] in {"worker", "deliver"} and not {"/cache", "/tmp"} <= {*places}:  # noqa: S108  # in a container
+    if command[0] in {"worker", "deliver", "serve"} and not {"/cache", "/tmp"} <= {*places}:  # noqa: S108  # in a container
         yield f"it writes to /cache and /tmp, and has {places}"
 
 
