@@ -48,6 +48,7 @@ SLOW_WAITING = (
     "test_bench_river.py",
     "test_soak.py",
     "test_telemetry.py",
+    "test_hostile_text.py",
     "test_backfill.py",
     "test_shards.py",
     "test_demo.py",

@@ -60,9 +60,9 @@ def test_as_text_no_line_is_forged() -> None:
 
 def test_what_is_written_while_one_image_is_decoded_names_its_job() -> None:
     first, second, third = events("""
-with log_context(job_id="a", attempt=2), native_output.attributed():
+with log_context(job_id="a", attempt=2), native_output.attributed("image/png"):
     written("no line's end")
-with log_context(job_id="b"), native_output.attributed():
+with log_context(job_id="b"), native_output.attributed("image/png"):
     written("of b\\n")
 written("of nobody")
 """)
@@ -74,14 +74,14 @@ written("of nobody")
 def test_where_it_can_be_of_several_jobs_all_are_named() -> None:
     (event,) = events("""
 def decode_another():
-    with log_context(job_id="b"), native_output.attributed():
+    with log_context(job_id="b"), native_output.attributed("image/png"):
         entered.set()
         left.wait()
 entered, left = threading.Event(), threading.Event()
 thread = threading.Thread(target=decode_another)
 thread.start()
 entered.wait()
-with log_context(job_id="a"), native_output.attributed():
+with log_context(job_id="a"), native_output.attributed("image/png"):
     written("of one of them\\n")
 left.set()
 thread.join()
@@ -89,9 +89,28 @@ thread.join()
     assert event["job_ids"] == "a,b"
 
 
+def test_a_librarys_words_tell_which_of_two_images_it_was() -> None:
+    png, jpeg = events("""
+def decode_another():
+    with log_context(job_id="b"), native_output.attributed("image/png"):
+        entered.set()
+        left.wait()
+entered, left = threading.Event(), threading.Event()
+thread = threading.Thread(target=decode_another)
+thread.start()
+entered.wait()
+for words in ("libpng warning: iCCP: too short\\n", "Corrupt JPEG data: premature end\\n"):
+    with log_context(job_id="a"), native_output.attributed("image/jpeg"):
+        written(words)
+left.set()
+thread.join()
+""")
+    assert (png["job_id"], jpeg["job_id"]) == ("b", "a")
+
+
 def test_a_flood_is_cut_and_blocks_no_writer() -> None:
     *lines, cut = events("""
-with log_context(job_id="a"), native_output.attributed():
+with log_context(job_id="a"), native_output.attributed("image/png"):
     written("\\n".join(["x" * 2000] * 30) + "\\n")
 """)
     assert len(lines) == native_output.MAX_LINES
@@ -156,8 +175,8 @@ def damaged_jpeg() -> bytes:
 def test_what_libjpeg_writes_about_an_image_is_an_event() -> None:
     (event,) = events(f"""
 from gradcam_worker.gradcam.decoding.decode import Limits, decode
-with log_context(job_id="a"), native_output.attributed():
-    decode({damaged_jpeg()!r}, Limits(max_damage=1))
+with log_context(job_id="a"):
+    decode({damaged_jpeg()!r}, Limits(max_damage=1), native_output.attributed)
 """)
     assert event["text"].startswith("Corrupt JPEG data: ")
     assert event["job_id"] == "a"

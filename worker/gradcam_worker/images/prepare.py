@@ -112,8 +112,7 @@ class FetchedImage:
         uri = fetched.uri
         del fetched, self._fetched  # `stored` has a copy of what decoders need
         with services.budgets.pixels.reserve(stored.declared_pixels, self._deadline) as reservation:
-            with native_output.attributed():  # decoders write what they think of a file to standard error
-                decoded = decode(stored, services.limits)
+            decoded = decode(stored, services.limits, native_output.attributed)
             image = DecodedImage(_input_record(uri, self.sha256, size, decoded), decoded, reservation)
             del decoded, stored
             self._reservation.shrink_to(0)

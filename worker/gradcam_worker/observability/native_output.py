@@ -4,6 +4,7 @@ Libraries in C write to file descriptor 2 by themselves: libjpeg and libpng abou
 that may come from its file; the driver of a GPU; the C library, before it aborts the process. Here a pipe
 takes the descriptor's place. A thread reads it, and so does each thread that has decoded an image, before it
 goes on (`attributed`): so lines that were written while images of one job alone were decoded name that job.
+Only the libraries that write are watched: JPEGs are decoded by another one, but for some rare ones.
 
 The supervisor makes the pipe and keeps its reading end: it logs what a process wrote last before it died.
 Nobody who writes is ever blocked: what does not fit into the pipe, 64 KiB, is lost.
@@ -32,6 +33,7 @@ MAX_LAST_LINES = 200  # of a process that died: among them a line for each frame
 MAX_LINE_LENGTH = 1000  # characters
 PARTIAL_LINE_S = 0.5  # after which a line without an end is logged as it is
 JOIN_TIMEOUT_S = 1.0
+WORDS = {"image/jpeg": b"JPEG", "image/png": b"libpng"}  # in what libjpeg and libpng write
 
 
 class Pipe(NamedTuple):
@@ -41,11 +43,18 @@ class Pipe(NamedTuple):
     write_fd: int
 
 
+class _Decoding(NamedTuple):
+    """An image that is being decoded."""
+
+    media_type: str
+    fields: Mapping[str, object]  # of the log context of its thread
+
+
 class _Written(NamedTuple):
-    """Lines that were read at once, and the log fields of the threads that may have caused them."""
+    """Lines that were read at once, and the images that were being decoded then."""
 
     lines: list[bytes]
-    jobs: list[Mapping[str, object]]
+    decoding: list[_Decoding]
 
 
 class _Reader:
@@ -54,22 +63,22 @@ class _Reader:
     def __init__(self, read_fd: int) -> None:
         self._read_fd, self._partial = read_fd, b""
         self._ended = self._closed = False  # nobody can write any more; nothing may be read any more
-        self._decoding: list[Mapping[str, object]] = []  # the log fields of each thread that decodes
+        self._decoding: list[_Decoding] = []
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._read, name="native-output", daemon=True)
         self._thread.start()
 
     @contextmanager
-    def attributed(self) -> Iterator[None]:
-        fields = context_fields()
+    def attributed(self, media_type: str) -> Iterator[None]:
+        decoding = _Decoding(media_type, context_fields())
         with self._lock:
-            self._decoding.append(fields)
+            self._decoding.append(decoding)
         try:
             yield
         finally:
             with self._lock:
                 written = self._take(whole=len(self._decoding) == 1)
-                self._decoding.remove(fields)
+                self._decoding.remove(decoding)
             _log(written)
 
     def close(self) -> None:
@@ -161,15 +170,18 @@ def capture(pipe: Sequence[str]) -> Iterator[None]:
 
 
 @contextmanager
-def attributed() -> Iterator[None]:
+def attributed(media_type: str) -> Iterator[None]:
     """Let what native code writes within the block be logged with the fields of this thread's job.
 
     Where other threads are in such a block at the time, for other jobs, all their jobs are named.
+
+    Args:
+        media_type: Of the image that is decoded within the block.
     """
     if _reader is None:
         yield
         return
-    with _reader.attributed():
+    with _reader.attributed(media_type):
         yield
 
 
@@ -193,13 +205,16 @@ def log_last_output(read_fd: int, **fields: object) -> None:
 
 
 def _log(written: _Written) -> None:
-    ids = {str(one.get("job_id", "")): one for one in written.jobs}
-    if len(ids) == 1:
-        (fields,) = ids.values()
-        with log_context(**fields):
-            _log_lines(written.lines, MAX_LINES, {})
-    else:
-        _log_lines(written.lines, MAX_LINES, {"job_ids": sorted(filter(None, ids))} if ids else {})
+    if written.lines:
+        first = written.lines[0]
+        suspects = [one for one in written.decoding if WORDS.get(one.media_type, b"") in first]
+        ids = {str(one.fields.get("job_id", "")): one.fields for one in suspects or written.decoding}
+        if len(ids) == 1:
+            (fields,) = ids.values()
+            with log_context(**fields):
+                _log_lines(written.lines, MAX_LINES, {})
+        else:
+            _log_lines(written.lines, MAX_LINES, {"job_ids": sorted(filter(None, ids))} if ids else {})
 
 
 def _log_lines(lines: list[bytes], limit: int, fields: Mapping[str, object]) -> None:

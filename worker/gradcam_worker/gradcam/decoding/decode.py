@@ -7,7 +7,7 @@ little memory for an image within the limits is an `InternalError`, not a damage
 
 import io
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import cv2
@@ -43,6 +43,7 @@ CMYK_COMPONENTS = 4  # of a JPEG
 BYTES_PER_PIXEL = 16  # peak while decoding, measured with a lossless WebP with alpha; 3 remain
 SPARE_BYTES = 32 * 1024**2  # that decoders may need in addition, for threads and tables
 CMYK_STRIP_ROWS = 256  # converted to RGB at a time
+Watch = Callable[[str], AbstractContextManager[object]]  # of the media type
 _OTHER_FORMATS = (
     (b"\x89PNG", "a PNG that was transferred as text, which changed its bytes"),
     (b"%PDF", "a PDF document"),
@@ -90,7 +91,7 @@ class Decoded:
         return height, width
 
 
-def decode(data: bytes | StoredImage, limits: Limits | None = None) -> Decoded:
+def decode(data: bytes | StoredImage, limits: Limits | None = None, watch: Watch = nullcontext) -> Decoded:
     """Decode an image: upright by EXIF, in sRGB, alpha flattened on white, the first frame of an animation.
 
     16-bit, grey, palette and CMYK images become 8-bit RGB. The same bytes always give the same pixels: a JPEG
@@ -99,6 +100,8 @@ def decode(data: bytes | StoredImage, limits: Limits | None = None) -> Decoded:
     Args:
         data: A JPEG, PNG, WebP, GIF or BMP file; or what `read_structure` returned for it.
         limits: Largest size and damage, and whether colours are converted; None: the defaults.
+        watch: Makes what surrounds each call of OpenCV: its libpng and libjpeg write to standard error what
+            they think of an image. Pillow and simplejpeg write nothing.
 
     Returns:
         The pixels (height, width, 3), uint8, RGB, what is missing of them, and which colours they had.
@@ -113,7 +116,7 @@ def decode(data: bytes | StoredImage, limits: Limits | None = None) -> Decoded:
     with _memory_errors(data, limits):
         stored = data if isinstance(data, StoredImage) else _read_structure(data, limits)
         conversion = find_conversion(stored.color, stored.components) if limits.convert_colors else None
-        pixels, damage, conversion = _decode_stored(stored, limits, conversion)
+        pixels, damage, conversion = _decode_stored(stored, limits, conversion, watch)
         _check_damage(stored, damage, limits)
         return Decoded(
             make_upright(_place_on_canvas(pixels, stored), stored.orientation),
@@ -224,20 +227,20 @@ def _check_damage(stored: StoredImage, damage: Damage | None, limits: Limits) ->
 
 
 def _decode_stored(
-    stored: StoredImage, limits: Limits, conversion: Conversion | None
+    stored: StoredImage, limits: Limits, conversion: Conversion | None, watch: Watch
 ) -> tuple[Pixels, Damage | None, Conversion | None]:
     """The first frame (height, width, 3), not yet upright; its damage; which conversion was applied to it."""
     kind, damage = stored.media_type, stored.damage
     if kind == JPEG:
-        return _decode_jpeg(stored, conversion)
+        return _decode_jpeg(stored, conversion, watch)
     if kind == WEBP:
         flags = cv2.IMREAD_UNCHANGED if stored.translucent else cv2.IMREAD_COLOR_RGB
-        pixels = _decode_by_opencv(stored, flags)
+        pixels = _decode_by_opencv(stored, watch, flags)
         pixels = alpha.flatten_on_white(pixels, conversion) if stored.translucent else pixels
     elif kind == PNG:
-        pixels, damage = _decode_png(stored, conversion)
+        pixels, damage = _decode_png(stored, conversion, watch)
     elif kind == BMP:
-        pixels = _decode_bmp(stored, limits, conversion)
+        pixels = _decode_bmp(stored, limits, conversion, watch)
     else:
         pixels = _decode_by_pillow(stored)
     if conversion and not stored.translucent:
@@ -246,7 +249,7 @@ def _decode_stored(
 
 
 def _decode_jpeg(
-    stored: StoredImage, conversion: Conversion | None
+    stored: StoredImage, conversion: Conversion | None, watch: Watch
 ) -> tuple[Pixels, Damage | None, Conversion | None]:
     """Decode and convert a JPEG, and measure its damage if libjpeg complains about it."""
     damage = stored.damage
@@ -267,7 +270,7 @@ def _decode_jpeg(
         if "subsampling" not in str(error):
             message = f"The image/jpeg data are damaged: {error}"
             raise ImageDecodeFailed(message) from error
-        pixels = _decode_by_opencv(stored)  # simplejpeg supports only the usual ones
+        pixels = _decode_by_opencv(stored, watch)  # simplejpeg supports only the usual ones
         if stored.components == CMYK_COMPONENTS:
             conversion = None  # OpenCV converted it in its own way
     if pixels.shape[2] == CMYK_COMPONENTS:
@@ -315,11 +318,15 @@ def _from_cmyk(cmyk: Pixels) -> Pixels:
     return pixels
 
 
-def _decode_png(stored: StoredImage, conversion: Conversion | None) -> tuple[Pixels, Damage | None]:
+def _decode_png(
+    stored: StoredImage, conversion: Conversion | None, watch: Watch
+) -> tuple[Pixels, Damage | None]:
     def decoder(stored: StoredImage) -> Pixels:
         if png_file.has_deep_transparent_color(stored):
-            return _decode_deep_transparent_color(stored, conversion)
-        return _decode_by_pillow(stored, conversion) if stored.translucent else _decode_by_opencv(stored)
+            return _decode_deep_transparent_color(stored, conversion, watch)
+        if stored.translucent:
+            return _decode_by_pillow(stored, conversion)
+        return _decode_by_opencv(stored, watch)
 
     if stored.damage is None and png_file.has_valid_checksums(stored):
         try:
@@ -330,25 +337,28 @@ def _decode_png(stored: StoredImage, conversion: Conversion | None) -> tuple[Pix
     return decoder(stored), stored.damage
 
 
-def _decode_deep_transparent_color(stored: StoredImage, conversion: Conversion | None) -> Pixels:
+def _decode_deep_transparent_color(
+    stored: StoredImage, conversion: Conversion | None, watch: Watch
+) -> Pixels:
     """Decode by OpenCV, which compares 16 bits of each channel with the transparent colour; Pillow 8."""
-    return alpha.flatten_on_white(_decode_by_opencv(stored, cv2.IMREAD_UNCHANGED), conversion)
+    return alpha.flatten_on_white(_decode_by_opencv(stored, watch, cv2.IMREAD_UNCHANGED), conversion)
 
 
-def _decode_bmp(stored: StoredImage, limits: Limits, conversion: Conversion | None) -> Pixels:
+def _decode_bmp(stored: StoredImage, limits: Limits, conversion: Conversion | None, watch: Watch) -> Pixels:
     if stored.damage:
         _check_damage(stored, stored.damage, limits)  # before memory is allocated for missing pixels
         stored = bmp_file.fill_with_zeros(stored)
     if not bmp_file.has_masks(stored):
-        return _decode_by_opencv(stored)
+        return _decode_by_opencv(stored, watch)
     pixels = bmp_file.decode_masked(stored)
     return alpha.flatten_on_white(pixels, conversion) if stored.translucent else pixels
 
 
-def _decode_by_opencv(stored: StoredImage, flags: int = cv2.IMREAD_COLOR_RGB) -> Pixels:
+def _decode_by_opencv(stored: StoredImage, watch: Watch, flags: int = cv2.IMREAD_COLOR_RGB) -> Pixels:
     kind = stored.media_type
     try:
-        pixels = cv2.imdecode(np.frombuffer(stored.data, np.uint8), flags)
+        with watch(kind):
+            pixels = cv2.imdecode(np.frombuffer(stored.data, np.uint8), flags)
     except cv2.error as error:
         message = f"The {kind} data are damaged: {error.err or error}"
         raise ImageDecodeFailed(message) from error
