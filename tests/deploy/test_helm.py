@@ -13,9 +13,10 @@ import pytest
 import redis
 
 import gradcam_worker
-from devtools.deploy_checks import cluster_environment, helm, scaling, tools, wiring
+from devtools.deploy_checks import cluster_environment, egress, helm, scaling, tools, wiring
 from devtools.deploy_checks.scaling import Scaler, Work
 from gradcam_worker.client.client import GradcamClient
+from gradcam_worker.runtime import supervisor
 from gradcam_worker.schemas.job import Job
 from gradcam_worker.schemas.work import ROUTES
 from gradcam_worker.settings import Settings
@@ -197,6 +198,41 @@ class TestRendered:
         assert "nvidia.com/gpu" not in limits["deliver"]["resources"]["limits"]
         assert limits["deliver"]["image"].endswith("-cpu")
 
+    def test_a_worker_ends_within_the_notice_that_its_node_gets(self) -> None:
+        documents = rendered("eks-spot")
+        settings = one(documents, "ConfigMap", "gradcam")["data"]
+        pod = one(documents, "Deployment", "gradcam-worker")["spec"]["template"]["spec"]
+        grace_s, left_s = pod["terminationGracePeriodSeconds"], float(settings["GRADCAM_SHUTDOWN_TIMEOUT_S"])
+        assert (grace_s, left_s) == (25, 13)
+        assert left_s + supervisor.REQUEUE_TIMEOUT_S < grace_s
+
+    @pytest.mark.parametrize(
+        ("values", "unavailable", "surge"),
+        [
+            ((), 0, "25%"),
+            (("worker.rollout=replace",), 1, 0),
+            (("worker.device=gpu",), 1, 0),
+            (("worker.device=gpu", "worker.rollout=surge"), 0, "25%"),
+        ],
+    )
+    def test_a_new_worker_comes_before_the_old_one_goes_unless_they_need_the_same_gpu(
+        self, values: tuple[str, ...], unavailable: int, surge: int | str
+    ) -> None:
+        strategy = one(rendered("cpu", *values), "Deployment", "gradcam-worker")["spec"]["strategy"]
+        assert strategy["rollingUpdate"] == {"maxUnavailable": unavailable, "maxSurge": surge}
+
+    def test_what_no_policy_lets_out_and_what_one_lets_out_too_much_is_found(self) -> None:
+        documents = rendered("eks-spot")
+        values = "networkPolicy.identity={eks-pod-identity}"
+        assert list(egress.findings(rendered("cpu"), {values: (documents, "")})) == []
+        policy = one(documents, "NetworkPolicy", "gradcam-worker")["spec"]
+        policy["egress"] = [rule for rule in policy["egress"] if "169.254.170.23/32" not in str(rule)]
+        policy["egress"].append({"to": [{"ipBlock": {"cidr": "169.254.170.0/28"}}]})
+        assert list(egress.findings(rendered("cpu"), {values: (documents, "")})) == [
+            f"{values} does not open 169.254.170.23:80/TCP",
+            f"{values} opens 169.254.170.2:80/TCP",
+        ]
+
     def test_a_tag_is_a_version_and_each_has_the_image_of_its_device(self) -> None:
         documents = rendered("everything")
         images = {
@@ -329,6 +365,7 @@ class TestRendered:
                 "PodMonitor does not find",
             ),
             ("PodDisruptionBudget", "worker", ("spec",), {"minAvailable": 1}, "drained"),
+            ("PodDisruptionBudget", "worker", ("spec",), {"maxUnavailable": 1}, "never becomes ready"),
             ("Deployment", "worker", (*CONTAINER, "volumeMounts"), FILES_ALONE, "/cache cannot be written"),
             (
                 "Deployment",

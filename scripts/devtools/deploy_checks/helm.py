@@ -5,7 +5,8 @@ fit together (`wiring`), and that settings pass over the variables of their Serv
 Once for each file: `helm lint --strict`, Kubernetes' own schemas, those of others' objects
 (deploy/helm/schemas), ours of who may do what (workload.schema.json), and what no schema says: which settings
 there are, that a pod has longer to end than its worker, that the scaler's formula is
-`scaling.Scaler.formula`. Then refused.yaml: what must be refused.
+`scaling.Scaler.formula`. Then refused.yaml, what must be refused, and `egress`: what each preset of the
+NetworkPolicy lets out.
 """
 
 import os
@@ -19,7 +20,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from devtools import ROOT
-from devtools.deploy_checks import cluster_environment, tools, wiring
+from devtools.deploy_checks import cluster_environment, egress, tools, wiring
 from devtools.deploy_checks.scaling import Scaler
 from devtools.deploy_checks.wiring import NAMESPACE, Document, of_kind, workloads
 from gradcam_worker.runtime import supervisor
@@ -60,7 +61,7 @@ def chart_findings() -> list[str]:
         lints = threads.map(lambda file: tools.run("helm", "lint", "--strict", CHART, "-f", file), files)
         asked = [(file, release) for file in files for release in RELEASES]
         made = [*threads.map(lambda one: template(one[0], release=one[1]), asked)]
-        wrong = [*refused(threads)]
+        wrong = [*refused(threads), *presets(threads)]
     for file, lint in zip(files, lints, strict=True):
         if lint.returncode or "WARNING" in lint.stdout + lint.stderr:
             wrong.append(f"{file.name}: helm lint: {lint.stdout} {lint.stderr}")
@@ -122,8 +123,26 @@ def refused(threads: ThreadPoolExecutor) -> Iterator[str]:
             yield f"--set {values} is refused without {word!r}: {errors}"
 
 
+def presets(threads: ThreadPoolExecutor) -> Iterator[str]:
+    """Yield what the presets of networkPolicy do not let out, or let out beside it."""
+    plain, *opened = threads.map(
+        lambda values: template(CHART / "ci" / "cpu.yaml", *values), [(), *((one,) for one in egress.OPENED)]
+    )
+    yield from egress.findings(plain[0], dict(zip(egress.OPENED, opened, strict=True)))
+
+
+def _rollouts(documents: list[Document]) -> Iterator[str]:
+    """What would end the only pod of a Deployment before the next one is ready."""
+    for deployment in of_kind(documents, "Deployment"):
+        (container,) = deployment["spec"]["template"]["spec"]["containers"]
+        unavailable = deployment["spec"]["strategy"]["rollingUpdate"]["maxUnavailable"]
+        if unavailable and container["resources"]["limits"].keys() <= {"cpu", "memory"}:
+            yield f"{deployment['metadata']['name']}: its only pod ends before the next one is ready"
+
+
 def findings(documents: list[Document]) -> Iterator[str]:
     """What no schema says."""
+    yield from _rollouts(documents)
     yield from wiring.findings(documents)
     for scaled in of_kind(documents, "ScaledObject"):
         yield from _scaler(scaled, documents)

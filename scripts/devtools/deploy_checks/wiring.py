@@ -43,10 +43,16 @@ def findings(documents: list[Document]) -> Iterator[str]:
     for route in of_kind(documents, "Ingress", "HTTPRoute"):
         yield from _route(route, of_kind(documents, "Service"))
     for budget in of_kind(documents, "PodDisruptionBudget"):
-        if "maxUnavailable" not in budget["spec"]:
-            yield "the PodDisruptionBudget lets no node be drained that has the only worker"
+        yield from _budget(budget)
     for pod in ours:
         yield from (f"{_component(pod)}: {finding}" for finding in _mounts(pod, documents))
+
+
+def _budget(budget: Document) -> Iterator[str]:
+    if "maxUnavailable" not in budget["spec"]:
+        yield "the PodDisruptionBudget lets no node be drained that has the only worker"
+    elif budget["spec"].get("unhealthyPodEvictionPolicy") != "AlwaysAllow":
+        yield "a pod that never becomes ready keeps its node from being drained"
 
 
 def workloads(documents: list[Document]) -> list[Document]:
@@ -67,10 +73,10 @@ def _name(document: Document) -> Iterator[str]:
 def _monitor(monitor: Document, pods: list[Document], services: list[Document]) -> Iterator[str]:
     kind, spec = monitor["kind"], monitor["spec"]
     if kind == "PodMonitor":
-        measured = {_component(pod): {*_ports(pod)} for pod in _selected(spec["selector"], pods)}
+        measured = {_component(pod): {*_ports(pod)} for pod in selected(spec["selector"], pods)}
         asked = {endpoint["port"] for endpoint in spec["podMetricsEndpoints"]}
     else:
-        chosen = _selected(spec["selector"], services)
+        chosen = selected(spec["selector"], services)
         measured = {_component(its): {port["name"] for port in its["spec"]["ports"]} for its in chosen}
         asked = {endpoint["port"] for endpoint in spec["endpoints"]}
     there = MEASURED & {_component(pod) for pod in pods}
@@ -111,7 +117,7 @@ def _ports(pod: Document) -> dict[str, int]:
     }
 
 
-def _selected(selector: Document, pods: list[Document]) -> list[Document]:
+def selected(selector: Document, pods: list[Document]) -> list[Document]:
     """The pods that a selector means."""
     wanted = {name: [value] for name, value in selector.get("matchLabels", {}).items()}
     wanted |= {rule["key"]: rule["values"] for rule in selector.get("matchExpressions", [])}
@@ -121,7 +127,7 @@ def _selected(selector: Document, pods: list[Document]) -> list[Document]:
 
 def _service(service: Document, pods: list[Document]) -> Iterator[str]:
     name, spec = service["metadata"]["name"], service["spec"]
-    chosen = _selected({"matchLabels": spec["selector"]}, pods)
+    chosen = selected({"matchLabels": spec["selector"]}, pods)
     if [f"-{_component(pod)}" for pod in chosen] != [name[name.rindex("-") :]]:
         yield f"Service {name} leads to {[_component(pod) for pod in chosen]}"
     for pod, port in ((pod, port) for pod in chosen for port in spec["ports"]):
@@ -142,7 +148,7 @@ def _addresses(document: Document, documents: list[Document]) -> Iterator[str]:
 
 def _policy(policy: Document, pods: list[Document]) -> Iterator[str]:
     name, spec = policy["metadata"]["name"], policy["spec"]
-    chosen = _selected(spec["podSelector"], pods)
+    chosen = selected(spec["podSelector"], pods)
     if not chosen:
         yield f"NetworkPolicy {name} is for no pod"
     ports = [port["port"] for rule in spec.get("ingress", []) for port in rule["ports"]]
@@ -165,7 +171,7 @@ def _closed(egress: list[Document], pods: list[Document]) -> Iterator[str]:
             port["port"]
             for rule in egress
             for peer in rule.get("to", [])
-            if "podSelector" in peer and pod in _selected(peer["podSelector"], pods)
+            if "podSelector" in peer and pod in selected(peer["podSelector"], pods)
             for port in rule["ports"]
         }
         if not open_ports & {*_ports(pod).values()}:

@@ -68,8 +68,22 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- mul $processes (add $threads (.Values.settings.shards | default 2 | int)) }}
 {{- end }}
 
+{{- /* Seconds for running jobs after SIGTERM. A worker hands back the rest and ends within 10 more: supervisor.py. */ -}}
+{{- define "gradcam.shutdown" -}}
+{{- $notice := int .Values.worker.noticeSeconds }}
+{{- $said := .Values.settings.shutdown_timeout_s | default (ternary (max 1 (sub $notice 12)) 90 (gt $notice 0)) }}
+{{- if and $notice (lt $notice 13) }}
+{{- fail (printf "worker.noticeSeconds (%d) is too short: a worker needs 13 s to hand back its jobs." $notice) }}
+{{- end }}
+{{- if and $notice (gt (add (ceil $said) 10) (int64 $notice)) }}
+{{- fail (printf "settings.shutdown_timeout_s (%v) must leave 10 s of worker.noticeSeconds (%d)." $said $notice) }}
+{{- end }}
+{{- $said }}
+{{- end }}
+
 {{- define "gradcam.grace" -}}
-{{ add (ceil (.Values.settings.shutdown_timeout_s | default 90)) .Values.worker.graceSeconds }}
+{{- $shutdown := include "gradcam.shutdown" . | float64 }}
+{{- .Values.worker.noticeSeconds | int | default (add (ceil $shutdown) .Values.worker.graceSeconds | int) }}
 {{- end }}
 
 {{- /* Of a pod: what is said for all, and over it what is said for this part. */ -}}
