@@ -244,6 +244,21 @@ def test_whoever_may_only_submit_may_do_all_that_a_client_does(port: int, admin:
         admin.delete(*names)
 
 
+@pytest.mark.parametrize("user", ["submitter", "worker"])
+def test_whoever_submits_may_wait_for_replicas(user: str, port: int, admin: redis.Redis) -> None:
+    settings = Settings(broker_url=url(port, user), key_prefix="gradcam:", submit_replicas=1)
+    job = Job.parse({"image": "s3://photos/coffee.jpg", "network": NETWORK, "target": {"top_n": 1}})
+    try:
+        with pytest.raises(
+            LedgerUnavailable, match="has 0 replicas that follow, and GRADCAM_SUBMIT_REPLICAS"
+        ):
+            RedisLedger(settings, retries=0).submit(job)
+        assert not admin.acl_log(), "nothing was denied"
+    finally:
+        names: Any = admin.keys("gradcam:*")
+        admin.delete(*names)
+
+
 def test_whoever_may_only_submit_may_serve_the_http_api(port: int, admin: redis.Redis) -> None:
     settings = Settings(broker_url=url(port, "submitter"), key_prefix="gradcam:")
     operator = RedisServer(settings.model_copy(update={"broker_url": url(port, "worker")}))

@@ -107,7 +107,7 @@ def test_what_holds_a_comma_or_a_line_break_stands_in_quotes_and_reaches_a_child
         ({"GRADCAM_BROKER_URL": ""}, "GRADCAM_BROKER_URL: '' has no scheme"),
         (
             {"GRADCAM_BROKER_URL": "http://h/0"},
-            "'http://h/0' has another scheme than redis or rediss: it must",
+            "'http://h/0' has another scheme than redis or rediss or sent",
         ),
         (
             {"GRADCAM_BROKER_URL": "redis://u:planted@host:port/0"},
@@ -125,11 +125,20 @@ def test_what_holds_a_comma_or_a_line_break_stands_in_quotes_and_reaches_a_child
             {"GRADCAM_LEDGER_URL": "redis://h/0?password=planted"},
             "GRADCAM_LEDGER_URL: 'redis://h/0' has options",
         ),
-        ({"GRADCAM_BROKER_URL": "sentinel://:planted@a:1;sentinel://:planted@b:2"}, "of a Redis Sentinel"),
         (
-            {"GRADCAM_BROKER_URL": "redis+sentinel://a:26379/0"},
-            "Redis Sentinel, which is not supported: name",
+            {"GRADCAM_BROKER_URL": "sentinel://:planted@a:1;sentinel://:planted@b:2"},
+            "'sentinel://...' has a host, a port, or an @ behind its hosts, that cannot be read: it must",
         ),
+        (
+            {"GRADCAM_BROKER_URL": "redis+sentinel://a:26379/mymaster/0"},
+            "'redis+sentinel://a:26379/mymaster/0' has another scheme than redis or rediss or sentinel",
+        ),
+        (
+            {"GRADCAM_BROKER_URL": "sentinel://:planted@a:1,b:2"},
+            "'sentinel://a:1,b:2' names no master behind the Sentinels: it must look like sentinel://host",
+        ),
+        ({"GRADCAM_LEDGER_URL": "sentinel://a/m/0?db=1"}, "'sentinel://a/m/0' has a part behind a ? or a #"),
+        ({"GRADCAM_LEDGER_URL": "sentinel://a/m/x"}, "'sentinel://a/m/x' has the path '/m/x'"),
         ({"GRADCAM_BROKER_URL": "redis+cluster://a/0"}, "is that of a Redis Cluster, which is not supported"),
         (
             {"GRADCAM_LEDGER_URL": "rediss+cluster://:planted@a/0"},

@@ -35,7 +35,7 @@ from gradcam_worker.errors import InvalidSettings
 from gradcam_worker.net import allowlist, ip_policy
 from gradcam_worker.net.webhook_signing import parse_secrets
 from gradcam_worker.schemas import bucket_names
-from gradcam_worker.text import comma_lists, urls
+from gradcam_worker.text import comma_lists, sentinel_urls, urls
 from gradcam_worker.text.urls import without_secrets
 from gradcam_worker.text.visible import visible
 
@@ -43,9 +43,13 @@ PathOrText = TypeVar("PathOrText", Path, str)
 
 PREFIX = "GRADCAM_"
 STORAGE_URI_FORM = "must look like s3://bucket/prefix or file:///folder, without a user or a password"
-ONE_SERVER = "name one server, or one address that leads to the master, as redis://host:6379/0"
+ONE_SERVER = (
+    "name one server, or one address that leads to the master, as redis://host:6379/0, or the Sentinels of a "
+    "master, as sentinel://host:26379,host:26379/mymaster/0"
+)
 SCHEMES = ("s3", "https", "http", "file", "data")
 REDIS_URL_FORM = "must look like redis://host:6379/0, or rediss:// for TLS"
+REDIS_SCHEMES = ("redis", "rediss", *urls.SENTINEL_SCHEMES)
 DATABASE_URL_FORM = "must look like sqlite:////folder/status.db or postgresql://user:password@host/database"
 COLLECTOR_FORM = "must look like http://collector:4318"
 S3_SERVER_FORM = "must look like https://s3.example.com:9000"
@@ -144,7 +148,8 @@ def _database_url(value: SecretStr) -> SecretStr:
 
 
 def _redis_url(text: str) -> str:
-    if problem := _redis_problem(text):
+    of_sentinels = "sentinel" in text.partition("://")[0].lower()
+    if problem := _sentinel_problem(text) if of_sentinels else _redis_problem(text):
         raise ValueError(problem)
     return text
 
@@ -200,12 +205,11 @@ def _redis_problem(text: str) -> str | None:
     scheme, _, rest = text.partition("://")
     shown = _shown(text)
     host = re.split("[/?#]", rest)[0].rpartition("@")[2]
-    for word in ("cluster", "sentinel"):
-        if word in scheme.lower():
-            return f"{shown} is that of a Redis {word.title()}, which is not supported: {ONE_SERVER}"
+    if "cluster" in scheme.lower():
+        return f"{shown} is that of a Redis Cluster, which is not supported: {ONE_SERVER}"
     if re.search("[,;]", host) or re.search(r"[,;]\s*\w+://", text):
         return f"{shown} names several servers: {ONE_SERVER}"
-    problem = _url_problem(text, shown, ("redis", "rediss"))
+    problem = _url_problem(text, shown, REDIS_SCHEMES)
     url = urls.parse(text)
     if problem or not url:
         return f"{problem}: it {REDIS_URL_FORM}"
@@ -215,6 +219,18 @@ def _redis_problem(text: str) -> str | None:
         return f"{shown} has options behind a ?, which are not supported: it {REDIS_URL_FORM}{hint}"
     if database and not database.isdecimal():
         return f"{shown} has the path {url.path!r}: it must be the number of a database, as /0"
+    return None
+
+
+def _sentinel_problem(text: str) -> str | None:
+    """What is wrong with the URL of a Sentinels' master, without possible secrets; None if it is valid."""
+    shown = _shown(text)
+    try:
+        if not sentinel_urls.is_sentinel_url(text):
+            return f"{shown} has another scheme than {' or '.join(REDIS_SCHEMES)}: it {sentinel_urls.FORM}"
+        sentinel_urls.parse(text)
+    except ValueError as error:
+        return f"{shown} {error}: it {sentinel_urls.FORM}{_encoding_hint(text)}"
     return None
 
 
@@ -374,11 +390,17 @@ class Settings(BaseSettings):
 
     # Queue and ledger
     broker_url: RedisUrl = "redis://127.0.0.1:6379/0"
-    """Redis or Valkey that holds the queue: `redis://` or `rediss://` (TLS)"""
+    """Redis or Valkey that holds the queue: `redis://`, `sentinel://`, or by TLS `rediss://`, `sentinels://`"""
     ledger_url: OptionalRedisUrl = ""
     """Redis or Valkey that holds the ledger; none: the broker's"""
     redis_ca: PemFile = None
-    """PEM file of the certificate authority of a `rediss://` server; none: the system's authorities"""
+    """PEM file of the certificate authority of the servers by TLS; none: the system's authorities"""
+    sentinel_user: str = ""
+    """user of the Sentinels themselves; none: their default user"""
+    sentinel_password: SecretStr = SecretStr("")
+    """password of the Sentinels themselves, which need not be the server's; none: they require none"""
+    submit_replicas: Annotated[int, Field(ge=0, le=100)] = 0
+    """how many replicas of the ledger's server must have a job before it is accepted (`WAIT`)"""
     key_prefix: str = "gradcam:"
     """prefix of every key in Redis"""
     visibility_timeout_s: Annotated[float, Field(ge=2, le=86_400)] = 900
@@ -606,7 +628,7 @@ class Settings(BaseSettings):
 
     def redis_tls(self, text: str) -> dict[str, Any]:
         """Return redis-py's TLS options for a URL: verify the server. Empty for a URL without TLS."""
-        if not text.casefold().startswith("rediss:"):
+        if not text.casefold().startswith(("rediss:", "sentinels:")):
             return {}
         trust = {"ssl_ca_certs": str(self.redis_ca)} if self.redis_ca else {}
         return {"ssl_cert_reqs": "required", "ssl_check_hostname": True, **trust}

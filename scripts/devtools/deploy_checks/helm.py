@@ -46,7 +46,7 @@ CHART_ALERTS = (
 RELEASES = ("gradcam", "gradcam-prod", "x", "a-release-whose-name-has-as-many-characters-as-can-be")
 # They come from the Secret: no ConfigMap may hold them ...
 SECRET = {"broker_url", "ledger_url", "s3_access_key_id", "s3_secret_access_key"}
-SECRET |= {"status_sql_url", "traces", "webhook_secrets"}
+SECRET |= {"sentinel_password", "status_sql_url", "traces", "webhook_secrets"}
 # ... and these from the chart, or from a supervisor.
 OWN = {"cache_dir", "devices", "metrics_host", "metrics_port", "networks", "redis_ca"}
 OWN |= {"engine_socket", "metrics_socket", "role", "starts", "stderr_pipe"}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import redis
 
 from gradcam_worker.broker.publisher import INTERACTIVE, QUEUES, ROUTES, SHARDS, TASKS
+from gradcam_worker.redis_server import sentinel
 from gradcam_worker.settings import Settings
 
 if TYPE_CHECKING:  # a client publishes without Celery, which the base install does not have
@@ -28,7 +29,9 @@ def make_app(settings: Settings, *, timeout_s: float = 10) -> "Celery":
 
     from gradcam_worker.broker.transport import Transport
 
-    app = Celery("gradcam", broker=settings.broker_url, set_as_current=False)
+    finder = sentinel.finder_for(settings, settings.broker_url)
+    url = finder.server_url if finder else settings.broker_url
+    app = Celery("gradcam", broker=url, set_as_current=False)
     app.conf.update(
         task_queues=[Queue(name) for name in QUEUES],
         task_default_queue=INTERACTIVE,
@@ -67,6 +70,7 @@ def make_app(settings: Settings, *, timeout_s: float = 10) -> "Celery":
             "health_check_interval": 15,
             "max_message_bytes": settings.max_message_bytes,
             "tasks": TASKS,
+            "finder": finder,
             "watched_lists": [*dict.fromkeys(ROUTES.values())],
             "unacknowledged_limits": {SHARDS: settings.shards},  # the other threads are for jobs
         },

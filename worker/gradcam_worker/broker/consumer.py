@@ -133,6 +133,9 @@ class JobConsumer(Consumer):  # type: ignore[misc]  # celery ships no types
         self.hooks.on_loop_turn()
         self.hooks.broker_outage.answered()
         channel, now_s = self.task_consumer.channel, time.monotonic()
+        if channel.has_moved:
+            message = "another server is the master now"
+            self._renew_connection(ConnectionError(message))
         channel.send_acks()
         without_thread = channel.unacknowledged().keys() - self.pool.running
         self._orphaned = {tag: self._orphaned.get(tag, now_s) for tag in without_thread}

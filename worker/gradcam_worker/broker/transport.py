@@ -18,6 +18,7 @@ from kombu.utils.encoding import bytes_to_str
 from gradcam_worker.broker import envelope, unreadable_items
 from gradcam_worker.broker.queue_watch import QueueWatch
 from gradcam_worker.redis_server.script import Key, LuaScript
+from gradcam_worker.redis_server.sentinel import MasterConnection, MasterFinder, MasterTLSConnection
 from gradcam_worker.schemas import strict_json
 from gradcam_worker.text.log_events import EventLogger
 
@@ -120,11 +121,13 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
     Message = Message
     from_transport_options = (
         *kombu_redis.Channel.from_transport_options,
+        "finder",
         "max_message_bytes",
         "unacknowledged_limits",
         "tasks",
         "watched_lists",
     )
+    finder: MasterFinder | None = None  # where Sentinels say which server is the broker
     max_message_bytes = 1024 * 1024  # of a job as JSON
     unacknowledged_limits: Mapping[str, int] = {}  # queue -> messages received here and not acknowledged
     tasks: Mapping[str, str] = {}  # queue -> the only task that it accepts
@@ -155,12 +158,25 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
             raise ConnectionError(message)
         return super()._get_pool(asynchronous)
 
+    def _connparams(self, asynchronous: bool = False) -> dict[str, Any]:
+        if self.finder:
+            self.connection_class, self.connection_class_ssl = MasterConnection, MasterTLSConnection
+        options: dict[str, Any] = super()._connparams(asynchronous)
+        return options | ({"finder": self.finder} if self.finder else {})
+
+    @property
+    def has_moved(self) -> bool:
+        """Whether this is connected to a server that was replaced by another master."""
+        return bool(getattr(self.client.connection, "has_moved", False))
+
     def close(self) -> None:
         """Close the channel and all its connections, also where unacknowledged messages cannot be put back.
 
         Kombu puts them back when its connections are closed already, opens new ones for that, and leaves
         those open. A message that cannot be put back now is redelivered after its visibility timeout.
         """
+        if self.has_moved:
+            self._in_poll = None  # a former master may never answer
         try:
             self.send_acks()
         except (redis.exceptions.RedisError, KombuError, OSError) as error:

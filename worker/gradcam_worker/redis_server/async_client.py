@@ -21,6 +21,7 @@ import redis.asyncio as redis_asyncio
 from redis.asyncio.connection import Connection, SSLConnection
 from redis.asyncio.retry import Retry
 
+from gradcam_worker.redis_server import sentinel
 from gradcam_worker.redis_server.client import BACKOFF, UNSENT, RedisClients, RedisServer, exhausted
 from gradcam_worker.resilience.blocking import blocking
 
@@ -114,7 +115,47 @@ class ResolvedTLSConnection(ResolvedConnection, SSLConnection):
         return {**super()._connection_arguments(), "server_hostname": self.host}
 
 
+class AsyncMasterConnection(ResolvedConnection):
+    """A connection to the master that Sentinels have chosen: see `sentinel.MasterConnection`."""
+
+    def __init__(self, *, finder: sentinel.MasterFinder, **options: Any) -> None:
+        """`finder` finds the master. The other arguments are those of `ResolvedConnection`."""
+        super().__init__(**options)
+        self._finder = finder
+
+    @property
+    def has_moved(self) -> bool:
+        """Whether this is connected to a former master."""
+        return self.is_connected and self._finder.has_moved((self.host, self.port))
+
+    async def _connect(self) -> None:
+        self.host, self.port = await self._finder.find_in_thread()
+        await super()._connect()
+
+    async def on_connect_check_health(self, check_health: bool = True) -> None:
+        """Log in, and refuse a server that is no master."""
+        seconds, self.socket_timeout = self.socket_timeout, sentinel.HANDSHAKE_TIMEOUT_S
+        try:
+            await super().on_connect_check_health(check_health)
+            await self.send_command("HELLO", check_health=False)
+            try:
+                reply = await self.read_response()
+            except redis.exceptions.ResponseError:  # an unknown command, or one that is not permitted
+                reply = {}
+        finally:
+            self.socket_timeout = seconds
+        sentinel.require_master(reply, self.host, self.port)
+
+
+class AsyncMasterTLSConnection(AsyncMasterConnection, ResolvedTLSConnection):
+    """The same, encrypted."""
+
+
 RESOLVED: dict[type, type] = {Connection: ResolvedConnection, SSLConnection: ResolvedTLSConnection}
+LEADING_TO_MASTER: dict[type, type] = {
+    ResolvedConnection: AsyncMasterConnection,
+    ResolvedTLSConnection: AsyncMasterTLSConnection,
+}
 
 
 # The latest failure of the pool when a task asked it for a connection.
@@ -148,6 +189,8 @@ class AsyncWaitingPool(redis_asyncio.BlockingConnectionPool):
 
     async def ensure_connection(self, connection: Any) -> None:
         """Connect. Raises the failure of an attempt that has ended meanwhile, or just before."""
+        if getattr(connection, "has_moved", False):
+            await connection.disconnect()
         if connection.is_connected:
             await super().ensure_connection(connection)
             return
@@ -189,6 +232,8 @@ class AsyncRedisClients(RedisClients):
             if resolved := RESOLVED.get(pool.connection_class):
                 pool.connection_class = resolved
                 pool.connection_kwargs["addresses"] = self._addresses
+            if self._finder:
+                sentinel.lead_to_master(pool, self._finder, LEADING_TO_MASTER)
             self._by_loop[loop] = redis_asyncio.Redis.from_pool(pool)
             self._closing[loop] = self._close_with(loop)
             await anext(self._closing[loop])
@@ -210,6 +255,8 @@ class AsyncRedisClients(RedisClients):
         """Close all connections of the running event loop except those that wait for an answer."""
         if client := self._by_loop.get(asyncio.get_running_loop()):
             await client.connection_pool.disconnect(inuse_connections=False)
+        if self._finder:
+            self._finder.close()
 
 
 class AsyncRedisServer(RedisServer):

@@ -6,13 +6,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from inspect import isawaitable
-from typing import Any
+from typing import Any, cast
 
 import redis
 from redis.backoff import ExponentialBackoff
 from redis.retry import Retry
 
 from gradcam_worker.errors import BrokerUnavailable, LedgerUnavailable
+from gradcam_worker.redis_server import sentinel
 from gradcam_worker.redis_server.script import LuaScript, Result
 from gradcam_worker.resilience.blocking import blocking, run_blocking
 from gradcam_worker.settings import ONE_SERVER, Settings
@@ -20,6 +21,7 @@ from gradcam_worker.text.urls import without_secrets
 
 MAX_CONNECTIONS = 256  # of one process: each thread needs one while it waits for an answer
 RELEASE_POLL_S = 0.05  # while waiting for a connection: the notification that one was released can be missed
+REPLICATED_S = 1.0  # within which replicas must have what was written
 Command = Sequence[str | int]  # its name and its arguments
 POOL_EXHAUSTED = "Too many connections"  # redis-py's message when its pool is exhausted
 BACKOFF = ExponentialBackoff(cap=0.5, base=0.05)  # of a command that redis-py retries
@@ -116,7 +118,8 @@ class RedisClients:
             timeout_s: The maximum time for one answer.
             retries: How often redis-py retries a command that failed.
         """
-        self._url, self._unavailable = url, unavailable
+        self._finder = sentinel.finder_for(settings, url)
+        self._url, self._unavailable = self._finder.server_url if self._finder else url, unavailable
         name = "ledger" if unavailable is LedgerUnavailable else "broker"
         self._server = f"The {name} at {without_secrets(url)}"
         self._wait_s = timeout_s  # for a connection
@@ -143,6 +146,8 @@ class RedisClients:
                 inherited.auto_close_connection_pool = False  # closing would wait for the parent's lock
             retry = Retry(BACKOFF, self._retries)
             pool = WaitingPool.from_url(self._url, **self._options, retry=retry, wait_s=self._wait_s)
+            if self._finder:
+                sentinel.lead_to_master(pool, self._finder)
             client = redis.Redis(connection_pool=pool)
             client.auto_close_connection_pool = True
             self._clients.setdefault(process_id, client)
@@ -186,6 +191,43 @@ class RedisClients:
             result: Result = await _received(self._call(client, script, prefix))
         return result
 
+    async def ask_replicated(self, script: LuaScript[Result], prefix: str, replicas: int) -> Result:
+        """Run a script, and wait until what it has written is in the memory of some replicas.
+
+        Args:
+            script: The script and its arguments.
+            prefix: The prefix of all keys, which is put in front of the arguments.
+            replicas: How many replicas.
+
+        Returns:
+            What the script returns.
+
+        Raises:
+            BrokerUnavailable, LedgerUnavailable: See `translate_errors`; or too few replicas answered within
+                REPLICATED_S. The script may then have changed something nevertheless.
+        """
+        client = await self._find_client()
+        keys, sha = script.keys(), client.register_script(script.source()).sha
+        with self.translate_errors():
+            for last in (False, True):
+                pipeline = client.pipeline(transaction=False)
+                pipeline.execute_command("EVALSHA", sha, len(keys), *keys, prefix, *script.arguments())
+                pipeline.execute_command("WAIT", replicas, int(REPLICATED_S * 1000))
+                result, count = await _received(pipeline.execute(raise_on_error=False))
+                if last or not isinstance(result, redis.exceptions.NoScriptError):
+                    break
+                await _received(client.script_load(script.source()))
+            for reply in (result, count):
+                if isinstance(reply, Exception):
+                    raise reply
+        if count < replicas:
+            message = (
+                f"{self._server} has {count} replicas that follow, and GRADCAM_SUBMIT_REPLICAS requires "
+                f"{replicas}: nothing is accepted before they do."
+            )
+            raise self._unavailable(message, retryable=True, changed_nothing=False)
+        return cast("Result", result)
+
     def _call(self, client: Any, script: LuaScript[Any], prefix: str) -> Any:
         script_class = type(script)
         if script_class not in self._scripts:
@@ -201,6 +243,8 @@ class RedisClients:
     async def close(self) -> None:
         """Close all connections except those on which a thread waits for an answer."""
         self.get_client().connection_pool.disconnect(inuse_connections=False)
+        if self._finder:
+            self._finder.close()
 
     def read_info(self) -> Mapping[str, Any]:
         """Read the server's INFO.
@@ -262,7 +306,9 @@ class RedisClients:
         refused = isinstance(error, ACCESS_ERRORS) or text.startswith(REFUSED_PREFIXES)
         cluster = isinstance(error, CLUSTER_ERRORS) or any(part in text for part in CLUSTER_TEXTS)
         problem = f"cannot be reached ({text})"
-        if isinstance(error, redis.exceptions.OutOfMemoryError):
+        if isinstance(error, sentinel.SentinelRefused):
+            pass  # its text says what to check
+        elif isinstance(error, redis.exceptions.OutOfMemoryError):
             problem = "is full: it accepts no writes until memory is freed or maxmemory is raised"
         elif refused:
             problem = f"refuses access ({text}): check the user, the password and the database of its URL"
@@ -282,7 +328,7 @@ async def _received(reply: Any) -> Any:
 
 
 class RedisServer:
-    """A Redis or Valkey server, not a Redis Cluster, and the scripts that run there."""
+    """A Redis or Valkey server, or the master of Sentinels, and the scripts that run there."""
 
     def __init__(self, settings: Settings, *, timeout_s: float = 5, retries: int = 2) -> None:
         """Connect to nothing yet.
@@ -292,7 +338,7 @@ class RedisServer:
             timeout_s: The maximum time for one answer.
             retries: How often a command that failed is retried.
         """
-        self.prefix = settings.key_prefix
+        self.prefix, self._replicas = settings.key_prefix, settings.submit_replicas
         self._clients = self._connect(
             settings, settings.ledger, LedgerUnavailable, timeout_s=timeout_s, retries=retries
         )
@@ -319,6 +365,12 @@ class RedisServer:
             LedgerUnavailable: The server cannot be reached, refuses access or is full.
         """
         return await self._clients.ask(script, self.prefix)
+
+    async def ask_replicated(self, script: LuaScript[Result]) -> Result:
+        """As `ask`, and wait until GRADCAM_SUBMIT_REPLICAS replicas have what the script has written."""
+        if not self._replicas:
+            return await self.ask(script)
+        return await self._clients.ask_replicated(script, self.prefix, self._replicas)
 
     def run(self, script: LuaScript[Result]) -> Result:
         """Run a script: see `ask`."""

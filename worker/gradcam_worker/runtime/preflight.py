@@ -27,10 +27,12 @@ from gradcam_worker.gradcam.files import weights
 from gradcam_worker.gradcam.registry.registry import Registry
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.redis_server.client import NO_CLUSTER
+from gradcam_worker.redis_server.sentinel import MasterUnknown
 from gradcam_worker.redis_server.server_checks import ServerMonitor
 from gradcam_worker.runtime import devices
 from gradcam_worker.settings import ONE_SERVER, Settings
 from gradcam_worker.storage.filesystem import LOCATION_ERRORS
+from gradcam_worker.text import sentinel_urls
 from gradcam_worker.text.log_events import EventLogger
 from gradcam_worker.text.urls import without_secrets
 
@@ -44,6 +46,7 @@ PERMANENT_ERRORS = (
     redis.exceptions.AuthorizationError,
     redis.exceptions.InvalidResponse,  # the server is no Redis
     redis.exceptions.NoPermissionError,
+    MasterUnknown,
 )
 PERMANENT_ERROR_TEXTS = ("CERTIFICATE", "WRONG_VERSION_NUMBER", "Invalid Database", "DB index")
 CREDENTIALS = "Correct address, user, password and database, and grant what deploy/redis/users.acl names."
@@ -81,8 +84,8 @@ def check_broker(settings: Settings) -> str:
     """Check that the broker answers. Returns its URL. Raises BrokerUnavailable, InvalidSettings."""
     publisher = Publisher(settings, timeout_s=ANSWER_TIMEOUT_S)
     try:
-        publisher.queue_length("normal")
         _check_mode(publisher.read_mode(), "GRADCAM_BROKER_URL")
+        publisher.queue_length("normal")
     except BrokerUnavailable as error:
         _raise_if_permanent(error, "GRADCAM_BROKER_URL")
         raise
@@ -102,8 +105,8 @@ def check_ledger(settings: Settings) -> str:
     name = "GRADCAM_LEDGER_URL" if settings.ledger_url else "GRADCAM_BROKER_URL"
     ledger = RedisLedger(settings, timeout_s=ANSWER_TIMEOUT_S, retries=0)
     try:
-        queued, running = ledger.count_jobs()
         _check_mode(ledger.server.read_mode(), name)
+        queued, running = ledger.count_jobs()
     except LedgerUnavailable as error:
         _raise_if_permanent(error, name)
         raise
@@ -129,9 +132,12 @@ def check_redis(settings: Settings) -> str:
 
 
 def _check_mode(mode: str, setting: str) -> None:
-    """Raise InvalidSettings for a cluster or a sentinel: they answer like a single server."""
-    if mode in {"cluster", "sentinel"}:
-        message = f"{setting}: the server is a Redis {mode.title()}, which is not supported: {ONE_SERVER}."
+    """Raise InvalidSettings for a cluster or a Sentinel: they answer like a single server."""
+    if mode == "cluster":
+        message = f"{setting}: the server is a Redis Cluster, which is not supported: {ONE_SERVER}."
+        raise InvalidSettings(message)
+    if mode == "sentinel":
+        message = f"{setting}: the server is a Redis Sentinel: the URL of its master {sentinel_urls.FORM}."
         raise InvalidSettings(message)
 
 

@@ -17,6 +17,7 @@ MAX_PORT = 65_535
 MAX_SHOWN_LENGTH = 2000  # characters of a URL within a text; a longer one with an @ is not shown
 WEB_SCHEMES = {"http", "https"}
 STORE_SCHEMES = {"s3", "file"}  # after the first slash there is a name, which may contain ? # and @
+SENTINEL_SCHEMES = ("sentinel", "sentinels")  # the second one by TLS; they name several hosts
 # The form with colons only: in others the key would begin within the ARN.
 ACCESS_POINT = re.compile(
     r"arn:aws[a-z-]*:s3[a-z-]*:[a-z0-9-]*:[0-9]{12}:"
@@ -43,7 +44,7 @@ class Url:
 
     scheme: str  # in lower case
     has_user: bool  # has a user or a password
-    host: str
+    host: str  # of Sentinels: all of them with their ports, with commas between
     port: int | None
     path: str
     query: str | None  # None: without a ?
@@ -86,6 +87,8 @@ def _read(text: str) -> tuple[Url | None, bool]:
     else:
         _, at, host_port = match["authority"].rpartition("@")
         # Some parsers read a backslash as a slash.
+        if scheme in SENTINEL_SCHEMES:
+            return _read_sentinels(match, at, host_port)
         split = None if "\\" in match["authority"] else _HOST_PORT.fullmatch(host_port)
         later = "@" in rest[len(match["authority"]) :]
         certain = scheme in WEB_SCHEMES and split and split["host"] and path and not at
@@ -93,6 +96,23 @@ def _read(text: str) -> tuple[Url | None, bool]:
             return None, bool(at) or later
         host, port = split["host"], int(split["port"]) if split["port"] else None
     return Url(scheme, bool(at), host, port, path, query, fragment), bool(at)
+
+
+def _read_sentinels(match: re.Match[str], at: str, hosts: str) -> tuple[Url | None, bool]:
+    """As `_read`, of a URL that names Sentinels."""
+    path, query, fragment = match["path"], match["query"], match["fragment"]
+    later = "@" in match.string[match.end("authority") :]
+    if later or not all(map(split_host, hosts.split(","))):
+        return None, bool(at) or later
+    return Url(match["scheme"].lower(), bool(at), hosts, None, path, query, fragment), bool(at)
+
+
+def split_host(text: str) -> tuple[str, int | None] | None:
+    """Return a host, without the brackets of IPv6, and its port, if it has one; None if it is neither."""
+    split = None if "\\" in text else _HOST_PORT.fullmatch(text)
+    if not split or not split["host"] or int(split["port"] or 0) > MAX_PORT:
+        return None
+    return split["host"].strip("[]"), int(split["port"]) if split["port"] else None
 
 
 def is_address(text: str) -> bool:

@@ -72,6 +72,9 @@ class RedisJobUpdates:
         """Detect a connection that was cut silently: it looks like one without notifications."""
         if not self._connection or time.monotonic() < self._next_ping_s:
             return
+        if getattr(self._connection, "has_moved", False):
+            message = "another server is the master now"
+            raise redis.exceptions.ConnectionError(message)
         if self._awaits_pong:
             message = f"no answer for {PING_INTERVAL_S:g} s"
             raise redis.exceptions.TimeoutError(message)
