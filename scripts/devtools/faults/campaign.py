@@ -31,13 +31,13 @@ class Attack:
 
 
 ATTACKS = {
-    "kill": Attack(8, 200, "kills"),
-    "engine": Attack(1, 10, "faults of each kind"),
-    "recovery": Attack(1, 4, "kills, with the default settings"),
+    "kill": Attack(8, 80, "kills"),
+    "engine": Attack(1, 4, "faults of each kind"),
+    "recovery": Attack(1, 3, "kills, with the default settings"),
     "failover": Attack(2, 5, "failovers"),
     "sentinel": Attack(1, 5, "faults of each kind, in each of three modes"),
     "servers": Attack(1, 15, "seconds of each fault"),
-    "mixed_fleet": Attack(6, 40, "faults in a fleet with each of the earlier releases"),
+    "mixed_fleet": Attack(5, 25, "faults in a fleet with each of the earlier releases"),
     "images": Attack(400, 4000, "mutated images"),
     "status": Attack(100, 1000, "jobs"),
     "soak": Attack(15, 300, "seconds"),
@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("attacks", nargs="*", metavar="attack", help=f"{', '.join(ATTACKS)}; none: all")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--short", action="store_true", help="what CI has time for: minutes (default)")
-    size.add_argument("--full", action="store_true", help="about half an hour")
+    size.add_argument("--full", action="store_true", help="about 40 minutes on two cores")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout, nothing else")
     parser.add_argument("--seed", type=int, default=0, help="of all that is left to chance")
     parser.add_argument("--count", type=int, help="another size, for the attacks that are named")
