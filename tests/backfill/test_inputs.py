@@ -566,6 +566,25 @@ class TestS3:
     def test_what_is_not_there_is_told(self, bucket: Settings, where: str, message: str) -> None:
         assert message in refused(where, bucket)
 
+    @pytest.mark.parametrize(
+        ("listing", "message"),
+        [
+            ("<IsTruncated>true</IsTruncated>", "sends no NextContinuationToken to ask for them"),
+            ("<Contents><Key>a/b.jpg</Key></Contents>", "it has no Size of 'a/b.jpg'"),
+        ],
+    )
+    def test_a_listing_that_is_no_whole_one_is_told(
+        self, listing: str, message: str, http_server: Any, answer: Any
+    ) -> None:
+        page = answer(200, f"<ListBucketResult>{listing}</ListBucketResult>".encode())
+        for prefix in ("a%2F", "a"):
+            http_server.url(f"/photos?list-type=2&prefix={prefix}&encoding-type=url", page)
+        keys = {"s3_access_key_id": "testing", "s3_secret_access_key": "testing"}
+        settings = Settings.model_validate({"s3_endpoint_url": f"http://{http_server.host}", **keys})
+        said = refused("s3://photos/a/", settings)
+        assert message in said
+        assert "KeyError" not in said
+
 
 class TestListsThatLookLikePrefixes:
     """What lies on S3 under a name that says nothing is an object, or the beginning of many names."""

@@ -21,7 +21,7 @@ from gradcam_worker.backfill import inflight, output
 from gradcam_worker.backfill.options import RunOptions
 from gradcam_worker.backfill.output import DatasetDir
 from gradcam_worker.backfill.plan import Plan
-from gradcam_worker.backfill.progress import Progress
+from gradcam_worker.backfill.progress import Progress, describe_trouble
 from gradcam_worker.backfill.registry import BackfillRecord, LeaseStatus
 from gradcam_worker.backfill.runner import BackfillRunner
 from gradcam_worker.backfill.sharding import cut_shards
@@ -796,6 +796,21 @@ def test_shown_is_what_is_known() -> None:
     assert about.facts(begun).items() >= {"total": 9996, "left_s": 94, "rows_per_s": 98.0}.items()
     assert about.text(replace(begun, whole=True, workers=None)).startswith("784 of 1,024 rows · ")
     assert unknown.text(Progress(workers=0)).startswith("No rows yet · no worker is alive")
+    assert about.text(replace(failing, trouble="no worker takes work: a\nb")).endswith("takes work: a\\nb")
+
+
+def test_workers_that_take_no_work_are_told_once_and_shown_with_the_reason(
+    harness: Harness, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a worker of another version says of its health is no trouble."""
+    told = {"a": '{"trouble": "The storage has failed."}', "b": '{"trouble": null}', "c": "later"}
+    monkeypatch.setattr(harness.ledger, "find_workers", lambda: told)
+    assert harness.run(plan, images(4))
+    assert {one.trouble for one in harness.shown} == {"1 of 3 workers takes no work: The storage has failed"}
+    assert harness.warnings == ["1 of 3 workers takes no work: The storage has failed."]
+    del told["b"], told["c"]
+    assert describe_trouble(told.values()) == "no worker takes work: The storage has failed"
+    assert describe_trouble([]) is None
 
 
 @pytest.mark.parametrize("form", ["terminal", "lines", "json"])

@@ -60,6 +60,7 @@ class Reception:
     settings: Settings
     redis: redis.Redis
     ledger_down: bool = False
+    paused: bool = False
     handled: dict[str, Any] = field(default_factory=dict)  # message id -> its one argument
     headers: dict[str, Any] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)  # message id -> why
@@ -134,7 +135,10 @@ def reception(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[R
             handler.handled[self.request.id] = [*args]
 
         app.task(explain, name=publisher.EXPLAIN, bind=True, shared=False, Request=Request)
-        hooks = ConsumerHooks(handler.refuse, lambda: None, handler.stall, Outages().broker)
+        outage = Outages().broker
+        hooks = ConsumerHooks(
+            handler.refuse, lambda: None, handler.stall, outage, is_paused=lambda: handler.paused
+        )
         setup_worker_optimizations(app)
         worker = app.WorkController(
             pool=ThreadPool,
@@ -194,6 +198,20 @@ def test_an_item_without_a_name_is_set_aside_and_the_worker_goes_on(
     assert kept[0]["sha256"] in lines[-1], "the log has what it takes to find it"
     assert "planted" not in caplog.text, "and not what it says"
     assert not reception.refused
+
+
+def test_a_worker_that_is_paused_leaves_messages_to_others_and_receives_them_afterwards(
+    reception: Reception,
+) -> None:
+    reception.paused = True
+    messages = [new_id() for _ in range(3)]
+    for message_id in messages:
+        reception.put(envelope(message_id))
+    time.sleep(1.5)  # longer than it takes to check all lists again
+    assert reception.redis.llen(reception.key(publisher.INTERACTIVE)) == len(messages)
+    assert reception.unacked() == 0
+    reception.paused = False
+    wait_for(lambda: reception.handled.keys() >= {*messages}, "the messages")
 
 
 def test_of_nameless_items_only_the_last_are_kept(reception: Reception) -> None:

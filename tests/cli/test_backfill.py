@@ -113,7 +113,12 @@ def test_a_list_becomes_a_dataset_and_status_says_so(
         "          1  image_not_found",
         f"Reason of each failure: file://{folder}/failed.jsonl",
         f"Dataset: file://{folder}",
-        f'Open it in Python: polars.read_parquet("{folder}/data/*.parquet")',
+        "Open it in Python, with one of the last three lines:",
+        "from pyarrow.dataset import dataset",
+        f'rows = dataset("{folder}/data")',
+        "import polars; cams = polars.scan_pyarrow_dataset(rows).collect()",
+        "import pandas; cams = rows.to_table().to_pandas()",
+        f'import duckdb; cams = duckdb.read_parquet("{folder}/data/*.parquet")',
     ]
     assert re.search(r"^\d+ of (about )?\d+ rows · ", err)
     files = sorted(folder.joinpath("data").iterdir())

@@ -14,11 +14,14 @@ from redis.client import Pipeline
 
 from gradcam_worker.errors import (
     AttemptFenced,
+    GradcamError,
     ImageFetchFailed,
     ImageNotFound,
+    JobTimeout,
     LedgerUnavailable,
     StorageUnavailable,
     UnknownJob,
+    WeightsUnavailable,
     WorkerUnfit,
 )
 from gradcam_worker.execution.attempt import Progress
@@ -28,6 +31,7 @@ from gradcam_worker.images import fetch
 from gradcam_worker.ledger.ledger import Tenant
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.resilience.circuit_breaker import CircuitBreaker
+from gradcam_worker.resilience.server_activity import ServerActivity
 from gradcam_worker.runtime import bootstrap
 from gradcam_worker.schemas.ids import new_id
 from gradcam_worker.schemas.job import Job
@@ -421,12 +425,70 @@ class ReadOnly(dict[str, bytes]):
 
 def test_a_worker_whose_storage_is_down_runs_no_job(harness: Harness) -> None:
     job = make_job()
-    for _ in range(10):
-        harness.breaker.failed(StorageUnavailable("HTTP 503"))
+    harness.breaker = CircuitBreaker(fails("HTTP 503"))
+    harness.breaker.probe()
     with pytest.raises(WorkerUnfit, match="503"):
         harness.handle(payload(job))
     with pytest.raises(UnknownJob):
         harness.read(job)
+
+
+def fails(why: str) -> Callable[[], object]:
+    """A probe of a storage that is down."""
+
+    def probe() -> None:
+        raise StorageUnavailable(why)
+
+    return probe
+
+
+def unanswered(seconds: float) -> ServerActivity:
+    """Requests that have had no answer for so long."""
+    activity = ServerActivity()
+    activity._since_s = time.monotonic() - seconds
+    return activity
+
+
+@pytest.mark.parametrize("kind", [ImageFetchFailed, JobTimeout, StorageUnavailable, WeightsUnavailable])
+def test_while_the_storage_is_down_no_attempt_counts_whatever_a_job_ends_with(
+    harness: Harness, kind: type[GradcamError]
+) -> None:
+    job = make_job(max_attempts=1)
+    harness.images["s3://in/a.png"] = kind("no answer")
+    harness.breaker = CircuitBreaker(fails("HTTP 503"), activities=[unanswered(3)])
+    with pytest.raises(WorkerUnfit, match="no answer"):
+        harness.handle(payload(job))
+    assert harness.breaker.open_reason, "at once, not after the next job"
+    document = harness.read(job)
+    assert (document.status, document.attempt, document.max_attempts) == ("queued", 1, 2)
+    harness.images["s3://in/a.png"] = IMAGE
+    harness.breaker.succeeded()
+    assert harness.handle({"id": job.id}, job.id) == Disposition.FINISHED
+    assert harness.read(job).status == "succeeded"
+
+
+def test_an_error_counts_where_the_storage_works_or_is_not_concerned(harness: Harness) -> None:
+    harness.images["s3://in/a.png"] = StorageUnavailable("no proxy lets it through")
+    assert harness.handle(payload(make_job())) == Disposition.RETRY
+    harness.images["s3://in/a.png"] = ImageFetchFailed("a host of the web does not answer")
+    probed: list[int] = []
+    harness.breaker = CircuitBreaker(lambda: probed.append(1), activities=[ServerActivity()])
+    assert harness.handle(payload(make_job())) == Disposition.RETRY
+    assert not probed
+
+
+def test_a_cancelled_job_is_not_handed_back(harness: Harness) -> None:
+    job = make_job()
+
+    def cancel() -> StorageUnavailable:
+        harness.ledger.cancel(job.id)
+        return StorageUnavailable("HTTP 503")
+
+    harness.images = Images(a=cancel)
+    harness.breaker = CircuitBreaker(fails("HTTP 503"))
+    with pytest.raises(WorkerUnfit):
+        harness.handle(payload(job))
+    assert harness.read(job).status == "canceled"
 
 
 def test_jobs_fail_no_attempt_while_s3_credentials_are_unavailable_and_finish_afterwards(
@@ -447,21 +509,19 @@ def test_jobs_fail_no_attempt_while_s3_credentials_are_unavailable_and_finish_af
     services = replace(fake_services({}), images=fetch.UriFetcher(settings, s3), stores=stores)
     worker, leases = WorkerRef(id="w", device="cpu"), LeaseManager(harness.ledger, "w", 15)
     handler = JobHandler(Settings(retry_backoff_s=1e-6), harness.ledger, services, worker, leases, breaker)
-    jobs = [make_job(image="s3://photos/a.png") for _ in range(4)]
+    jobs = [make_job(image="s3://photos/a.png", max_attempts=1) for _ in range(2)]
     refusal = b"<ErrorResponse><Error><Code>AccessDenied</Code><Message>No</Message></Error></ErrorResponse>"
     http_server.url("/", answer(403, refusal))
     http_server.url("/photos/a.png", answer(200, IMAGE))
-    assert [handler.handle(payload(job), job.id) for job in jobs[:3]] == [Disposition.RETRY] * 3
-    with pytest.raises(WorkerUnfit, match=r"AssumeRoleWithWebIdentity.*AccessDenied"):
-        handler.handle(payload(jobs[3]), jobs[3].id)
-    breaker.probe()
+    for job in jobs:
+        with pytest.raises(WorkerUnfit, match=r"AssumeRoleWithWebIdentity.*AccessDenied"):
+            handler.handle(payload(job), job.id)
+    assert harness.read(jobs[0]).status == "queued"
     assert harness.breaker.open_reason, "the output can be written, but images cannot be read"
     http_server.url("/", answer(200, CREDENTIALS_RESPONSE))
     breaker.probe()
     assert not breaker.open_reason
     for job in jobs:
-        harness.ledger._due[job.id] = 0
-        harness.ledger.requeue(job.id)
         assert handler.handle(payload(job), job.id) == Disposition.FINISHED
         assert harness.read(job).status == "succeeded"
 

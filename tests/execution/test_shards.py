@@ -473,6 +473,20 @@ def test_if_most_rows_have_a_transient_error_the_attempt_fails_unless_it_is_the_
     assert {flaky.fetches[image_uri] for image_uri in [*IMAGES][:6]} == {3}
 
 
+@pytest.mark.parametrize("last", [False, True], ids=["more attempts", "the last attempt"])
+def test_rows_that_the_storage_is_to_blame_for_are_not_written_as_failed(last: bool) -> None:
+    asked: list[int] = []
+
+    def storage_fails() -> bool:
+        asked.append(1)
+        return len(asked) > 1
+
+    harness = Harness(fetcher=FlakyFetcher(IMAGES, Counter({uri(1): 3})))
+    with pytest.raises(StorageUnavailable, match=r"1 of 11 images failed with a transient error, .*HTTP 503"):
+        harness.run(is_last_attempt=last, storage_fails=storage_fails)
+    assert not harness.store.objects
+
+
 def test_a_proxy_that_refuses_one_uri_fails_its_row_and_missing_credentials_fail_the_shard() -> None:
     def failed(cause: Exception) -> StorageUnavailable:
         error = StorageUnavailable(f"s3://in/2.png could not be read: {cause}")

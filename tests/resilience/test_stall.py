@@ -17,6 +17,7 @@ class Day:
 
     now_s: float = 1000.0
     waits: bool = False
+    paused: bool = False
     unreachable: bool = False
     asked: int = 0
     one: StallDetector = field(init=False)
@@ -43,7 +44,7 @@ class Day:
 def day(monkeypatch: pytest.MonkeyPatch) -> Day:
     made = Day()
     monkeypatch.setattr("gradcam_worker.resilience.stall.time.monotonic", lambda: made.now_s)
-    made.one = StallDetector(made.waiting, HUNG_S)
+    made.one = StallDetector(made.waiting, HUNG_S, lambda: made.paused)
     return made
 
 
@@ -62,6 +63,14 @@ def test_jobs_that_wait_and_are_not_taken_are_first_a_reason_for_no_more_and_the
     assert unready
     assert unhealthy
     assert unhealthy.startswith("jobs have waited for")
+
+
+def test_a_process_that_takes_no_jobs_on_purpose_is_not_stalled(day: Day) -> None:
+    day.waits = day.paused = True
+    assert day.passes(1000).reasons == (False, None)
+    day.paused = False
+    assert day.passes(stall.UNREADY_AFTER_S).reasons == (False, None), "its time begins now"
+    assert day.passes(15).reasons == (True, None)
 
 
 def test_a_queue_that_was_empty_meanwhile_is_no_queue_that_waits(day: Day) -> None:

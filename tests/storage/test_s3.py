@@ -31,6 +31,7 @@ from gradcam_worker.errors import (
 )
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.resilience.retry import Retries
+from gradcam_worker.resilience.server_activity import ServerActivity
 from gradcam_worker.settings import Settings
 from gradcam_worker.storage.s3 import NO_DEADLINE, S3, STORAGE, _try_both
 from gradcam_worker.storage.s3_errors import S3_ERRORS, InvalidBucket, InvalidListing
@@ -157,7 +158,7 @@ class TestBothLibraries:
 
     def test_only_a_panic_is_taken_for_one(self) -> None:
         with pytest.raises(SystemExit):
-            _try_both("s3://a/b", sys.exit, lambda: None, STORAGE.start())
+            _try_both("s3://a/b", sys.exit, lambda: None, STORAGE.start(), ServerActivity())
 
     def test_a_bucket_of_an_unusual_name_is_left_to_boto3(
         self, http_server: Any, answer: Any, handed_over: Any
@@ -555,6 +556,34 @@ class TestRefusals:
             assert said in str(caught.value)
             assert caught.value.retryable is (kind is ImageFetchFailed)
 
+    @pytest.mark.parametrize(
+        ("said", "advice"),
+        [
+            (
+                "User: x is not authorized to perform: kms:Decrypt on resource: arn:aws:kms:eu:1:key/k",
+                "grant it kms:Decrypt, as the server says.",
+            ),
+            (
+                "User: x is not authorized to perform: s3:GetObject with an explicit deny in a VPC policy",
+                "denies it, and no grant helps against that.",
+            ),
+            (
+                "User: x is not authorized to perform: s3:GetObject on resource: y",
+                "grant it s3:GetObject there. Where it may not list the bucket",
+            ),
+            ("Access Denied", "grant it s3:GetObject there. Where it may not list the bucket"),
+        ],
+        ids=["key", "endpoint", "object", "bare"],
+    )
+    def test_a_denial_quotes_the_server_and_advises_what_it_names(
+        self, http_server: Any, answer: Any, said: str, advice: str
+    ) -> None:
+        http_server.url("/photos/a.jpg", answer(403, page("AccessDenied", said)))
+        with pytest.raises(ImageForbidden) as caught:
+            local(http_server).read_image("photos", "a.jpg", 10, Deadline(10))
+        assert said in str(caught.value)
+        assert advice in str(caught.value)
+
     def test_what_a_server_says_is_made_fit_to_be_shown(self, http_server: Any, answer: Any) -> None:
         http_server.url("/photos/a.jpg", answer(403, page("AccessDenied", "a&#10;b \u202e" + "x" * 5000)))
         with pytest.raises(ImageForbidden) as caught:
@@ -571,10 +600,10 @@ MORE = "<IsTruncated>true</IsTruncated>"
 
 class TestListings:
     DEVIANT: ClassVar[dict[str, str]] = {
-        MORE + OBJECT.format("p/a"): "NextContinuationToken",
-        "<Contents><Key>p/a</Key></Contents>": "Size",
+        MORE + OBJECT.format("p/a"): "more objects, but sends no NextContinuationToken",
+        "<Contents><Key>p/a</Key></Contents>": "it has no Size of 'p/a'",
         "<Contents><Key>p/a</Key><Size>many</Size></Contents>": "cannot be read",
-        "<Contents><Size>1</Size></Contents>": "Key",
+        "<Contents><Size>1</Size></Contents>": "it has no Key of an object",
         OBJECT.format("q/a"): "does not begin with 'p/'",
         MORE + OBJECT.format("p/a") + TOKEN.format("t"): "again and again",
     }
@@ -763,3 +792,30 @@ class TestDownloads:
         with pytest.raises(WeightsUnavailable, match=r"s3://models/a\.keras could not be read") as refused:
             s3.download("s3://models/a.keras", Taken())
         assert refused.value.retryable
+
+
+class TestActivity:
+    """What counts as an answer of the server, and what as its silence."""
+
+    def test_a_refusal_a_missing_or_a_large_object_is_an_answer(self, http_server: Any, answer: Any) -> None:
+        s3 = local(http_server)
+        dated = {"last-modified": "Mon, 02 Jan 2006 15:04:05 GMT", "etag": '"a"'}
+        http_server.url("/photos/large.jpg", answer(200, b"x" * 20, dated))
+        http_server.url("/photos/denied.jpg", answer(403, page("AccessDenied")))
+        http_server.url("/photos/none.jpg", answer(404, page("NoSuchKey")))
+        for name in ("large", "denied", "none"):
+            with pytest.raises(GradcamError):
+                s3.read_image("photos", f"{name}.jpg", 10, Deadline(5))
+            assert (s3.reads.silent_s, s3.reads.has_failed) == (0, False), name
+
+    def test_a_server_that_fails_or_knows_no_keys_is_silent(self, http_server: Any, answer: Any) -> None:
+        s3 = local(http_server)
+        for status, code in ((503, "SlowDown"), (403, "InvalidAccessKeyId")):
+            http_server.url("/own/a", answer(status, page(code)))
+            with pytest.raises(S3_ERRORS):
+                s3.put("own", "a", b"data", "text/plain", retries(0.2))
+            assert s3.writes.has_failed, code
+            assert s3.reads.silent_s == 0
+            http_server.url("/own/a", answer(200, b"", {"etag": '"a"'}))
+            s3.put("own", "a", b"data", "text/plain", retries(5))
+            assert (s3.writes.silent_s, s3.writes.has_failed) == (0, False)

@@ -54,6 +54,9 @@ DATABASE_URL_FORM = "must look like sqlite:////folder/status.db or postgresql://
 COLLECTOR_FORM = "must look like http://collector:4318"
 S3_SERVER_FORM = "must look like https://s3.example.com:9000"
 BAD_PORT = f"a port that is no number from 1 to {urls.MAX_PORT}"
+UNREADABLE_STORAGE_CLASSES = {"GLACIER", "DEEP_ARCHIVE"}  # what is in them has to be restored first
+OBJECT_TAG = re.compile(r"[\w .:/+@-]{1,128}=[\w .:/+=@-]{0,256}")  # as S3 allows
+MAX_TAGS = 10  # of an object
 AUTO: Literal["auto"] = "auto"
 MAX_JOB_PROCESSES = 256
 MAX_SHOWN_LENGTH = 100  # characters of a received value in an error message
@@ -158,6 +161,28 @@ def _s3_server(text: str) -> str:
     if problem := _s3_server_problem(text):
         raise ValueError(problem)
     return text
+
+
+def _storage_class(text: str) -> str:
+    if not re.fullmatch("[A-Z][A-Z0-9_]{0,63}", text):
+        message = f"{text[:MAX_SHOWN_LENGTH]!r} must look like STANDARD_IA"
+        raise ValueError(message)
+    if text in UNREADABLE_STORAGE_CLASSES:
+        message = f"{text!r} cannot be read back at once, as a worker must: write GLACIER_IR for an archive"
+        raise ValueError(message)
+    return text
+
+
+def _object_tags(texts: tuple[str, ...]) -> tuple[str, ...]:
+    names = [text.partition("=")[0] for text in texts]
+    wrong = [text for text in texts if not OBJECT_TAG.fullmatch(text)]
+    if wrong or len(set(names)) < len(names) or len(names) > MAX_TAGS:
+        message = (
+            f"{(wrong or [comma_lists.join(texts)])[0][:MAX_SHOWN_LENGTH]!r} must look like "
+            f"team=vision,cost-centre=42, with {MAX_TAGS} names at most, each once"
+        )
+        raise ValueError(message)
+    return texts
 
 
 def _traces_url(text: str) -> str:
@@ -325,6 +350,8 @@ OptionalPath = Annotated[
 PemFile = Annotated[OptionalPath, AfterValidator(_file)]
 TracesUrl = Annotated[str, _unless_empty(_traces_url), Field(repr=False)]  # it may hold a password
 S3ServerUrl = Annotated[str, _unless_empty(_s3_server)]
+StorageClass = Annotated[str, _unless_empty(_storage_class)]
+ObjectTags = Annotated[StringList, AfterValidator(_object_tags)]
 Devices = Annotated[str, BeforeValidator(_devices)]
 JobProcesses = Annotated[
     Annotated[int, Field(ge=0, le=MAX_JOB_PROCESSES)] | Literal["auto"], BeforeValidator(_job_processes)
@@ -475,6 +502,18 @@ class Settings(BaseSettings):
     """access key; none: from the AWS environment variables, profile or role"""
     s3_secret_access_key: SecretStr = SecretStr("")
     """secret of the access key"""
+    s3_checksum: Literal["auto", "sha256"] = "auto"
+    """checksum of what is written: `sha256`; `auto`: only in buckets that have asked for one"""
+    s3_sse: Literal["", "AES256", "aws:kms", "aws:kms:dsse"] = ""
+    """how S3 encrypts what is written: `AES256`, `aws:kms`, `aws:kms:dsse`; none: as the bucket says"""
+    s3_sse_kms_key_id: str = ""
+    """KMS key that encrypts what is written, by id, ARN or alias; none: the bucket's, or S3's own"""
+    s3_request_payer: Literal["", "requester"] = ""
+    """`requester`: whoever owns the keys pays for requests to buckets of others"""
+    s3_storage_class: StorageClass = ""
+    """storage class of what is written, as `STANDARD_IA`; none: the bucket's"""
+    s3_tags: ObjectTags = ()
+    """tags of what is written, as `team=vision,cost-centre=42`; at most 10"""
 
     # Status
     webhook_hosts: HostList = ()
@@ -620,6 +659,19 @@ class Settings(BaseSettings):
             message = "it and GRADCAM_S3_ACCESS_KEY_ID must be given together"
             raise ValueError(message)
         return secret
+
+    @field_validator("s3_sse_kms_key_id")
+    @classmethod
+    def _require_kms(cls, key_id: str, info: ValidationInfo) -> str:
+        if key_id and not info.data.get("s3_sse", "").startswith("aws:kms"):
+            message = "it needs GRADCAM_S3_SSE=aws:kms, or aws:kms:dsse"
+            raise ValueError(message)
+        return key_id
+
+    @property
+    def s3_tags_by_name(self) -> dict[str, str]:
+        """The tags of what is written to S3."""
+        return {name: value for name, _, value in (tag.partition("=") for tag in self.s3_tags)}
 
     @property
     def ledger(self) -> str:

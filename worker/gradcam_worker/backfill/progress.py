@@ -1,8 +1,9 @@
 """The progress of a backfill, and its speed."""
 
+import json
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +29,7 @@ class Progress:
     lost: int = 0  # shards that failed as a whole: the dataset lacks their rows
     in_flight: int = 0  # shards
     workers: int | None = None  # alive; None: unknown
+    trouble: str | None = None  # why workers take no work, if any do not
     rows_per_s: float = 0.0
 
     @property
@@ -38,6 +40,28 @@ class Progress:
     def facts(self) -> dict[str, Any]:
         """Return the fields as JSON."""
         return {**vars(self), "codes": dict(self.codes), "warnings": dict(self.warnings)}
+
+
+def describe_trouble(health: Iterable[str]) -> str | None:
+    """Return which workers take no work, and why the first of them does not; None: all do.
+
+    Args:
+        health: The health of each worker, as JSON: see `Ledger.find_workers`.
+    """
+    told = [*map(_trouble, health)]
+    troubles = [one for one in told if one]
+    if not troubles:
+        return None
+    few = f"{len(troubles)} of {len(told)} workers {'takes' if len(troubles) == 1 else 'take'} no work"
+    return f"{'no worker takes work' if len(troubles) == len(told) else few}: {troubles[0].rstrip('.')}"
+
+
+def _trouble(health: str) -> str | None:
+    try:
+        told = json.loads(health)
+    except ValueError:  # of a later version
+        return None
+    return str(told.get("trouble") or "") or None if isinstance(told, dict) else None
 
 
 class RateMeter:

@@ -23,7 +23,7 @@ from gradcam_worker.backfill.options import RunOptions
 from gradcam_worker.backfill.outages import OutageLog
 from gradcam_worker.backfill.output import DatasetDir, WeightsCheck
 from gradcam_worker.backfill.plan import Plan
-from gradcam_worker.backfill.progress import Progress, RateMeter
+from gradcam_worker.backfill.progress import Progress, RateMeter, describe_trouble
 from gradcam_worker.backfill.registry import BackfillLease, BackfillRegistry
 from gradcam_worker.backfill.reuse import DoneRows, FirstShards, read_done_rows
 from gradcam_worker.errors import (
@@ -47,7 +47,7 @@ log = EventLogger("gradcam")
 MAX_TRIES = 3  # of a shard that fails as a whole
 MIN_POLL_INTERVAL_S, MAX_POLL_INTERVAL_S = 0.05, 1.0  # of the shards in flight: longer while nothing changes
 MAX_SUBMIT_S = 0.2  # before the shards in flight are polled again
-WORKER_COUNT_INTERVAL_S = 2.0
+WORKER_COUNT_INTERVAL_S = 1.0
 DEFAULT_OPTIONS = RunOptions()
 
 
@@ -191,7 +191,13 @@ class BackfillRunner:
 
     def _count_workers(self) -> None:
         if self._outages.unavailable or time.monotonic() - self._workers_counted_s >= WORKER_COUNT_INTERVAL_S:
-            self.progress = replace(self.progress, workers=len(self._ledger.find_workers()))
+            workers = self._ledger.find_workers()
+            trouble = describe_trouble(workers.values())
+            if bool(trouble) != bool(self.progress.trouble):
+                self._warn(
+                    f"{trouble[0].upper()}{trouble[1:]}." if trouble else "All workers take work again."
+                )
+            self.progress = replace(self.progress, workers=len(workers), trouble=trouble)
             self._workers_counted_s = time.monotonic()
 
     def _is_finished(self) -> bool:

@@ -103,6 +103,7 @@ class ConsumerHooks:
     on_loop_turn: Callable[[], None]  # called each TURN_INTERVAL_S, and while the broker is unreachable
     stall: StallDetector
     broker_outage: Outage
+    is_paused: Callable[[], bool] = lambda: False  # whether no message is to be received
 
 
 class JobConsumer(Consumer):  # type: ignore[misc]  # celery ships no types
@@ -124,6 +125,7 @@ class JobConsumer(Consumer):  # type: ignore[misc]  # celery ships no types
         self.hooks.stall.broker_reachable()
         self._renewing, self._orphaned = False, {}
         self.task_consumer.channel.on_connection_unusable = self._renew_connection
+        self.task_consumer.channel.is_paused = self.hooks.is_paused
         self.task_consumer.channel.watch_queues(lambda: self.hub.call_soon(lambda: None))
         self._turn()
         self._turn_timer = self.timer.call_repeatedly(TURN_INTERVAL_S, self._turn)

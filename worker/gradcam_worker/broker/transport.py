@@ -133,6 +133,7 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
     tasks: Mapping[str, str] = {}  # queue -> the only task that it accepts
     watched_lists: Sequence[tuple[str, int]] = ()  # queue and priority
     on_connection_unusable: Callable[[Exception], None] = staticmethod(lambda _: None)
+    is_paused: Callable[[], bool] = staticmethod(lambda: False)  # whether no message is to be received
 
     _reused_client: Any = None
     _queue_watch: QueueWatch | None = None
@@ -194,6 +195,8 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
 
     def has_room(self, queue: str) -> bool:
         """Whether another message of this queue may be received now."""
+        if self.is_paused():
+            return False
         limit = self.unacknowledged_limits.get(queue)
         return limit is None or self._unacknowledged_count(queue) < limit
 

@@ -66,6 +66,7 @@ class JobContext:
     row_search: RowSearch | None = None  # of a shard: state of the search for the row that killed the worker
     is_last_attempt: bool = False
     progressed: Callable[[], None] = lambda: None  # reports that the job is not stuck
+    storage_fails: Callable[[], bool] = lambda: False  # whether the storage is why reads have failed
 
     @contextmanager
     def enter_stage(self, stage: str) -> Iterator[None]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 from pydantic import AwareDatetime, TypeAdapter
 
@@ -21,12 +21,15 @@ from gradcam_worker.errors import (
     AttemptFenced,
     GradcamError,
     IdempotencyConflict,
+    ImageFetchFailed,
     InternalError,
     InvalidJob,
     JobCanceled,
+    JobTimeout,
     LedgerUnavailable,
     StorageUnavailable,
     UnknownBackfill,
+    WeightsUnavailable,
     WorkerUnfit,
 )
 from gradcam_worker.execution import pipeline, shards
@@ -57,6 +60,8 @@ log = EventLogger("gradcam")
 WRITE_PROGRESS_INTERVAL_S = 0.5  # a shorter stage is not worth a request to the ledger
 TURN_PAUSE_S = 0.01  # before the ledger is asked again whose turn it is
 WRITE_PATIENCE_S = 30  # time to keep trying to write a final state or a checkpoint
+# Errors that storage may cause by its silence, besides those that name it.
+SILENCE_ERRORS = (ImageFetchFailed, JobTimeout)
 TIMESTAMP = TypeAdapter(AwareDatetime)
 Kind = type[Job] | type[Shard]
 WRONG_QUEUE: dict[Kind, str] = {  # kind that the queue is for -> why the other kind is refused
@@ -332,6 +337,7 @@ class JobHandler:
             row_search=row_state(crashed).search if crashed else None,
             is_last_attempt=document.attempt >= document.max_attempts,
             progressed=self.stall.progressed,
+            storage_fails=lambda: self.breaker.may_be_to_blame() and self.breaker.confirm(),
         )
         with (
             self._track_in_flight(document, context, shard=isinstance(work, Shard)),
@@ -377,8 +383,8 @@ class JobHandler:
                 "job_failed_unexpectedly", stage=context.current_stage
             )
             error = InternalError.of(error)
-        if isinstance(error, StorageUnavailable):
-            self.breaker.failed(error)
+        if self._storage_is_to_blame(error):
+            self._hand_back(document, error)
         tracing.annotate(error)
         problem = Problem.of(error, stage=context.current_stage, attempt=document.attempt)
         changes: dict[str, Any] = {"error": problem, "metrics": {**document.metrics, **context.metrics}}
@@ -395,6 +401,29 @@ class JobHandler:
             written = self.ledger.postpone(document, delay_s=delay_s, patience_s=WRITE_PATIENCE_S, **changes)
         _report_end(written)
         return Disposition.RETRY
+
+    def _storage_is_to_blame(self, error: GradcamError) -> bool:
+        """Whether no job could succeed here at present: the storage is down, or gives this worker no access.
+
+        Where the storage works when it is probed after the error, the attempt counts: else a job that no
+        server can store would be tried for ever.
+        """
+        if isinstance(error, StorageUnavailable):
+            return self.breaker.confirm() or _has_no_keys(error)
+        if isinstance(error, SILENCE_ERRORS) and not self.breaker.may_be_to_blame():
+            return False
+        return isinstance(error, (*SILENCE_ERRORS, WeightsUnavailable)) and self.breaker.confirm()
+
+    def _hand_back(self, document: StatusDocument, error: GradcamError) -> NoReturn:
+        """Queue a job again without counting this attempt.
+
+        Raises:
+            WorkerUnfit: The caller has to requeue its message.
+            LedgerUnavailable: As `handle`. The job is queued again when its lease has expired.
+        """
+        self.ledger.requeue_unfinished(document.id, document.attempt)
+        log.warning("job_handed_back", error=error)
+        raise WorkerUnfit(str(error)) from error
 
     def _finish(self, work: Work, document: StatusDocument, *, status: str, **changes: Any) -> None:
         with tracing.span("write"):
@@ -417,6 +446,15 @@ class JobHandler:
         settings = self.settings
         policy = RetryPolicy(settings.retry_backoff_s, settings.retry_backoff_max_s, jitter=HALF_OR_MORE)
         return policy.pause_s(attempt)
+
+
+def _has_no_keys(error: StorageUnavailable) -> bool:
+    """Whether this worker has no valid keys for its storage."""
+    if error.__cause__ is None:
+        return False
+    from gradcam_worker.storage.s3_errors import has_no_keys  # not where jobs are eager
+
+    return has_no_keys(error.__cause__)
 
 
 def _report_end(written: StatusDocument) -> None:

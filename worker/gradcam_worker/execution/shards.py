@@ -30,6 +30,7 @@ from gradcam_worker.errors import (
     ImageFetchFailed,
     InternalError,
     NetworkCrashed,
+    StorageUnavailable,
     WeightsChecksumMismatch,
     WorkerLost,
 )
@@ -284,6 +285,7 @@ class _ShardRun:
         Raises:
             ImageFetchFailed: More than half of the images cannot be fetched at present.
             InternalError: More than half of the rows failed with another transient error.
+        StorageUnavailable: The storage is why rows failed.
         """
         outcomes: list[Outcome | None] = [None] * len(self.shard.rows)
         compute = self._compute_alone if self.context.after_crash else self._compute_pipelined
@@ -295,15 +297,24 @@ class _ShardRun:
         }
         if 2 * len(transient) > len(indexes) and not self.context.is_last_attempt:
             first: Any = next(iter(transient.values()))
-            message = (
-                f"{len(transient)} of {len(indexes)} images failed with a transient error, "
-                f"the first with: {first.detail}"
-            )
-            raise (ImageFetchFailed if first.code == ImageFetchFailed.code else InternalError)(message)
+            kind = ImageFetchFailed if first.code == ImageFetchFailed.code else InternalError
+            raise kind(_describe(transient, len(indexes)))
         if transient:
+            self._check_storage(transient, len(indexes))
             time.sleep(min(RETRY_ROWS_AFTER_S, self.context.deadline.left_s()))
             compute([*transient], outcomes)
+            still = {
+                index: outcome
+                for index in transient
+                if (outcome := outcomes[index]) and self._is_transient(index, outcome)
+            }
+            self._check_storage(still, len(indexes))
         return outcomes
+
+    def _check_storage(self, transient: Mapping[int, Outcome], rows: int) -> None:
+        """Raise StorageUnavailable where that is why rows have failed: they must not be written as failed."""
+        if transient and self.context.storage_fails():
+            raise StorageUnavailable(_describe(transient, rows))
 
     def _is_transient(self, index: int, outcome: Outcome) -> bool:
         if not isinstance(outcome, Problem) or self.shard.rows[index].problem:
@@ -506,6 +517,12 @@ class _ShardRun:
             )
             for index, (pixels, selection) in enumerate(zip(batch, selections, strict=True))
         ]
+
+
+def _describe(transient: Mapping[int, Outcome], rows: int) -> str:
+    """A sentence about rows that have failed with a transient error."""
+    first: Any = next(iter(transient.values()))
+    return f"{len(transient)} of {rows} images failed with a transient error, the first with: {first.detail}"
 
 
 def _groups(indexes: Iterable[int], size: int) -> list[list[int]]:

@@ -14,9 +14,8 @@ from rich.progress_bar import ProgressBar
 
 from gradcam_worker.backfill.progress import Progress
 from gradcam_worker.operations import console
-from gradcam_worker.settings import PREFIX as SETTINGS_PREFIX
+from gradcam_worker.operations.dataset_recipe import recipe
 from gradcam_worker.settings import Settings
-from gradcam_worker.text.urls import without_secrets
 from gradcam_worker.text.visible import counted, visible
 
 UPDATE_INTERVALS_S = {"terminal": 0.25, "lines": 10.0, "json": 2.0, "none": math.inf}
@@ -86,9 +85,10 @@ class BackfillProgressBar:
 
     def text(self, progress: Progress) -> str:
         """Return the progress as one line of text."""
-        no_worker = ["no worker is alive: start one with `gradcam worker`"] if progress.workers == 0 else []
+        notes = ["no worker is alive: start one with `gradcam worker`"] if progress.workers == 0 else []
+        notes += [visible(progress.trouble)] if progress.trouble else []
         if not progress.planned:
-            return " · ".join(["No rows yet", *no_worker])
+            return " · ".join(["No rows yet", *notes])
         total, left_s = self.total(progress), self.left_s(progress)
         accuracy = "" if progress.whole else "at least " if total is None else "about "
         parts = [f"{progress.reached:,} of {accuracy}{counted(total or progress.planned, 'row')}"]
@@ -98,7 +98,7 @@ class BackfillProgressBar:
         if left_s is not None:
             parts.append(f"{timedelta(seconds=round(left_s))} left")
         parts.append(f"{counted(progress.in_flight, 'shard')} in flight")
-        return " · ".join([*parts, *no_worker])
+        return " · ".join([*parts, *notes])
 
     def _bar(self, progress: Progress) -> RenderableType:
         total = self.total(progress)
@@ -129,30 +129,6 @@ def print_summary(summary: Mapping[str, Any], output: str, settings: Settings) -
         failures = f"{output}/{summary['failed_files'][0]}"
         console.out.print(visible(f"Reason of each failure: {failures}"), markup=False, soft_wrap=True)
     console.out.print(visible(f"Dataset: {output}"), markup=False, soft_wrap=True)
-    expression = polars_expression(output, settings)
-    console.out.print(visible(f"Open it in Python: {expression}"), markup=False, soft_wrap=True)
-
-
-def polars_expression(output: str, settings: Settings) -> str:
-    """Return the Python expression that opens a dataset with Polars.
-
-    It names the S3 server, and the environment variables that hold its keys; never a key.
-
-    Args:
-        output: URI of the dataset.
-        settings: Name the S3 server.
-    """
-    options = {}
-    if output.startswith("s3://"):
-        if settings.s3_endpoint_url:
-            options["aws_endpoint_url"] = f'"{without_secrets(settings.s3_endpoint_url)}"'
-        if settings.s3_endpoint_url.startswith("http://"):
-            options["aws_allow_http"] = '"true"'
-        if settings.s3_region:
-            options["aws_region"] = f'"{settings.s3_region}"'
-        if settings.s3_access_key_id:
-            for name in ("access_key_id", "secret_access_key"):
-                options[f"aws_{name}"] = f'os.environ["{SETTINGS_PREFIX}S3_{name.upper()}"]'
-    items = ", ".join(f'"{name}": {value}' for name, value in options.items())
-    argument = f", storage_options={{{items}}}" if items else ""
-    return f'polars.read_parquet("{output.removeprefix("file://")}/data/*.parquet"{argument})'
+    console.out.print("Open it in Python, with one of the last three lines:")
+    for line in recipe(output, settings):
+        console.out.print(visible(line), markup=False, highlight=False, soft_wrap=True)

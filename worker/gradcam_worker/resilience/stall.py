@@ -23,14 +23,20 @@ class StallDetector:
     Progress means that a job is taken, reaches a stage, or ends.
     """
 
-    def __init__(self, any_waiting: Callable[[], bool], hung_after_s: float) -> None:
+    def __init__(
+        self,
+        any_waiting: Callable[[], bool],
+        hung_after_s: float,
+        is_paused: Callable[[], bool] = lambda: False,
+    ) -> None:
         """The process makes progress now.
 
         Args:
             any_waiting: whether any message waits in a queue; may raise a GradcamError.
             hung_after_s: how long running jobs may make no progress while others wait, in seconds.
+            is_paused: whether the process takes no jobs on purpose, whatever waits.
         """
-        self._any_waiting, self._hung_after_s = any_waiting, hung_after_s
+        self._any_waiting, self._hung_after_s, self._is_paused = any_waiting, hung_after_s, is_paused
         self._lock = threading.Lock()
         self._running_jobs = 0
         self._progress_s = self._checked_s = time.monotonic()
@@ -87,7 +93,7 @@ class StallDetector:
             return
         self._checked_s = now_s
         try:
-            waiting = self._any_waiting()
+            waiting = not self._is_paused() and self._any_waiting()
         except GradcamError:  # the consumer reports an unreachable broker
             waiting = False
         if not waiting:

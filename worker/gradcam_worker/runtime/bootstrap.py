@@ -50,7 +50,8 @@ def build_worker(
     ledger, started_at = service_factory.build_ledger(settings), utc_now()
     worker = WorkerRef(id=process_name(), device=device)
     ledger.observer, outages = observer, Outages()
-    breaker = CircuitBreaker(partial(use_storage, services.stores))
+    activities = services.stores.activities if isinstance(services.stores, storage.Stores) else ()
+    breaker = CircuitBreaker(partial(use_storage, services.stores), activities=activities)
     networks = NetworkReport(settings, services.networks)
 
     def health() -> str:
@@ -71,7 +72,7 @@ def build_worker(
     spans = tracing.connect(settings.traces, "gradcam-worker", worker.id)
     send = services.webhooks.send
     shared_loops = background.build(settings, publisher, ledger, send, worker.id, observer, spans, outages)
-    stall = StallDetector(publisher.any_waiting, settings.hung_after_s)
+    stall = StallDetector(publisher.any_waiting, settings.hung_after_s, lambda: bool(breaker.open_reason))
     handler = JobHandler(
         settings,
         ledger,

@@ -188,7 +188,7 @@ def storage_hint(error: StorageUnavailable) -> Hint:
     from gradcam_worker.storage import s3_errors
 
     cause = error.__cause__
-    if isinstance(cause, OSError):
+    if isinstance(cause, OSError) and cause.errno is not None:  # else it is the TimeoutError of an S3 server
         fix = "Name a folder that the worker may write to."
         return Hint("GRADCAM_OUTPUT", fix, permanent=cause.errno in FOLDER_ERRNOS)
     if isinstance(cause, s3_errors.IdentityFailed):

@@ -83,7 +83,7 @@ class Telemetry:
             breaker: The circuit breaker of the storage.
             redis_checks: Checks how Redis is set up.
         """
-        self.health.ready["storage"] = lambda: breaker.open_reason
+        self.health.ready["storage"] = lambda: breaker.unready_reason
         self.add_redis_checks(redis_checks)
         if not self._metrics:
             return

@@ -19,7 +19,7 @@ from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import urlencode, urlsplit
 
 import boto3
 import obstore.store
@@ -32,6 +32,7 @@ from gradcam_worker.gradcam.files.weights import Sink
 from gradcam_worker.observability.logs import ContextThreadPool
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.resilience.retry import HALF_OR_MORE, Retries, RetryPolicy
+from gradcam_worker.resilience.server_activity import ServerActivity
 from gradcam_worker.schemas import bucket_names
 from gradcam_worker.schemas.bucket_names import MAX_CHARACTERS
 from gradcam_worker.schemas.model import MAX_KEY_BYTES
@@ -42,6 +43,9 @@ from gradcam_worker.storage.s3_errors import (
     S3_ERRORS,
     InvalidBucket,
     InvalidListing,
+    check_answer,
+    check_page,
+    is_answer,
     is_permanent,
     read_error,
     requires_checksum,
@@ -60,6 +64,7 @@ T = TypeVar("T")
 Chunk = bytes | obstore.Bytes
 NO_DEADLINE = Deadline(math.inf)
 RANGE_REFUSED = 416
+PAYER_HEADER = "x-amz-request-payer"
 MAX_EMPTY_PAGES = 100  # of a listing, in a row: a server may need some to pass over deleted objects
 
 
@@ -97,11 +102,17 @@ class S3:
         max_reads = 2 * (settings.threads + READERS * settings.shards)
         self._readers = ContextThreadPool(max_reads, thread_name_prefix="read")
         self._uploads, self._lock = 0, threading.Lock()
+        # A server may still be read while it takes no object: its disk is full, perhaps.
+        self.reads, self.writes = ServerActivity(is_answer), ServerActivity(is_answer)
         self._fetch_s = settings.fetch_timeout_s
         key, secret = settings.s3_access_key_id, settings.s3_secret_access_key.get_secret_value()
         core = credentials.create_session(settings.region)
         self._session: Any = boto3.session.Session(key or None, secret or None, botocore_session=core)
         self._region = settings.region
+        self._reading, self._writing, self._obstore_options = _request_options(settings)
+        self._always_checksum = settings.s3_checksum == "sha256"
+        self._tags = settings.s3_tags_by_name
+        self._storage_class = settings.s3_storage_class
         endpoint = settings.s3_endpoint_url or credentials.configured_endpoint(core)
         self._is_amazon = not endpoint
         self._checksum_buckets: set[str] = set()  # that require a checksum of each object
@@ -130,6 +141,7 @@ class S3:
                 response_checksum_validation="when_required",
             ),
         )
+        client.meta.events.register("before-sign.s3", _payer_into_query)
         if endpoint:
             client.meta.events.register("before-send.s3", partial(_check_host, endpoint))
         return client
@@ -151,7 +163,7 @@ class S3:
             virtual_hosted_style_request=True,  # the URL names the bucket already
             region=self._region,
             skip_signature=False,
-            config={"checksum_algorithm": "SHA256"} if with_checksum else {},
+            config=self._obstore_options | ({"checksum_algorithm": "SHA256"} if with_checksum else {}),
             # Shorter than the 10 minutes before their expiry in which boto3 renews keys.
             credential_provider=Boto3CredentialProvider(self._session, ttl=timedelta(minutes=5)),
             retry_config={"max_retries": 0},
@@ -172,7 +184,7 @@ class S3:
         if len(key.encode(errors="surrogatepass")) > MAX_KEY_BYTES:
             message = f"Key {key[:100]!r}... has more than {MAX_KEY_BYTES:,} bytes."
             raise ValueError(message)
-        return self._obstore_bucket(bucket, bucket in self._checksum_buckets)
+        return self._obstore_bucket(bucket, self._always_checksum or bucket in self._checksum_buckets)
 
     def _check(self, bucket: str) -> None:
         """Raise InvalidBucket for a name that is not valid on this server."""
@@ -216,22 +228,26 @@ class S3:
 
         def with_obstore() -> None:
             attributes: obstore.Attributes = {"Content-Type": media_type}
-            self._for_obstore(bucket, key).put(key, data, attributes=attributes, use_multipart=False)
+            if self._storage_class:
+                attributes["Storage-Class"] = self._storage_class
+            store, tags = self._for_obstore(bucket, key), self._tags or None
+            store.put(key, data, attributes=attributes, tags=tags, use_multipart=False)
 
         def with_boto3() -> None:
-            request = {"Bucket": bucket, "Key": key, "Body": data, "ContentType": media_type}
+            request = {"Bucket": bucket, "Key": key, "Body": data, "ContentType": media_type, **self._writing}
             if bucket not in self._checksum_buckets:
                 try:
-                    self.client.put_object(**request)
+                    check_answer(self.client.put_object(**request))
                 except ClientError as error:
                     if not requires_checksum(error):
                         raise
                     self._checksum_buckets.add(bucket)
                 else:
                     return
-            self.client.put_object(**request, ContentMD5=_md5(data))
+            check_answer(self.client.put_object(**request, ContentMD5=_md5(data)))
 
-        _try_both(f"s3://{bucket}/{key}", with_obstore, with_boto3, retries or STORAGE.start())
+        uri = f"s3://{bucket}/{key}"
+        _try_both(uri, with_obstore, with_boto3, retries or STORAGE.start(), self.writes)
 
     def read(
         self, bucket: str, key: str, retries: Retries, check_size: Callable[[int], None] = lambda _: None
@@ -256,24 +272,32 @@ class S3:
         self._check(bucket)
 
         def check(size: int) -> None:
+            self.reads.answered()
             check_size(size)
             retries.check(f"reading {uri}")
 
         def with_obstore() -> bytes:
             response = self._for_obstore(bucket, key).get(key)
             size = response.meta["size"]
+            check_page(response.attributes.get("Content-Type"), is_of_s3=response.meta["e_tag"] is not None)
             check(size)
             if size <= READ_AT_ONCE_BYTES:
                 return bytes(response.bytes())
             return _read_all(response.stream(CHUNK_BYTES), check)
 
         def with_boto3() -> bytes:
-            body = self.client.get_object(Bucket=bucket, Key=key)["Body"]
+            body = self._get(bucket, key)["Body"]
             with contextlib.closing(body):
                 return _read_all(iter(partial(body.read, CHUNK_BYTES), b""), check)
 
-        reading = self._readers.submit(_try_both, uri, with_obstore, with_boto3, retries)
+        reading = self._readers.submit(_try_both, uri, with_obstore, with_boto3, retries, self.reads)
         return retries.wait_for([reading], f"reading {uri}")[0]
+
+    def _get(self, bucket: str, key: str, **part: str) -> Any:
+        """Boto3's answer to a request for an object. Raises one of S3_ERRORS."""
+        answer = self.client.get_object(Bucket=bucket, Key=key, **self._reading, **part)
+        check_answer(answer)
+        return answer
 
     def read_part(self, bucket: str, key: str, start: int, size: int) -> tuple[bytes, int]:
         """Read a part of an object.
@@ -292,15 +316,14 @@ class S3:
         """
         self._check(bucket)
         wanted = f"bytes={start}" if start < 0 else f"bytes={start}-{start + size - 1}"
-        whole = {"Bucket": bucket, "Key": key}
 
         def request() -> tuple[bytes, int]:
             try:
-                answer = self.client.get_object(**whole, Range=wanted)
+                answer = self._get(bucket, key, Range=wanted)
             except ClientError as error:
                 if start >= 0 or error.response["ResponseMetadata"].get("HTTPStatusCode") != RANGE_REFUSED:
                     raise
-                answer = self.client.get_object(**whole)  # it has fewer bytes, which not every server allows
+                answer = self._get(bucket, key)  # it has fewer bytes, which not every server allows
             with contextlib.closing(answer["Body"]) as body:
                 data = body.read()
             if "ContentRange" not in answer:  # the server sent all of it
@@ -313,7 +336,7 @@ class S3:
     def presigned_url(self, bucket: str, key: str, expires_s: int) -> str:
         """Return a URL with which anyone can read an object for `expires_s`. Raises one of S3_ERRORS."""
         self._check(bucket)
-        request = {"Bucket": bucket, "Key": key}
+        request = {"Bucket": bucket, "Key": key, **self._reading}
         return str(
             self._signing_client.generate_presigned_url("get_object", Params=request, ExpiresIn=expires_s)
         )
@@ -321,10 +344,12 @@ class S3:
     def presigned_upload(self, bucket: str, key: str, media_type: str, size: int, expires_s: int) -> str:
         """Return a URL to which anyone can put an object of this type and size for `expires_s`.
 
-        The headers Content-Type and Content-Length are signed. Raises one of S3_ERRORS.
+        The headers Content-Type and Content-Length are signed. A browser sends no others: the bucket's own
+        encryption and storage class apply. Raises one of S3_ERRORS.
         """
         self._check(bucket)
         request = {"Bucket": bucket, "Key": key, "ContentType": media_type, "ContentLength": size}
+        request |= self._reading
         return str(
             self._signing_client.generate_presigned_url("put_object", Params=request, ExpiresIn=expires_s)
         )
@@ -336,7 +361,8 @@ class S3:
         seen: set[int] = set()  # hashes of tokens and of pages' first keys: a server may repeat its pages
         empty_pages = 0
         while True:
-            request = partial(self.client.list_objects_v2, Bucket=bucket, Prefix=prefix, **token)
+            listed = {"Bucket": bucket, "Prefix": prefix, **self._reading, **token}
+            request = partial(self.client.list_objects_v2, **listed)
             page = REQUEST.call(partial(_list_page, request, prefix))
             yield from page.objects
             if not page.next_token:
@@ -355,7 +381,7 @@ class S3:
     def remove(self, bucket: str, key: str) -> None:
         """Delete an object if it exists. Raises one of S3_ERRORS."""
         self._check(bucket)
-        REQUEST.call(partial(self.client.delete_object, Bucket=bucket, Key=key))
+        REQUEST.call(partial(self.client.delete_object, Bucket=bucket, Key=key, **self._reading))
 
     def read_image(self, bucket: str, key: str, max_bytes: int, deadline: Deadline) -> bytes:
         """Read an object; stop as soon as it turns out to be too large or too slow.
@@ -394,7 +420,11 @@ class S3:
     def download(self, uri: str, sink: Sink) -> None:
         """Write an operator's model file, of any size, into `sink`. Raises WeightsUnavailable."""
         bucket, _, key = uri.removeprefix("s3://").partition("/")
-        request = partial(self.client.get_object, Bucket=bucket, Key=key)
+
+        def request() -> Any:
+            with self.reads.request():
+                return self._get(bucket, key)
+
         try:
             self._check(bucket)
             response = DOWNLOAD.call(request)
@@ -406,11 +436,18 @@ class S3:
             raise WeightsUnavailable(str(read_error(uri, error))) from error
 
 
-def _try_both(uri: str, with_obstore: Callable[[], T], with_boto3: Callable[[], T], retries: Retries) -> T:
+def _try_both(
+    uri: str,
+    with_obstore: Callable[[], T],
+    with_boto3: Callable[[], T],
+    retries: Retries,
+    activity: ServerActivity,
+) -> T:
     """Try obstore once, then boto3 as often as `retries` allows."""
     retries.check(f"storage, {uri}")
     try:
-        return _without_panic(with_obstore)
+        with activity.request():
+            return _without_panic(with_obstore)
     except OBSTORE_ERRORS as error:
         if not isinstance(error, FileNotFoundError):  # it is common
             log.info("obstore_failed", uri=uri, error=str(error).partition("\n")[0], reason="boto3 retries")
@@ -418,7 +455,12 @@ def _try_both(uri: str, with_obstore: Callable[[], T], with_boto3: Callable[[], 
                 retries.record_failure(error)
     if not retries.left_s():
         retries.give_up(f"storage, {uri}")
-    return retries.call(with_boto3)
+
+    def request() -> T:
+        with activity.request():
+            return with_boto3()
+
+    return retries.call(request)
 
 
 def _without_panic(with_obstore: Callable[[], T]) -> T:
@@ -440,6 +482,34 @@ def _read_all(chunks: Iterable[Chunk], check: Callable[[int], None]) -> bytes:
         size += len(chunk)
         check(size)
     return b"".join(received)
+
+
+def _request_options(settings: Settings) -> tuple[dict[str, str], dict[str, str], Any]:
+    """What each request tells S3, by the settings: boto3's for reading and for writing, and obstore's."""
+    reading: dict[str, str] = {}
+    writing: dict[str, str] = {
+        "ServerSideEncryption": settings.s3_sse,
+        "SSEKMSKeyId": settings.s3_sse_kms_key_id,
+        "StorageClass": settings.s3_storage_class,
+        "Tagging": urlencode(settings.s3_tags_by_name),
+        "ChecksumAlgorithm": "SHA256" if settings.s3_checksum == "sha256" else "",
+    }
+    options: dict[str, Any] = {}
+    if settings.s3_request_payer:
+        reading["RequestPayer"] = settings.s3_request_payer
+        options["request_payer"] = True
+    if settings.s3_sse:
+        options["server_side_encryption"] = settings.s3_sse
+    if settings.s3_sse_kms_key_id:
+        options["sse_kms_key_id"] = settings.s3_sse_kms_key_id
+    return reading, reading | {name: value for name, value in writing.items() if value}, options
+
+
+def _payer_into_query(request: Any, signature_version: str, **_: Any) -> None:
+    """Before a URL is signed, name the payer in it: whoever opens the URL sends no such header."""
+    if "query" in signature_version and (payer := request.headers.get(PAYER_HEADER)):
+        del request.headers[PAYER_HEADER]
+        request.params[PAYER_HEADER] = payer
 
 
 def _md5(data: bytes) -> str:
@@ -465,15 +535,38 @@ class _Page:
     next_token: str | None  # None: this is the last page
 
 
+def _field(entry: dict[str, Any], name: str) -> Any:
+    """A field of an object in a listing. Raises InvalidListing where the server did not send it."""
+    if name not in entry:
+        which = f"of {entry['Key'][:MAX_CHARACTERS]!r}" if "Key" in entry else "of an object"
+        message = f"the server's listing cannot be read: it has no {name} {which}"
+        raise InvalidListing(message)
+    return entry[name]
+
+
+def _next_token(answer: dict[str, Any]) -> str | None:
+    """What the next page is asked for with; None: this is the last. Raises InvalidListing."""
+    if not answer.get("IsTruncated"):
+        return None
+    if not (token := answer.get("NextContinuationToken")):
+        message = (
+            "the server's listing cannot be gone through: it says that there are more objects, but sends no "
+            "NextContinuationToken to ask for them"
+        )
+        raise InvalidListing(message)
+    return str(token)
+
+
 def _list_page(request: Callable[[], dict[str, Any]], prefix: str) -> _Page:
     """Read a page of a listing. Raises one of S3_ERRORS: InvalidListing for a malformed answer."""
     try:
         answer = request()
+        check_answer(answer)
         objects = [
-            S3Object(entry["Key"], entry["Size"], entry.get("ETag", "").strip('"'))
+            S3Object(_field(entry, "Key"), _field(entry, "Size"), entry.get("ETag", "").strip('"'))
             for entry in answer.get("Contents", ())
         ]
-        page = _Page(objects, answer["NextContinuationToken"] if answer.get("IsTruncated") else None)
+        page = _Page(objects, _next_token(answer))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, S3_ERRORS):
             raise

@@ -6,6 +6,8 @@ from another program that listens at the endpoint. Both say nothing about an obj
 """
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 import urllib3.exceptions
 from botocore.exceptions import (
@@ -58,6 +60,8 @@ INVALID_NAME_CODES = ("InvalidBucketName", "InvalidObjectName", "InvalidURI", "K
 S3_HEADERS = {"x-amz-request-id", "x-amz-id-2"}  # an S3 server sends at least one of them
 # Errors of a source of keys that is temporarily unavailable.
 KEY_SOURCE_ERRORS = (NotConnected, CredentialRetrievalError, HTTPClientError, OSError)
+READ = "s3:GetObject"
+DENIED_ACTION = re.compile(r"not authorized to perform: ([a-z0-9-]+:\w+)")  # in Amazon's sentences
 MAX_MESSAGE_LENGTH = 500  # characters of a server's message that are shown
 ORDINARY_OPERATIONS = {"GetObject", "PutObject", "DeleteObject", "ListObjectsV2"}  # need not be named
 
@@ -74,9 +78,14 @@ class InvalidListing(Exception):
     """A server's listing of objects is invalid."""
 
 
+class ForeignAnswer(Exception):
+    """A page of HTML came with a status of success: a proxy's login page, perhaps."""
+
+
 S3_ERRORS = (
     BotoCoreError,
     ClientError,
+    ForeignAnswer,
     IdentityFailed,
     InvalidBucket,
     InvalidListing,
@@ -106,7 +115,7 @@ def may_get_keys_later(error: BaseException | None) -> bool:
 def is_foreign_answer(error: BaseException | None) -> bool:
     """Return whether the answer came from something other than an S3 server: a proxy, a login page."""
     if not isinstance(error, ClientError):
-        return False
+        return isinstance(error, ForeignAnswer)
     status, code = _status_and_code(error)
     headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
     # Without an S3 error document, botocore uses the status as the code.
@@ -135,7 +144,7 @@ def is_permanent(error: BaseException | None) -> bool:
     if isinstance(error, IdentityFailed):
         return True  # for this attempt, so that a job does not hold its thread until there are keys
     if not isinstance(error, ClientError):
-        return isinstance(error, ParamValidationError | InvalidBucket | InvalidListing)
+        return isinstance(error, ParamValidationError | ForeignAnswer | InvalidBucket | InvalidListing)
     status, code = _status_and_code(error)
     final = 300 <= status < 500 or status == NOT_IMPLEMENTED  # noqa: PLR2004  # classes of HTTP
     return final and status not in TRANSIENT_STATUSES and code not in TRANSIENT_CODES
@@ -156,6 +165,21 @@ def is_missing_object(error: BaseException | None) -> bool:
     return _status_and_code(error)[0] in MISSING_STATUSES or _status_and_code(error) == (403, "AccessDenied")
 
 
+def is_answer(error: BaseException) -> bool:
+    """Return whether the server works, although it refused: what was asked for is at fault, or is missing.
+
+    So are objects that are too large: our own errors are raised while parts of them arrive.
+    """
+    return isinstance(error, FileNotFoundError | GradcamError) or (
+        isinstance(error, ClientError) and is_location_error(error)
+    )
+
+
+def has_no_keys(error: BaseException | None) -> bool:
+    """Return whether no request was sent, since the worker has no valid keys: no job is to blame for it."""
+    return isinstance(error, IdentityFailed)
+
+
 def requires_checksum(error: ClientError) -> bool:
     """Return whether an object was refused because it had no checksum, as by buckets with Object Lock."""
     message = " ".join(map(str, error.response.get("Error", {}).values()))
@@ -163,6 +187,22 @@ def requires_checksum(error: ClientError) -> bool:
         _status_and_code(error)[0] == BAD_REQUEST
         and re.search("content-?md5|checksum", message, re.IGNORECASE) is not None
     )
+
+
+def check_answer(answer: Mapping[str, Any]) -> None:
+    """Raise ForeignAnswer if boto3's answer is a page of HTML, and nothing in it is of an S3 server.
+
+    Else an object would count as written, or a bucket as empty.
+    """
+    headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    check_page(headers.get("content-type"), is_of_s3=bool({"etag", *S3_HEADERS} & set(headers)))
+
+
+def check_page(content_type: str | None, *, is_of_s3: bool) -> None:
+    """Raise ForeignAnswer for a page of HTML in which nothing is of an S3 server."""
+    if str(content_type).startswith("text/html") and not is_of_s3:
+        message = "HTTP 200 from something that does not answer as S3 does, a proxy perhaps"
+        raise ForeignAnswer(message)
 
 
 def describe(error: BaseException) -> str:
@@ -204,7 +244,14 @@ def _refusal(uri: str, error: ClientError) -> GradcamError:
         return _invalid_name(uri, error)
     if code != "AccessDenied":
         return ImageForbidden(f"The server does not give {uri} to the worker: {describe(error)}")
-    return ImageForbidden(
-        f"The worker may not read {uri} ({describe(error)}): grant it s3:GetObject there. "
-        "Where it may not list the bucket, a missing object is forbidden, too."
-    )
+    said = str(error.response.get("Error", {}).get("Message") or "")
+    denied = DENIED_ACTION.search(said)
+    if "explicit deny" in said:
+        advice = "a policy that the server names denies it, and no grant helps against that."
+    elif denied and denied[1] != READ:
+        advice = f"grant it {visible(denied[1])}, as the server says."
+    else:
+        advice = (
+            f"grant it {READ} there. Where it may not list the bucket, a missing object is forbidden, too."
+        )
+    return ImageForbidden(f"The worker may not read {uri} ({describe(error)}): {advice}")

@@ -1,5 +1,6 @@
 """Where artifacts are stored: below a prefix of a bucket, or in a folder."""
 
+import copy
 import re
 import threading
 import uuid
@@ -13,6 +14,7 @@ from gradcam_worker.errors import OutputNotAllowed, StorageUnavailable
 from gradcam_worker.observability.events import NULL_OBSERVER, Observer
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.resilience.retry import Retries
+from gradcam_worker.resilience.server_activity import ServerActivity
 from gradcam_worker.settings import Settings
 from gradcam_worker.storage.filesystem import FolderStore, Object
 from gradcam_worker.storage.s3 import NO_DEADLINE, S3, STORAGE
@@ -25,6 +27,7 @@ __all__ = ["FolderStore", "Object", "S3Store", "Store", "Stores", "probe"]
 PROBE_KEY = "health/probe.txt"
 PROBE_CONTENT = re.compile(rb"[0-9a-f]{32}")
 SINGLE_TRY = replace(STORAGE, total_s=15.0, max_tries=1)
+PROBE = replace(SINGLE_TRY, total_s=5.0)  # a worker is to say within 10 s that storage does not answer
 # In UTF-8. S3 allows keys of 1024 bytes, most file systems names of 255; the rest is left for a job's id and
 # the name of an artifact.
 MAX_OUTPUT_BYTES, MAX_NAME_BYTES = 640, 200
@@ -85,6 +88,7 @@ class S3Store:
         """
         self._s3, self._bucket, self._prefix = s3, bucket, f"{prefix}/" if prefix else ""
         self._by_operator, self._observer = by_operator, observer
+        self.single_try = SINGLE_TRY  # of `put` and `get`
 
     def uri(self, key: str) -> str:
         """See `Store.uri`."""
@@ -92,7 +96,7 @@ class S3Store:
 
     def put(self, key: str, data: bytes, media_type: str) -> str:
         """See `Store.put`."""
-        return self._put_all([], NO_DEADLINE, SINGLE_TRY.start(), (key, data, media_type))[0]
+        return self._put_all([], NO_DEADLINE, self.single_try.start(), (key, data, media_type))[0]
 
     def put_many(
         self, objects: Sequence[Object], deadline: Deadline, last: Object | None = None
@@ -141,7 +145,7 @@ class S3Store:
 
     def get(self, key: str) -> bytes:
         """See `Store.get`."""
-        return self._read(key, SINGLE_TRY.start())
+        return self._read(key, self.single_try.start())
 
     def get_part(self, key: str, start: int, size: int) -> tuple[bytes, int]:
         """See `Store.get_part`."""
@@ -226,6 +230,11 @@ class Stores:
         bucket, _, prefix = rest.partition("/")
         return S3Store(self._s3, bucket, prefix, by_operator=by_operator, observer=self._observer)
 
+    @property
+    def activities(self) -> tuple[ServerActivity, ...]:
+        """The requests to S3, by kind."""
+        return self._s3.reads, self._s3.writes
+
     def check_identity(self) -> None:
         """Raise StorageUnavailable if images are read from S3 and the worker has no valid keys for it."""
         try:
@@ -257,6 +266,9 @@ def _is_ambiguous(uri: str) -> bool:
 def probe(store: Store) -> str:
     """Write and read an object as a job does; return its URI. Raises StorageUnavailable."""
     content = uuid.uuid4().hex.encode()
+    if isinstance(store, S3Store):
+        store = copy.copy(store)
+        store.single_try = PROBE
     uri = store.put(PROBE_KEY, content, "text/plain")
     received = store.get(PROBE_KEY)
     if received != content and not PROBE_CONTENT.fullmatch(received):  # another worker may probe, too
