@@ -150,8 +150,8 @@ def test_job_processes_are_below_their_engine_and_what_is_paused_is_told_with_it
     assert lines[at].strip() == "4 workers, 12 jobs running, 2 processes are paused"
     assert lines[at + 2].startswith("gpu-1 engine 41  ")
     assert [line.split()[0] for line in lines[at + 2 : at + 8]] == [
-        *("gpu-1", "gpu-1:cc:52", "gpu-1:aa:51"),
-        *("gpu-1", "gpu-1:bb:51", "gpu-2:dd:7"),
+        *("gpu-1", "cc:52", "aa:51"),
+        *("gpu-1", "bb:51", "gpu-2:dd:7"),
     ]
     assert lines[at + 2].split()[-2:] == ["6", "12.5"], "requests of both job processes"
     said = " ".join(" ".join(lines[at + 8 :]).split())

@@ -432,7 +432,9 @@ class JobHandler:
         if isinstance(work, Job):
             age_s = ((written.completed_at or utc_now()) - written.created_at).total_seconds()
             network = self._known_network(work.network)
-            ended = EndedJob(network, work.priority, written.status, max(age_s, 0), device_s_of(written))
+            # A failed job has the time of its stage instead, with all waiting.
+            device_s = device_s_of(written) if written.status == "succeeded" else 0.0
+            ended = EndedJob(network, work.priority, written.status, max(age_s, 0), device_s)
             self.observer.job_ended(ended)
 
     def _known_network(self, name: str) -> str | None:

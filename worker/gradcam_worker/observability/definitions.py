@@ -96,7 +96,7 @@ METRICS = (
     MetricDefinition(
         "counter",
         "network_device_seconds_total",
-        "Seconds of the device that these jobs used: each its equal share of its pass.",
+        "Seconds of the device that those that succeeded used: each its equal share of its pass.",
         {"network": ANY},
     ),
     MetricDefinition(

@@ -300,6 +300,7 @@ def _tenants(tenants: Mapping[str, TenantUse]) -> RenderableType:
 class _Row:
     """A process in the table of workers."""
 
+    label: str  # in the table
     name: str
     device: str
     since: str
@@ -324,12 +325,15 @@ def _rows(workers: Sequence[Mapping[str, Any]]) -> list[_Row]:
             first, trouble = members[0], next(filter(None, (one["trouble"] for one in engines)), None)
             name = f"{host} engine {engines[0]['pid']}"
             requests = sum(one["requests"] for one in engines)
-            rows.append(_Row(name, first["device"], "", requests, first["batch"], trouble, is_worker=False))
-        indent = "  " if engines else ""
+            rows.append(_Row(name, name, first["device"], "", requests, first["batch"], trouble, False))
         for worker in members:
-            device, batch = ("", 0.0) if engines else (worker["device"], worker["batch"])
-            name = f"{indent}{worker['id']}"
-            rows.append(_Row(name, device, worker["since"], worker["running"], batch, worker["trouble"]))
+            name, running, trouble = worker["id"], worker["running"], worker["trouble"]
+            if engines:
+                label = "  " + name.removeprefix(f"{host}:")
+                rows.append(_Row(label, name, "", worker["since"], running, 0.0, trouble))
+            else:
+                device, batch = worker["device"], worker["batch"]
+                rows.append(_Row(name, name, device, worker["since"], running, batch, trouble))
         grouped.append(sorted(rows, key=lambda row: row.is_worker and not row.trouble))
     grouped.sort(key=lambda rows: not any(row.trouble for row in rows))
     return [row for rows in grouped for row in rows]
@@ -347,9 +351,9 @@ def _workers(workers: Sequence[Mapping[str, Any]], max_lines: int | None) -> Ren
     table.pad_edge = False
     table.add_column("worker", no_wrap=True, overflow="ellipsis", min_width=20)
     table.add_column("device", no_wrap=True, overflow="ellipsis", max_width=22)
-    table.add_column("uptime", no_wrap=True)
+    table.add_column("uptime", no_wrap=True, min_width=6)
     for numbers in ("running", "batch"):
-        table.add_column(numbers, no_wrap=True, justify="right")
+        table.add_column(numbers, no_wrap=True, justify="right", min_width=len(numbers))
     max_rows = None
     if max_lines is not None:
         max_rows = max(max_lines - 2 - NOTE_LINES * min(paused, MAX_NOTES), 1)
@@ -358,11 +362,9 @@ def _workers(workers: Sequence[Mapping[str, Any]], max_lines: int | None) -> Ren
         started = datetime.fromisoformat(row.since) if row.since else None
         uptime = console.duration_text(console.age_s(started.timestamp())) if started else ""
         batch = f"{row.batch:.1f}" if row.batch else ""
-        name, device = console.plain(row.name), console.plain(row.device)
-        table.add_row(name, device, uptime, str(row.running), batch, style="red" if row.trouble else "")
-    notes = [
-        console.plain(f"{row.name.strip()} is paused: {row.trouble}", "red") for row in shown if row.trouble
-    ]
+        label, device = console.plain(row.label), console.plain(row.device)
+        table.add_row(label, device, uptime, str(row.running), batch, style="red" if row.trouble else "")
+    notes = [console.plain(f"{row.name} is paused: {row.trouble}", "red") for row in shown if row.trouble]
     for note in notes:
         note.truncate(NOTE_LINES * (console.out.width - WRAP_MARGIN), overflow="ellipsis")
     hidden = len(workers) - sum(row.is_worker for row in shown)
