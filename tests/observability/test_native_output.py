@@ -69,6 +69,7 @@ written("of nobody")
     assert (first["text"], first["job_id"], first["attempt"]) == ("no line's end", "a", 2)
     assert (second["text"], second["job_id"]) == ("of b", "b")
     assert "job_id" not in third
+    assert third["pid"] == int(third["worker"].rpartition(":")[2])
 
 
 def test_where_it_can_be_of_several_jobs_all_are_named() -> None:
@@ -124,6 +125,15 @@ try:
 except BlockingIOError:
     native_output._reader._lock.release()
 """)
+
+
+@pytest.mark.parametrize("pause_s", [0, 0.2])
+def test_a_crash_is_logged_with_all_its_frames_by_whoever_reads_them_first(pause_s: float) -> None:
+    frames = "".join(f"  File 'a.py', line {number} in f\n" for number in range(100))
+    program = f"written({frames!r}); native_output._reader._thread.join({pause_s}); os.abort()"
+    _, lines, left = said_by(program)
+    logged = [json.loads(line)["text"] for line in lines]
+    assert [text for text in (*logged, *left) if "in f" in text] == frames.splitlines()
 
 
 @pytest.mark.parametrize("end", ["os.abort()", "os.kill(os.getpid(), 9)", "os._exit(3)"])

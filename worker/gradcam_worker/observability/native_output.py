@@ -10,15 +10,17 @@ The supervisor makes the pipe and keeps its reading end: it logs what a process 
 Nobody who writes is ever blocked: what does not fit into the pipe, 64 KiB, is lost.
 """
 
+import ctypes
 import faulthandler
 import logging
 import os
 import select
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from gradcam_worker.observability.logs import context_fields, log_context
 from gradcam_worker.text.log_events import EventLogger
@@ -28,10 +30,10 @@ log = EventLogger("gradcam")
 
 STANDARD_ERROR = 2
 CHUNK_BYTES = 65_536
-MAX_LINES = 20  # logged of what is read at once: one damaged image may cause thousands
-MAX_LAST_LINES = 200  # of a process that died: among them a line for each frame of each of its threads
+MAX_LINES = 20  # logged of what is read at once about images: a damaged one may cause thousands
+MAX_OTHER_LINES = 1000  # of anything else: at a crash there is a line for each frame of each thread
 MAX_LINE_LENGTH = 1000  # characters
-PARTIAL_LINE_S = 0.5  # after which a line without an end is logged as it is
+PARTIAL_LINE_S = 0.1  # after which a line without an end is logged as it is
 JOIN_TIMEOUT_S = 1.0
 WORDS = {"image/jpeg": b"JPEG", "image/png": b"libpng"}  # in what libjpeg and libpng write
 
@@ -50,18 +52,16 @@ class _Decoding(NamedTuple):
     fields: Mapping[str, object]  # of the log context of its thread
 
 
-class _Written(NamedTuple):
-    """Lines that were read at once, and the images that were being decoded then."""
-
-    lines: list[bytes]
-    decoding: list[_Decoding]
-
-
 class _Reader:
-    """Reads the pipe of this process and logs what it finds."""
+    """Reads the pipe of this process and logs what it finds.
+
+    A line is taken out of the pipe when it is logged, and not before: where the process is killed meanwhile,
+    its supervisor finds it there.
+    """
 
     def __init__(self, read_fd: int) -> None:
-        self._read_fd, self._partial = read_fd, b""
+        self._read_fd, self._copy_fds = read_fd, os.pipe()
+        self._tee: Any = getattr(ctypes.CDLL(None, use_errno=True), "tee", None)  # of Linux: copies a pipe
         self._ended = self._closed = False  # nobody can write any more; nothing may be read any more
         self._decoding: list[_Decoding] = []
         self._lock = threading.Lock()
@@ -77,47 +77,54 @@ class _Reader:
             yield
         finally:
             with self._lock:
-                written = self._take(whole=len(self._decoding) == 1)
+                self._log_lines(whole=len(self._decoding) == 1)
                 self._decoding.remove(decoding)
-            _log(written)
 
     def close(self) -> None:
         """Log what is left. The writing end must be closed."""
         self._thread.join(JOIN_TIMEOUT_S)  # longer only if another process has the writing end, too
         with self._lock:
-            written = self._take(whole=True)
+            self._log_lines(whole=True)
             self._closed = True
-        _log(written)
+        for fd in self._copy_fds:
+            os.close(fd)
 
     def _read(self) -> None:
         while not (self._ended or self._closed):
-            ready, *_ = select.select([self._read_fd], [], [], PARTIAL_LINE_S if self._partial else None)
+            select.select([self._read_fd], [], [])
             with self._lock:
-                written = self._take(whole=not ready)
-            _log(written)
+                unfinished = self._log_lines(whole=False)
+            if unfinished:
+                time.sleep(PARTIAL_LINE_S)
+                with self._lock:
+                    self._log_lines(whole=not self._closed and self._copy() == unfinished)
 
-    def _take(self, *, whole: bool) -> _Written:
-        """Read what is there; `whole`: also a line that has no end yet."""
-        if self._closed:
-            return _Written([], [])
-        *lines, self._partial = (self._partial + self._read_all()).split(b"\n")
-        if (whole or len(self._partial) > CHUNK_BYTES) and self._partial:
-            lines.append(self._partial)
-            self._partial = b""
-        return _Written(lines, [*self._decoding] if lines else [])
+    def _log_lines(self, *, whole: bool) -> bytes:
+        """Log what is there; `whole`: also a line that has no end yet. Returns that of such a line."""
+        while not self._closed and (data := self._copy()):
+            lines, end, unfinished = data.rpartition(b"\n")
+            if whole or not self._tee or len(data) == CHUNK_BYTES:
+                lines, end, unfinished = data, b"", b""
+            if lines:
+                _log(lines.split(b"\n"), self._decoding)
+            if self._tee:
+                os.read(self._read_fd, len(lines + end))
+            if unfinished:
+                return unfinished
+        return b""
 
-    def _read_all(self) -> bytes:
-        data = b""
-        while len(data) < CHUNK_BYTES:
-            try:
-                more = os.read(self._read_fd, CHUNK_BYTES)
-            except BlockingIOError:
-                break
-            if not more:
-                self._ended = True
-                break
-            data += more
-        return data
+    def _copy(self) -> bytes:
+        """What is in the pipe, which stays there if the system can copy a pipe."""
+        try:
+            if not self._tee:
+                data = os.read(self._read_fd, CHUNK_BYTES)
+                self._ended = not data
+                return data
+            size = self._tee(self._read_fd, self._copy_fds[1], CHUNK_BYTES, 0)
+            self._ended = not size
+            return os.read(self._copy_fds[0], size) if size > 0 else b""
+        except BlockingIOError:
+            return b""
 
 
 _reader: _Reader | None = None  # a process has one standard error
@@ -201,24 +208,26 @@ def log_last_output(read_fd: int, **fields: object) -> None:
         if not more:
             break
         data += more
-    _log_lines(data.split(b"\n"), MAX_LAST_LINES, fields)
+    _log_lines(data.split(b"\n"), MAX_OTHER_LINES, fields)
 
 
-def _log(written: _Written) -> None:
-    if written.lines:
-        first = written.lines[0]
-        suspects = [one for one in written.decoding if WORDS.get(one.media_type, b"") in first]
-        ids = {str(one.fields.get("job_id", "")): one.fields for one in suspects or written.decoding}
-        if len(ids) == 1:
-            (fields,) = ids.values()
-            with log_context(**fields):
-                _log_lines(written.lines, MAX_LINES, {})
-        else:
-            _log_lines(written.lines, MAX_LINES, {"job_ids": sorted(filter(None, ids))} if ids else {})
+def _log(lines: list[bytes], decoding: Sequence[_Decoding]) -> None:
+    """Log lines that were written while these images were being decoded."""
+    if not decoding:
+        _log_lines(lines, MAX_OTHER_LINES, {"pid": os.getpid()})
+        return
+    suspects = [one for one in decoding if WORDS.get(one.media_type, b"") in lines[0]]
+    ids = {str(one.fields.get("job_id", "")): one.fields for one in suspects or decoding}
+    if len(ids) == 1:
+        (fields,) = ids.values()
+        with log_context(**fields):
+            _log_lines(lines, MAX_LINES, {})
+    else:
+        _log_lines(lines, MAX_LINES, {"job_ids": sorted(filter(None, ids))})
 
 
 def _log_lines(lines: list[bytes], limit: int, fields: Mapping[str, object]) -> None:
-    texts = [text for line in lines if (text := line.decode(errors="backslashreplace").strip())]
+    texts = [text for line in lines if (text := line.decode(errors="backslashreplace").rstrip())]
     for text in texts[:limit]:
         log.warning("native_output", text=visible(text[:MAX_LINE_LENGTH]), **fields)
     if len(texts) > limit:
