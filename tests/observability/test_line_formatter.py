@@ -142,3 +142,9 @@ def test_an_event_is_followed_by_its_fields_and_by_whose_job_it_is_of(
     assert r'row_refused attempt=1 why="no image\n2026-01-01' in first
     assert first.endswith(" job_id=a")
     assert second.endswith(": of a library")
+
+
+def test_an_event_forges_nothing_where_a_program_does_not_configure_its_logs() -> None:
+    for text in HOSTILE:
+        for value in (text, f"{text} with a space"):
+            assert acts(str(EventMessage("event", {"field": value}))) == set(), value

@@ -13,6 +13,8 @@ import math
 import re
 from collections.abc import Mapping
 
+from gradcam_worker.text.visible import visible
+
 MAX_INTEGER = 2**63  # many readers of JSON have 64 bits
 UNQUOTED = re.compile(r"[^\s\"'=\\]+")  # values that need no quotes
 
@@ -88,7 +90,8 @@ def _field_text(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     text = _text(value)
-    return text if UNQUOTED.fullmatch(text) else json.dumps(text, ensure_ascii=False)
+    # Visible here, too: a program that does not configure its logs writes the line as it is.
+    return visible(text if UNQUOTED.fullmatch(text) else json.dumps(text, ensure_ascii=False))
 
 
 def _is_json_number(value: object) -> bool:
