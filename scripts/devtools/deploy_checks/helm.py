@@ -43,7 +43,7 @@ CHART_ALERTS = (
     CHART / "files" / ALERTS.name
 )  # a copy, which scripts/docs makes: a chart reads its own files alone
 # As people call them. The first two begin as settings do; the last is as long as Helm allows.
-RELEASES = ("gradcam", "gradcam-prod", "x", "a-release-whose-name-has-as-many-characters-as-can-be")
+RELEASES = ("gradcam", "gradcam-prod", "x", "2.0", "a-release-whose-name-has-as-many-characters-as-can-be")
 # They come from the Secret: no ConfigMap may hold them ...
 SECRET = {"broker_url", "ledger_url", "s3_access_key_id", "s3_secret_access_key"}
 SECRET |= {"sentinel_password", "status_sql_url", "traces", "webhook_secrets"}

@@ -66,7 +66,7 @@ def workloads(documents: list[Document]) -> list[Document]:
 def _name(document: Document) -> Iterator[str]:
     kind, name = document["kind"], document["metadata"]["name"]
     most = MAX_NAME.get(kind, MAX_LABEL)
-    if len(name) > most or not re.fullmatch("[a-z0-9]([a-z0-9-]*[a-z0-9])?", name):
+    if len(name) > most or not re.fullmatch("[a-z]([a-z0-9-]*[a-z0-9])?", name):
         yield f"{kind} {name} has {len(name)} characters: {most} are allowed, a-z, 0-9 and - between them"
 
 

@@ -80,7 +80,9 @@ def run(port: int, folder: Path | None) -> int:
         processes = {}
         for name, *words in (("worker",), ("serve", "--host", "127.0.0.1", "--port", str(port))):
             log = place / f"{name}.log"
-            processes[log] = servers.gradcam(name, *words, settings=settings, log=log)
+            # The worker has the port of the metrics, if there is one; the API serves its own at --port.
+            its = settings if name == "worker" else settings.model_copy(update={"metrics_port": 0})
+            processes[log] = servers.gradcam(name, *words, settings=its, log=log)
             stack.callback(parent_watch.stop, processes[log])
         variables = place / ENVIRONMENT
         _write_private(variables, _exports(settings))

@@ -3,9 +3,12 @@
 {{- if le (len .name) (int .most) }}{{ .name }}{{ else }}{{ printf "%s-%s" (.name | trunc (int (sub .most 9)) | trimSuffix "-") (sha256sum .name | trunc 8) }}{{ end }}
 {{- end }}
 
-{{- /* 46 characters: with "-redis" 52, the most that the name of a StatefulSet may have. */ -}}
+{{- /* 46 characters: with "-redis" 52, the most that the name of a StatefulSet may have. The name of a Service
+begins with a letter and has no dots; that of a release may be 2.0. */ -}}
 {{- define "gradcam.name" -}}
-{{- $name := ternary .Release.Name (printf "%s-gradcam" .Release.Name) (contains "gradcam" .Release.Name) }}
+{{- $name := .Release.Name | replace "." "-" }}
+{{- if not (contains "gradcam" $name) }}{{ $name = printf "%s-gradcam" $name }}{{ end }}
+{{- if regexMatch "^[0-9]" $name }}{{ $name = printf "r%s" $name }}{{ end }}
 {{- include "gradcam.cut" (dict "name" $name "most" 46) }}
 {{- end }}
 
