@@ -157,6 +157,9 @@ def test_job_processes_are_below_their_engine_and_what_is_paused_is_told_with_it
     said = " ".join(" ".join(lines[at + 8 :]).split())
     assert "gpu-1:cc:52 is paused: The storage failed 3 times" in said
     assert "gpu-1 engine 41 is paused: the engine process does not answer" in said
+    stopped = {**FACTS, "trouble": "no worker takes work: The storage failed " + "x" * 200}
+    shown = rendered_lines(replace(EMPTY, backfills=(stopped, FACTS)), monkeypatch)
+    assert [line[:37] for line in shown if "paused" in line] == ["    paused: no worker takes work: The"]
 
 
 def test_tenants_that_wait_come_first(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -229,7 +229,8 @@ def render(snapshot: Snapshot, *, height: int | None = None) -> RenderableType:
         lines += 2 + min(len(snapshot.errors), MAX_CODES)
     if snapshot.backfills:
         parts += [*map(_backfill, snapshot.backfills[:MAX_BACKFILLS]), ""]
-        lines += 2 * min(len(snapshot.backfills), MAX_BACKFILLS) + 1
+        shown = snapshot.backfills[:MAX_BACKFILLS]
+        lines += 2 * len(shown) + sum(bool(facts.get("trouble")) for facts in shown) + 1
     if snapshot.depths.tenants:
         parts += [_tenants(snapshot.depths.tenants), ""]
         lines += 2 + min(len(snapshot.depths.tenants), MAX_TENANTS + 1)
@@ -278,7 +279,10 @@ def _backfill(facts: Mapping[str, Any]) -> RenderableType:
     line += f" · {counted(facts['in_flight'], 'shard')} in flight · {facts['failed']:,} failed"
     title = console.plain(f"backfill {facts['output']}", "bold")
     title.truncate(console.out.width, overflow="ellipsis")
-    return Group(title, console.plain("    " + line))
+    paused = [console.plain(f"    paused: {facts['trouble']}", "red")] if facts.get("trouble") else []
+    for note in paused:
+        note.truncate(console.out.width, overflow="ellipsis")
+    return Group(title, console.plain("    " + line), *paused)
 
 
 def _tenants(tenants: Mapping[str, TenantUse]) -> RenderableType:
