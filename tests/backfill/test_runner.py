@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from gradcam_worker.backfill import inflight, output
+from gradcam_worker.backfill import inflight, outages, output
 from gradcam_worker.backfill.options import RunOptions
 from gradcam_worker.backfill.output import DatasetDir
 from gradcam_worker.backfill.plan import Plan
@@ -432,13 +432,35 @@ def test_only_shards_with_failed_rows_run_again_and_what_was_good_is_kept(
     assert not harness.done
 
 
-def test_a_ledger_that_is_away_is_waited_for_and_that_is_said_once(harness: Harness, plan: Plan) -> None:
+def test_a_ledger_that_is_away_is_waited_for_and_that_is_said(harness: Harness, plan: Plan) -> None:
     harness.ledger.away = 5
     assert harness.run(plan, images(40))
     assert harness.rows() == dict.fromkeys(range(40), 1)
-    assert harness.warnings == [
-        "The ledger cannot be reached. The backfill keeps trying.",
-        "The ledger answers again.",
+    began, over = harness.warnings
+    assert began == "The ledger cannot be reached. The backfill keeps trying."
+    assert over.startswith("The ledger answers again, after ")
+
+
+def test_of_a_long_outage_an_operator_hears_every_half_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, said = [0.0], list[str]()
+    monkeypatch.setattr("gradcam_worker.backfill.outages.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("gradcam_worker.backfill.outages.time.sleep", lambda _: None)
+    log = outages.OutageLog(said.append)
+
+    def step() -> None:
+        if now[0] < 70:
+            message = "The ledger cannot be reached."
+            raise LedgerUnavailable(message)
+
+    for second in range(80):
+        now[0] = float(second)
+        log.call_ledger(step)
+        assert log.unavailable == (second < 70)
+    assert [text.removeprefix("The ledger cannot be reached. ") for text in said] == [
+        "The backfill keeps trying.",
+        "The backfill has kept trying for 30 s.",
+        "The backfill has kept trying for 60 s.",
+        "The ledger answers again, after 70 s.",
     ]
 
 
@@ -460,10 +482,9 @@ def test_a_broker_that_is_away_is_left_to_the_reaper(harness: Harness, plan: Pla
     harness.publish, harness.on_progress = publish, reap
     assert harness.run(plan, images(40), window=4)
     assert harness.rows() == dict.fromkeys(range(40), 1)
-    assert harness.warnings == [
-        "The broker cannot be reached. The backfill keeps trying.",
-        "The broker answers again.",
-    ]
+    began, over = harness.warnings
+    assert began == "The broker cannot be reached. The backfill keeps trying."
+    assert over.startswith("The broker answers again, after ")
 
 
 def test_what_the_ledger_has_forgotten_is_submitted_again(harness: Harness, plan: Plan) -> None:

@@ -1,13 +1,19 @@
 """A disk that is full, for real: a small one that is mounted for the purpose, or the kernel's own limit."""
 
+import contextlib
 import resource
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import redis
 
-from gradcam_worker.errors import StorageUnavailable
+from gradcam_worker.errors import LedgerUnavailable, StorageUnavailable
+from gradcam_worker.ledger.redis.store import RedisLedger
+from gradcam_worker.operations import servers
+from gradcam_worker.redis_server.server_checks import ServerMonitor
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.settings import Settings
 from gradcam_worker.storage.s3 import S3
@@ -32,6 +38,24 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         if mounted:
             subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_redis_whose_disk_is_full_is_told_as_that(small_disk: Path) -> None:
+    with (
+        servers.valkey(small_disk, "--appendonly", "yes") as server,
+        redis.Redis(port=server.port, decode_responses=True) as writer,
+    ):
+        settings, end = Settings(broker_url=f"redis://127.0.0.1:{server.port}/0"), time.monotonic() + 30
+        with contextlib.suppress(redis.exceptions.ResponseError):  # MISCONF
+            while time.monotonic() < end:
+                writer.rpush("list", "x" * SIZE)
+                time.sleep(0.05)
+        monitor = ServerMonitor(settings)
+        monitor.run_round()
+        assert monitor.is_failing("persistence")
+        assert "cannot write to its disk, and refuses all writes" in str(monitor.last_problem())
+        with pytest.raises(LedgerUnavailable, match=r"cannot write to its disk.*(No space|File too large)"):
+            RedisLedger(settings, retries=0).count_jobs()
 
 
 def test_artifacts_that_find_no_room_are_a_typed_error_and_leave_nothing_behind(small_disk: Path) -> None:

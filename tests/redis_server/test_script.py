@@ -16,7 +16,7 @@ import gradcam_worker
 from gradcam_worker.backfill import registry
 from gradcam_worker.broker import transport
 from gradcam_worker.gateway.access import limits
-from gradcam_worker.ledger.redis import outbox_scripts, scripts
+from gradcam_worker.ledger.redis import outbox_scripts, scripts, transfer_scripts
 from gradcam_worker.redis_server import script
 from gradcam_worker.redis_server.client import RedisServer
 from gradcam_worker.redis_server.script import INCLUDE, Key, LuaScript, load
@@ -25,7 +25,7 @@ from gradcam_worker.settings import Settings
 PACKAGE = Path(str(gradcam_worker.__file__)).parent
 CALLS = [
     one
-    for module in (limits, scripts, outbox_scripts, registry, transport)
+    for module in (limits, scripts, outbox_scripts, transfer_scripts, registry, transport)
     for one in vars(module).values()
     if isinstance(one, type) and issubclass(one, LuaScript) and one is not LuaScript
 ]

@@ -45,6 +45,39 @@ def test_an_outage_is_a_line_at_its_start_one_each_half_minute_and_one_at_its_en
     assert caplog.messages[-1] == 'server_unreachable server=broker reason="nothing is received"'
 
 
+def test_an_outage_that_callers_hear_of_themselves_is_logged_only_if_it_lasts(
+    now: list[float], caplog: Any
+) -> None:
+    one = Outage("ledger", quiet_s=5)
+    for _ in range(50):
+        one.failed("nothing is read")
+        now[0] += 0.1
+    now[0] += RECOVERED_AFTER_S
+    one.answered()
+    assert not caplog.messages
+    for _ in range(60):
+        one.failed("nothing is read")
+        now[0] += 0.1
+    now[0] += RECOVERED_AFTER_S
+    one.answered()
+    assert caplog.messages == [
+        'server_unreachable server=ledger reason="nothing is read"',
+        "server_reachable_again server=ledger outage_s=9 failures=60",
+    ]
+
+
+def test_an_outage_lasts_until_the_first_answer_however_seldom_calls_fail(
+    now: list[float], caplog: Any
+) -> None:
+    one = Outage("ledger")
+    one.failed("a call has hung until now")
+    now[0] += 25
+    one.answered()
+    now[0] += 60
+    one.answered()
+    assert caplog.messages[-1] == "server_reachable_again server=ledger outage_s=25 failures=1"
+
+
 def test_of_a_server_that_was_always_reachable_nothing_is_logged(caplog: Any) -> None:
     Outage("ledger").answered()
     assert not caplog.messages

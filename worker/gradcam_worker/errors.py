@@ -13,6 +13,7 @@
     │   ├── JobNotFailed               job_not_failed            raised
     │   ├── WaitTimeout                wait_timeout              raised
     │   ├── NoResult                   no_result                 raised
+    │   ├── InvalidExport              invalid_export            raised
     │   └── AttemptFenced              attempt_fenced            raised
     ├── ImageError
     │   ├── UriNotAllowed              uri_not_allowed           fails
@@ -220,6 +221,13 @@ class NoResult(JobError, LocalError):
 
     code = "no_result"
     public_message = "There is no result."
+
+
+class InvalidExport(JobError, LocalError):
+    """A file is no export of a ledger, or is damaged."""
+
+    code = "invalid_export"
+    public_message = "This file cannot be used."
 
 
 class AttemptFenced(JobError, LocalError):

@@ -15,6 +15,7 @@ from gradcam_worker.errors import BrokerUnavailable
 from gradcam_worker.redis_server.async_client import AsyncRedisClients
 from gradcam_worker.redis_server.client import RedisClients
 from gradcam_worker.resilience.blocking import blocking
+from gradcam_worker.resilience.outages import Outage
 from gradcam_worker.schemas.work import ROUTE, Work, terms_of
 from gradcam_worker.settings import Settings
 
@@ -48,7 +49,12 @@ class Publisher:
     """
 
     def __init__(
-        self, settings: Settings, *, timeout_s: float = 10, connect: type[RedisClients] = RedisClients
+        self,
+        settings: Settings,
+        *,
+        timeout_s: float = 10,
+        connect: type[RedisClients] = RedisClients,
+        outage: Outage | None = None,
     ) -> None:
         """Nothing is connected yet.
 
@@ -56,17 +62,20 @@ class Publisher:
             settings: The broker's address and the prefix of its keys.
             timeout_s: How long one answer may take. No call is retried.
             connect: Makes the clients of the broker.
+            outage: Is told of calls that fail; None: the caller reports outages.
         """
-        self._settings, self._timeout_s = settings, timeout_s
+        self._settings, self._timeout_s, self._outage = settings, timeout_s, outage
         self._prefix = settings.key_prefix
         self._clients = connect(
-            settings, settings.broker_url, BrokerUnavailable, timeout_s=timeout_s, retries=0
+            settings, settings.broker_url, BrokerUnavailable, timeout_s=timeout_s, retries=0, outage=outage
         )
         self.close, self.read_mode = self._clients.close, self._clients.read_mode
 
     def for_asyncio(self) -> "Publisher":
         """The same, for event loops: `publish` and `republish` must be awaited there."""
-        return Publisher(self._settings, timeout_s=self._timeout_s, connect=AsyncRedisClients)
+        return Publisher(
+            self._settings, timeout_s=self._timeout_s, connect=AsyncRedisClients, outage=self._outage
+        )
 
     @blocking
     async def publish(self, jobs: Iterable[tuple[Work, datetime | None]]) -> None:

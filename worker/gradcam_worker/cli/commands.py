@@ -15,6 +15,7 @@ from gradcam_worker.cli import (
     convert,
     gallery,
     jobs,
+    ledger,
     operate,
     replay,
     serve,
@@ -292,5 +293,6 @@ for _command in (
     serve.serve,
     tenants.tenants,
     tenants.keys,
+    ledger.ledger,
 ):
     gradcam.add_command(_command)

@@ -48,6 +48,7 @@ _OF_ERRORS: tuple[tuple[type[GradcamError], ExitCode], ...] = (
     (errors.StorageError, ExitCode.BAD_INPUT),
     (errors.InvalidJob, ExitCode.BAD_INPUT),
     (errors.InvalidQuery, ExitCode.BAD_INPUT),
+    (errors.InvalidExport, ExitCode.BAD_INPUT),
     (errors.IdempotencyConflict, ExitCode.BAD_INPUT),
     (errors.InvalidPolicy, ExitCode.BAD_INPUT),
 )

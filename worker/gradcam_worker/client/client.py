@@ -17,7 +17,7 @@ from gradcam_worker.broker.publisher import Publisher
 from gradcam_worker.client import results
 from gradcam_worker.client.backfill_handle import BackfillHandle
 from gradcam_worker.client.backfills import BackfillStatus, Cancellation
-from gradcam_worker.client.calls import ClientCalls
+from gradcam_worker.client.calls import REDIS_RETRIES, ClientCalls
 from gradcam_worker.client.job_fields import Classes, Image, ListConditions, TopN, WithTarget, naming_fields
 from gradcam_worker.client.job_handle import JobHandle
 from gradcam_worker.client.results import Objects, Result
@@ -28,6 +28,7 @@ from gradcam_worker.errors import WaitTimeout
 from gradcam_worker.ledger.ledger import Ledger, Tenant
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.resilience.blocking import run_blocking
+from gradcam_worker.resilience.outages import Outage, Outages
 from gradcam_worker.schemas.job import Job
 from gradcam_worker.schemas.listing import JobPage, JobQuery
 from gradcam_worker.schemas.options import MethodName, MethodSpec, Metric
@@ -63,6 +64,7 @@ class GradcamClient:
         ledger: Ledger | None = None,
         publish: Callable[[Job], None] | None = None,
         objects: Objects | None = None,
+        outages: Outages | None = None,
     ) -> None:
         """Nothing is connected yet.
 
@@ -73,14 +75,20 @@ class GradcamClient:
             ledger: stands in for Redis in unit tests: see `gradcam_worker.testing`.
             publish: stands in for the queue.
             objects: stands in for S3.
+            outages: log outages of Redis; default: those that outlast the retries of one call, which raises.
 
         Raises:
             InvalidSettings: a URL or a setting is not what it should be.
         """
         change = settings.changed if settings else Settings.from_environment
         self._settings = settings = change(broker_url=broker_url, ledger_url=status_url)
-        self._ledger = ledger = ledger or RedisLedger(settings, timeout_s=TIMEOUT_S, retries=0)
-        queues = publish or Publisher(settings, timeout_s=TIMEOUT_S)
+        self.outages = outages = outages or Outages(
+            Outage("ledger", quiet_s=REDIS_RETRIES.total_s), Outage("broker", quiet_s=REDIS_RETRIES.total_s)
+        )
+        self._ledger = ledger = ledger or RedisLedger(
+            settings, timeout_s=TIMEOUT_S, retries=0, outage=outages.ledger
+        )
+        queues = publish or Publisher(settings, timeout_s=TIMEOUT_S, outage=outages.broker)
         self.calls = ClientCalls(settings, ledger, queues, objects or results.SettingsObjects(settings))
         self.waiter = JobWaiter(ledger)
         self.submitted_backfills = SubmittedBackfills(settings)

@@ -66,7 +66,8 @@ def status_of(error: GradcamError) -> HTTPStatus:
 def problem_response(error: GradcamError) -> Response:
     """The answer to a request that ended with an error."""
     status = status_of(error)
-    if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+    told = isinstance(error, errors.RedisUnavailable)  # by the client, as an outage with its length
+    if status >= HTTPStatus.INTERNAL_SERVER_ERROR and not told:
         log.warning("request_failed", error=error)
     else:
         log.debug("request_refused", error=error)

@@ -10,6 +10,8 @@ from typing import Any
 
 import uvicorn
 
+from gradcam_worker.client.async_client import AsyncGradcamClient
+from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.errors import InvalidSettings
 from gradcam_worker.gateway.access.caller import Access, is_this_machine
 from gradcam_worker.gateway.app import create_app
@@ -18,6 +20,7 @@ from gradcam_worker.gateway.health import READY_TIMEOUT_S, find_ledger_problem
 from gradcam_worker.observability import health
 from gradcam_worker.observability.prometheus import CONTENT_TYPE
 from gradcam_worker.redis_server.server_checks import ServerMonitor
+from gradcam_worker.resilience.outages import Outages
 from gradcam_worker.settings import Settings
 from gradcam_worker.text.log_events import EventLogger
 
@@ -75,8 +78,9 @@ def run(settings: Settings, host: str, port: int) -> int:
         InvalidSettings: The address cannot be listened at.
     """
     listener = _listen(host, port)
-    access = Access(settings, loopback=is_this_machine(host))
-    app = create_app(settings, access=access)
+    client = GradcamClient(settings=settings, outages=Outages())
+    access = Access(settings, loopback=is_this_machine(host), outage=client.outages.ledger)
+    app = create_app(settings, client=AsyncGradcamClient(client=client), access=access)
     config = uvicorn.Config(
         app,
         log_config=None,

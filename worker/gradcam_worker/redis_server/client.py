@@ -16,6 +16,7 @@ from gradcam_worker.errors import BrokerUnavailable, LedgerUnavailable
 from gradcam_worker.redis_server import sentinel
 from gradcam_worker.redis_server.script import LuaScript, Result
 from gradcam_worker.resilience.blocking import blocking, run_blocking
+from gradcam_worker.resilience.outages import Outage
 from gradcam_worker.settings import ONE_SERVER, Settings
 from gradcam_worker.text.urls import without_secrets
 
@@ -45,6 +46,15 @@ UNCHANGED_ERRORS = (
     redis.exceptions.ReadOnlyError,
 )
 UNCHANGED_PREFIXES = ("NOREPLICAS", "MISCONF", "BUSY ")
+
+NO_DISK = "MISCONF"
+REFUSALS: tuple[tuple[type[redis.RedisError], str, str], ...] = (  # class, beginning of the text, meaning
+    (redis.exceptions.ReadOnlyError, "", "is a replica, which takes no writes"),
+    (redis.exceptions.BusyLoadingError, "", "is still loading what it holds"),
+    # Then it does not even answer a ping.
+    (redis.RedisError, NO_DISK, "cannot write to its disk, and refuses all writes until it can"),
+    (redis.RedisError, "NOREPLICAS", "refuses writes, since too few replicas have followed it lately"),
+)
 
 # Only a node of a Redis Cluster answers so: the key is in another slot, or the keys are in several.
 CLUSTER_ERRORS = (redis.exceptions.ClusterError, redis.exceptions.MovedError, redis.exceptions.AskError)
@@ -105,6 +115,7 @@ class RedisClients:
         *,
         timeout_s: float,
         retries: int,
+        outage: Outage | None = None,
     ) -> None:
         """Connect to nothing yet.
 
@@ -117,9 +128,11 @@ class RedisClients:
             unavailable: The error that is raised when the server cannot be used.
             timeout_s: The maximum time for one answer.
             retries: How often redis-py retries a command that failed.
+            outage: Is told how each call of `ask` and `ask_each` ends; None: the caller reports outages.
         """
         self._finder = sentinel.finder_for(settings, url)
         self._url, self._unavailable = self._finder.server_url if self._finder else url, unavailable
+        self._outage = outage
         name = "ledger" if unavailable is LedgerUnavailable else "broker"
         self._server = f"The {name} at {without_secrets(url)}"
         self._wait_s = timeout_s  # for a connection
@@ -166,7 +179,7 @@ class RedisClients:
             BrokerUnavailable, LedgerUnavailable: See `translate_errors`.
         """
         client = await self._find_client()
-        with self.translate_errors():
+        with self._reporting(), self.translate_errors():
             pipeline = client.pipeline(transaction=False)
             for command in commands:
                 pipeline.execute_command(*command)
@@ -187,7 +200,7 @@ class RedisClients:
             BrokerUnavailable, LedgerUnavailable: See `translate_errors`.
         """
         client = await self._find_client()
-        with self.translate_errors():
+        with self._reporting(), self.translate_errors():
             result: Result = await _received(self._call(client, script, prefix))
         return result
 
@@ -208,24 +221,25 @@ class RedisClients:
         """
         client = await self._find_client()
         keys, sha = script.keys(), client.register_script(script.source()).sha
-        with self.translate_errors():
-            for last in (False, True):
-                pipeline = client.pipeline(transaction=False)
-                pipeline.execute_command("EVALSHA", sha, len(keys), *keys, prefix, *script.arguments())
-                pipeline.execute_command("WAIT", replicas, int(REPLICATED_S * 1000))
-                result, count = await _received(pipeline.execute(raise_on_error=False))
-                if last or not isinstance(result, redis.exceptions.NoScriptError):
-                    break
-                await _received(client.script_load(script.source()))
-            for reply in (result, count):
-                if isinstance(reply, Exception):
-                    raise reply
-        if count < replicas:
-            message = (
-                f"{self._server} has {count} replicas that follow, and GRADCAM_SUBMIT_REPLICAS requires "
-                f"{replicas}: nothing is accepted before they do."
-            )
-            raise self._unavailable(message, retryable=True, changed_nothing=False)
+        with self._reporting():
+            with self.translate_errors():
+                for last in (False, True):
+                    pipeline = client.pipeline(transaction=False)
+                    pipeline.execute_command("EVALSHA", sha, len(keys), *keys, prefix, *script.arguments())
+                    pipeline.execute_command("WAIT", replicas, int(REPLICATED_S * 1000))
+                    result, count = await _received(pipeline.execute(raise_on_error=False))
+                    if last or not isinstance(result, redis.exceptions.NoScriptError):
+                        break
+                    await _received(client.script_load(script.source()))
+                for reply in (result, count):
+                    if isinstance(reply, Exception):
+                        raise reply
+            if count < replicas:
+                message = (
+                    f"{self._server} has {count} replicas that follow, and GRADCAM_SUBMIT_REPLICAS requires "
+                    f"{replicas}: nothing is accepted before they do."
+                )
+                raise self._unavailable(message, retryable=True, changed_nothing=False)
         return cast("Result", result)
 
     def _call(self, client: Any, script: LuaScript[Any], prefix: str) -> Any:
@@ -285,6 +299,18 @@ class RedisClients:
         return str(fields.get("mode", ""))
 
     @contextmanager
+    def _reporting(self) -> Iterator[None]:
+        """Tell the outage, if there is one, how the block ends."""
+        try:
+            yield
+        except (BrokerUnavailable, LedgerUnavailable) as error:
+            if self._outage:
+                self._outage.failed(str(error))
+            raise
+        if self._outage:
+            self._outage.answered()
+
+    @contextmanager
     def translate_errors(self) -> Iterator[None]:
         """Raise BrokerUnavailable or LedgerUnavailable for errors of redis-py within the block."""
         try:
@@ -310,6 +336,10 @@ class RedisClients:
             pass  # its text says what to check
         elif isinstance(error, redis.exceptions.OutOfMemoryError):
             problem = "is full: it accepts no writes until memory is freed or maxmemory is raised"
+        elif meanings := [
+            meaning for kind, start, meaning in REFUSALS if isinstance(error, kind) and text.startswith(start)
+        ]:
+            problem = f"{meanings[0]} ({text})"
         elif refused:
             problem = f"refuses access ({text}): check the user, the password and the database of its URL"
         elif cluster:
@@ -330,17 +360,20 @@ async def _received(reply: Any) -> Any:
 class RedisServer:
     """A Redis or Valkey server, or the master of Sentinels, and the scripts that run there."""
 
-    def __init__(self, settings: Settings, *, timeout_s: float = 5, retries: int = 2) -> None:
+    def __init__(
+        self, settings: Settings, *, timeout_s: float = 5, retries: int = 2, outage: Outage | None = None
+    ) -> None:
         """Connect to nothing yet.
 
         Args:
             settings: `ledger`, `key_prefix` and the TLS settings are read from it.
             timeout_s: The maximum time for one answer.
             retries: How often a command that failed is retried.
+            outage: See `RedisClients`.
         """
         self.prefix, self._replicas = settings.key_prefix, settings.submit_replicas
         self._clients = self._connect(
-            settings, settings.ledger, LedgerUnavailable, timeout_s=timeout_s, retries=retries
+            settings, settings.ledger, LedgerUnavailable, timeout_s=timeout_s, retries=retries, outage=outage
         )
         self.translate_errors, self.close = self._clients.translate_errors, self._clients.close
         self.read_mode, self.ask_each = self._clients.read_mode, self._clients.ask_each

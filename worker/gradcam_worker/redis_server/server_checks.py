@@ -20,7 +20,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from gradcam_worker.errors import LedgerUnavailable
-from gradcam_worker.redis_server.client import RedisClients
+from gradcam_worker.redis_server.client import NO_DISK, RedisClients
 from gradcam_worker.resilience.background_loop import BackgroundLoop
 from gradcam_worker.settings import Settings
 from gradcam_worker.text.log_events import EventLogger
@@ -40,6 +40,7 @@ FIX_EVICTION = (
     "Set maxmemory-policy noeviction there: `CONFIG SET maxmemory-policy noeviction`, redis.conf, or the "
     f"parameters of a managed one. {CONF}"
 )
+FIX_DISK = "Is its disk full, or read-only? Its log says why."
 Severity = Literal["ok", "note", "warning", "error"]
 WRITE_FAILURES: tuple[tuple[str, Severity, str], ...] = (  # a field of INFO that is not ok
     (
@@ -121,8 +122,7 @@ def _check_eviction(server: str, info: Mapping[str, Any]) -> ServerCheck:
 def _check_persistence(server: str, info: Mapping[str, Any]) -> ServerCheck:
     for field, severity, problem in WRITE_FAILURES:
         if info.get(field, "ok") != "ok" and (info.get("aof_enabled") or not field.startswith("aof")):
-            fix = "Is its disk full, or read-only? Its log says why."
-            return ServerCheck("persistence", f"{server} {problem}.", fix, severity)
+            return ServerCheck("persistence", f"{server} {problem}.", FIX_DISK, severity)
     if "aof_enabled" not in info:
         detail = f"{server} does not report whether it writes an append-only file"
         return ServerCheck("persistence", detail, severity="note")
@@ -223,8 +223,13 @@ class ServerMonitor:
             try:
                 info = clients.read_info()
             except LedgerUnavailable as error:
+                if str(error.__cause__).startswith(NO_DISK):
+                    yield ServerCheck("persistence", str(error), FIX_DISK, "error", setting)
+                    continue
                 log.debug("redis_checks_impossible", setting=setting, error=error)
                 continue
+            finally:
+                clients.close()  # else it would be idle for a minute
             for check in check_info(server, info):
                 yield replace(check, setting=setting)
 

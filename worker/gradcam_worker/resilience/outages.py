@@ -16,12 +16,18 @@ RECOVERED_AFTER_S = 3.0  # without a failure: several threads use a server, and 
 class Outage:
     """The failed calls to one server, from all threads of a process."""
 
-    def __init__(self, server: str) -> None:
-        """`server` is its name in log lines."""
-        self._server = server
+    def __init__(self, server: str, *, quiet_s: float = 0.0) -> None:
+        """No call has failed yet.
+
+        Args:
+            server: Its name in log lines.
+            quiet_s: An outage is logged when it has lasted for so long; a shorter one is not.
+        """
+        self._server, self._quiet_s = server, quiet_s
         self._lock = threading.Lock()
         self._started_s: float | None = None
-        self._logged_s = self._failed_s = 0.0
+        self._logged_s: float | None = None  # in this outage
+        self._failed_s = self._answered_s = 0.0  # the last failure, and the first answer since
         self._failures = 0
 
     def failed(self, reason: str) -> None:
@@ -35,9 +41,11 @@ class Outage:
             self._failed_s = now_s
             self._failures += 1
             if self._started_s is None:
-                self._started_s = self._logged_s = now_s
+                self._started_s = now_s
+            if self._logged_s is None and now_s - self._started_s >= self._quiet_s:
+                self._logged_s = now_s
                 log.warning("server_unreachable", server=self._server, reason=reason)
-            elif now_s - self._logged_s >= LOG_INTERVAL_S:
+            elif self._logged_s is not None and now_s - self._logged_s >= LOG_INTERVAL_S:
                 self._logged_s = now_s
                 log.warning(
                     "server_still_unreachable",
@@ -55,15 +63,18 @@ class Outage:
             return
         now_s = time.monotonic()
         with self._lock:
+            if self._answered_s <= self._failed_s:
+                self._answered_s = now_s
             if self._started_s is None or now_s - self._failed_s < RECOVERED_AFTER_S:
                 return
-            log.warning(
-                "server_reachable_again",
-                server=self._server,
-                outage_s=round(self._failed_s - self._started_s),
-                failures=self._failures,
-            )
-            self._started_s, self._failures = None, 0
+            if self._logged_s is not None:
+                log.warning(
+                    "server_reachable_again",
+                    server=self._server,
+                    outage_s=round(self._answered_s - self._started_s),
+                    failures=self._failures,
+                )
+            self._started_s, self._logged_s, self._failures = None, None, 0
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass
 from typing import NoReturn, TypeVar
 
-from gradcam_worker.errors import JobTimeout
+from gradcam_worker.errors import JobTimeout, RedisUnavailable
 from gradcam_worker.resilience.blocking import block, run_blocking
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.text.log_events import EventLogger
@@ -150,7 +150,8 @@ class Retries:
                     self.raise_if_cancelled()
                     raise
                 self.record_failure(error)
-                log.info("call_retry_scheduled", delay_s=pause_s, error=error)
+                if not isinstance(error, RedisUnavailable):  # it is logged as an outage, with its length
+                    log.info("call_retry_scheduled", delay_s=pause_s, error=error)
                 await pause(pause_s)
 
     def wait_for(self, calls: Sequence["Future[T]"], doing: str) -> list[T]:

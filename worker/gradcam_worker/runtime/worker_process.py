@@ -257,7 +257,7 @@ def _celery_worker(
         broker_outage=components.outages.broker,
         is_paused=lambda: handler.breaker.open_reason is not None,
     )
-    return app.Worker(
+    worker = app.Worker(
         pool=ThreadPool,
         consumer_cls=partial(JobConsumer, hooks=hooks),
         hostname=f"celery@{handler.worker.id}",
@@ -268,6 +268,9 @@ def _celery_worker(
         without_heartbeat=True,
         quiet=True,
     )
+    # Celery has just asked for such warnings, of which it makes one at each lost connection.
+    warnings.simplefilter("ignore", CPendingDeprecationWarning)
+    return worker
 
 
 def _wait_for_second_signal(signals: "SimpleQueue[int]", timeout_s: float) -> None:
@@ -355,7 +358,6 @@ def _quiet_libraries() -> None:
     for name in ("celery.app.trace", "celery.worker.consumer.consumer", "kombu.transport.virtual.base"):
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # `traces_dropped` is logged instead
-    warnings.simplefilter("ignore", CPendingDeprecationWarning)  # at each lost connection
     setup_logging.connect(_keep_logging)
     celery.apps.worker.safe_say = lambda *_: None  # it prints, beside the log, that it stops
 

@@ -31,6 +31,7 @@ from gradcam_worker.ledger.ledger import Tenant
 from gradcam_worker.redis_server.async_client import AsyncRedisServer
 from gradcam_worker.redis_server.client import RedisServer
 from gradcam_worker.resilience.blocking import awaited
+from gradcam_worker.resilience.outages import Outage
 from gradcam_worker.schemas.ids import utc_now
 from gradcam_worker.schemas.job import Job, Webhook
 from gradcam_worker.schemas.status import StatusDocument
@@ -159,7 +160,12 @@ class Access:
     """Recognizes callers and counts their requests. One for each process."""
 
     def __init__(
-        self, settings: Settings, server: RedisServer | None = None, *, loopback: bool = False
+        self,
+        settings: Settings,
+        server: RedisServer | None = None,
+        *,
+        loopback: bool = False,
+        outage: Outage | None = None,
     ) -> None:
         """Connect to nothing yet.
 
@@ -168,8 +174,11 @@ class Access:
                 `serve_origins` may ask for that user.
             server: Stands in for the ledger's.
             loopback: Whether the gateway listens at an address of this machine alone.
+            outage: Is told of calls of Redis that fail.
         """
-        self._server = server or AsyncRedisServer(settings, timeout_s=TIMEOUT_S, retries=RETRIES)
+        self._server = server or AsyncRedisServer(
+            settings, timeout_s=TIMEOUT_S, retries=RETRIES, outage=outage
+        )
         self._keys, self._tenants = ApiKeys(self._server), Tenants(self._server)
         self._loopback, self._origins = loopback, settings.serve_origins
         self._one_user = Caller(None, frozenset(SCOPES), "", settings.uploads or None)

@@ -23,6 +23,7 @@ from gradcam_worker.ledger.redis.pubsub import RedisJobUpdates
 from gradcam_worker.redis_server.async_client import AsyncRedisServer
 from gradcam_worker.redis_server.client import RedisServer
 from gradcam_worker.resilience.blocking import awaited, blocking
+from gradcam_worker.resilience.outages import Outage
 from gradcam_worker.schemas import listing
 from gradcam_worker.schemas.listing import JobPage, JobQuery
 from gradcam_worker.schemas.status import StatusDocument
@@ -46,6 +47,7 @@ class RedisLedger(Ledger):
         timeout_s: float = 5,
         retries: int = 2,
         connect: type[RedisServer] = RedisServer,
+        outage: Outage | None = None,
     ) -> None:
         """Connect to nothing yet.
 
@@ -54,10 +56,16 @@ class RedisLedger(Ledger):
             timeout_s: The maximum time for one answer.
             retries: How often a command that failed is retried.
             connect: Makes the server.
+            outage: Is told of calls that fail; None: the caller reports outages.
         """
-        self.server = connect(settings, timeout_s=timeout_s, retries=retries)
+        self.server = connect(settings, timeout_s=timeout_s, retries=retries, outage=outage)
         self._for_asyncio = partial(
-            RedisLedger, settings, timeout_s=timeout_s, retries=retries, connect=AsyncRedisServer
+            RedisLedger,
+            settings,
+            timeout_s=timeout_s,
+            retries=retries,
+            connect=AsyncRedisServer,
+            outage=outage,
         )
         self._lease_ms = int(settings.lease_s * 1000)
         retention_s = settings.retention_s
@@ -97,12 +105,12 @@ class RedisLedger(Ledger):
             status=document.status,
             route=entry.route,
             webhooks=json.dumps(webhooks) if webhooks else "",
-            expires_ms=_expires_ms(document),
+            expires_ms=expires_ms_of(document),
             event=state_machine.name_event(None, document),
             tenant=tenant,
             created_us=listing.position_of(document)[0],
             share=repr(entry.tenant.share),
-            lists="" if entry.route == ROUTE else "\n".join(_names_of_lists(entry)),
+            lists="" if entry.route == ROUTE else "\n".join(names_of_lists(document, entry.network)),
         )
 
     @blocking
@@ -150,7 +158,7 @@ class RedisLedger(Ledger):
             delay_ms=int(delay_s * 1000),
             fingerprint="",
             document_before="",
-            expires_ms=_expires_ms(after),
+            expires_ms=expires_ms_of(after),
             cancel_requested=after.cancel_requested_at is not None,
             event=state_machine.name_event(before, after),
             retention_ms=retention_ms,
@@ -315,11 +323,11 @@ def _existing_or_new(entry: Entry, *existing: str) -> Entry:
     return Entry(fingerprint, job, entry.idempotency_key, document, tenant=Tenant(tenant))
 
 
-def _names_of_lists(entry: Entry) -> list[str]:
-    """The names of the lists that a new job is in: see "The lists" in `gradcam_worker.ledger.redis`."""
-    labels = [_label_list(f"{name}={value}") for name, value in entry.document.metadata.items()]
-    network = [_network_list(entry.network)] if entry.network else []
-    return ["all", f"status:{entry.document.status}", *network, *labels]
+def names_of_lists(document: StatusDocument, network: str) -> list[str]:
+    """The names of the lists that a job is in: see "The lists" in `gradcam_worker.ledger.redis`."""
+    labels = [_label_list(f"{name}={value}") for name, value in document.metadata.items()]
+    networks = [_network_list(network)] if network else []
+    return ["all", f"status:{document.status}", *networks, *labels]
 
 
 def _network_list(network: str) -> str:
@@ -335,5 +343,6 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:32]
 
 
-def _expires_ms(document: StatusDocument) -> int | None:
+def expires_ms_of(document: StatusDocument) -> int | None:
+    """When a job expires, in ms since the epoch; None: never."""
     return int(document.expires_at.timestamp() * 1000) if document.expires_at else None

@@ -1,0 +1,93 @@
+"""`gradcam ledger export` and `gradcam ledger import`, with the rights of the shipped user of workers."""
+
+import gzip
+import hashlib
+import io
+import json
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import redis
+
+from gradcam_worker.cli.exit_codes import ExitCode
+from gradcam_worker.cli.main import main
+from gradcam_worker.ledger.ledger import Tenant
+from gradcam_worker.ledger.redis.store import RedisLedger
+from gradcam_worker.operations import servers
+from gradcam_worker.schemas.ids import new_id
+from gradcam_worker.schemas.job import Job
+from gradcam_worker.settings import Settings
+
+USERS = Path(__file__).parents[2] / "deploy" / "redis" / "users.acl"
+PASSWORD = "planted-password"  # of a server that lives for a test
+
+
+@pytest.fixture
+def admin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[redis.Redis]:
+    """The administrator of a server that the environment names, with the shipped user of workers."""
+    digest = hashlib.sha256(PASSWORD.encode()).hexdigest()
+    lines = [line for line in USERS.read_text().splitlines() if "gradcam-worker" in line]
+    users = lines[0].replace("SHA256-OF-THE-WORKERS-PASSWORD", digest)
+    (tmp_path / "users.acl").write_text(f"{users}\nuser default on nopass ~* &* +@all\n")
+    with servers.valkey(tmp_path, "--aclfile", str(tmp_path / "users.acl")) as server:
+        url = f"redis://gradcam-worker:{PASSWORD}@127.0.0.1:{server.port}/0"
+        monkeypatch.setenv("GRADCAM_BROKER_URL", url)
+        with redis.Redis(port=server.port, decode_responses=True) as connection:
+            yield connection
+
+
+@pytest.mark.parametrize("name", ["ledger.jsonl", "ledger.jsonl.gz"])
+def test_what_was_lost_is_imported_again(
+    name: str, admin: redis.Redis, job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ledger, file = RedisLedger(Settings.from_environment()), tmp_path / name
+    jobs = [job.model_copy(update={"id": new_id()}) for _ in range(3)]
+    for one in jobs:
+        ledger.submit(one, tenant=Tenant("acme"))
+    assert main(["ledger", "export", str(file)]) == 0
+    assert "3 jobs exported" in capsys.readouterr().err
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert not (tmp_path / f"{name}.part").exists()
+    admin.flushall()
+    assert main(["ledger", "import", "--dry-run", str(file)]) == 0
+    assert "3 jobs would be added, 0 updated: 3 of them would be queued." in capsys.readouterr().out
+    assert admin.dbsize() == 0
+    assert main(["ledger", "import", "--json", str(file)]) == 0
+    counts = json.loads(capsys.readouterr().out)
+    assert (counts["added"], counts["published"], counts["kept"]) == (3, 3, 0)
+    assert ledger.count_jobs() == (3, 0)
+    assert admin.llen("gradcam:gradcam.interactive\x06\x163") == 3
+    assert main(["ledger", "import", str(file)]) == 0
+    assert "Not used: 3 that the ledger has" in capsys.readouterr().out
+
+
+def test_an_export_passes_through_a_pipe(
+    environment: Settings, job: Job, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    RedisLedger(environment).submit(job)
+    assert main(["ledger", "export", "-"]) == 0
+    exported = capsys.readouterr().out
+    monkeypatch.setattr("sys.stdin", io.StringIO(exported))
+    assert main(["ledger", "import", "-"]) == 0
+    assert "1 that the ledger has" in capsys.readouterr().out
+    monkeypatch.setattr("sys.stdin", io.StringIO(exported[:-3]))
+    assert main(["ledger", "import", "-"]) == ExitCode.BAD_INPUT
+    assert "The export is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"no gzip", gzip.compress(b"\xff\xfe{}", mtime=0), gzip.compress(b"{}\n", mtime=0)[:-9]],
+    ids=["no gzip", "no UTF-8", "cut off"],
+)
+def test_a_file_that_is_no_export_is_refused_with_a_sentence(
+    content: bytes, environment: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert environment
+    file = tmp_path / "ledger.jsonl.gz"
+    file.write_bytes(content)
+    assert main(["ledger", "import", str(file)]) == ExitCode.BAD_INPUT
+    assert main(["ledger", "import", str(tmp_path / "missing.jsonl")]) == ExitCode.BAD_INPUT
+    assert "Traceback" not in capsys.readouterr().err
