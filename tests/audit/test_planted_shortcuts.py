@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),
 ]
 PLANT = plant_of("watermark", 2)
-IMAGES = 800
+IMAGES = 400
 
 
 @pytest.fixture(scope="module")

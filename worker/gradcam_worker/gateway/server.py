@@ -30,6 +30,7 @@ SHUTDOWN_S = 10  # for open requests, after SIGTERM
 IDLE_S = 75  # of a connection without a request: longer than most load balancers keep it
 MAX_HEADER_BYTES = 32 * 1024
 BACKLOG = 2048  # connections that wait to be accepted
+YOUNG_OBJECTS = 10_000  # between two collections: Python's 700 are those of a few requests
 
 
 class _Server(uvicorn.Server):
@@ -102,6 +103,7 @@ def run(settings: Settings, host: str, port: int) -> int:
     signal.signal(signal.SIGTERM, stop)
     _serve_metrics(settings, app.state.gateway, server)
     gc.collect()
+    gc.set_threshold(YOUNG_OBJECTS)
     gc.freeze()  # a pass over all that was imported takes 50 ms, in which nobody is answered
     checks = ServerMonitor(settings)
     app.state.gateway.metrics.set_redis_checks(checks.is_failing)
