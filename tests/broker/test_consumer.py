@@ -33,7 +33,7 @@ from gradcam_worker.broker.consumer import (
     ThreadPool,
 )
 from gradcam_worker.broker.envelope import INSPECTIONS, check_job
-from gradcam_worker.broker.transport import REPLY_TTL_MS, RateLimitedCount
+from gradcam_worker.broker.transport import REPLY_TTL_MS, Channel, RateLimitedCount
 from gradcam_worker.errors import InvalidJob, LedgerUnavailable
 from gradcam_worker.resilience.outages import Outages
 from gradcam_worker.resilience.stall import StallDetector
@@ -618,6 +618,23 @@ def test_a_failed_acknowledgement_renews_the_connection_and_leaves_none_behind(
     wait_for(lambda: len(reception.redis.client_list()) <= before + 4, "the end of other connections")
     assert during <= before + 4
     assert {*ids} <= reception.handled.keys()
+
+
+@pytest.mark.filterwarnings("ignore::celery.exceptions.CPendingDeprecationWarning")
+def test_a_consumer_leaves_a_master_that_was_replaced(
+    reception: Reception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The master still answers: only the Sentinels say it (`tests/faults/test_sentinel.py` has real ones)."""
+    connect, replaced = JobConsumer.connect, threading.Event()
+
+    def connected(self: JobConsumer) -> Any:
+        replaced.set()
+        return connect(self)
+
+    monkeypatch.setattr(JobConsumer, "connect", connected)
+    monkeypatch.setattr(Channel, "has_moved", property(lambda _: not replaced.is_set()))
+    wait_for(replaced.is_set, "a new connection")
+    reception.goes_on()
 
 
 def command(method: object, **more: Any) -> bytes:

@@ -89,7 +89,11 @@ def test_queue_ledger_and_clients_follow_the_master(server: ReplicatedServer) ->
             "wrong",
             "refuses access .*: check GRADCAM_SENTINEL_USER and GRADCAM_SENTINEL_PAS",
         ),
-        (SENTINEL_PASSWORD, "", "refuses access .*: check GRADCAM_SENTINEL_USER and GRADCAM_SENTINEL_PAS"),
+        (
+            SENTINEL_PASSWORD,
+            "",
+            "refuses access .no password is set.: check GRADCAM_SENTINEL_USER and GRADCAM_SENTINEL_PAS",
+        ),
         (
             f":{PASSWORD}@",
             ":wrong@",

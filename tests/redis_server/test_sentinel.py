@@ -135,6 +135,33 @@ def test_a_connection_learns_that_the_master_has_moved_without_waiting(
     found.close()
 
 
+def test_a_task_that_is_canceled_while_sentinels_are_asked_fails_no_thread(
+    start: Callable[..., SentinelDouble],
+) -> None:
+    found, asked = finder(start("a", 1)), threading.Event()
+    find = found.find
+
+    def find_slowly() -> tuple[str, int]:
+        asked.wait(WAIT_S)
+        return find()
+
+    found.find = find_slowly  # type: ignore[method-assign]
+
+    async def cancel() -> None:
+        task = asyncio.create_task(found.find_in_thread())
+        await asyncio.sleep(0)
+        task.cancel()
+        asked.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(cancel())
+    for thread in threading.enumerate():
+        if thread.name == "gradcam-sentinels":
+            thread.join(WAIT_S)  # an exception there is a warning, and so an error
+    found.close()
+
+
 @pytest.mark.parametrize("role", ["replica", b"replica"])
 def test_a_server_that_is_no_master_is_refused(role: str | bytes) -> None:
     for reply in ({"role": role}, {b"role": role}, ["proto", 2, "role", role]):

@@ -102,6 +102,7 @@ class MasterFinder:
     async def find_in_thread(self) -> Address:
         """As `find`, for event loops. Nothing waits in the default executor of a loop, which is the app's."""
         future = Future[Address]()
+        future.set_running_or_notify_cancel()  # a task that is canceled must not fail the thread
 
         def find() -> None:
             try:
@@ -178,7 +179,8 @@ class MasterFinder:
         try:
             address: Any = client.sentinel_get_master_addr_by_name(self._url.master)
         except (redis.exceptions.AuthenticationError, redis.exceptions.NoPermissionError) as error:
-            message = f"the Sentinel at {host}:{port} refuses access ({error}): {ACCESS_FIX}"
+            why = str(error) if self._options["password"] else "no password is set"
+            message = f"the Sentinel at {host}:{port} refuses access ({why}): {ACCESS_FIX}"
             raise SentinelRefused(message) from error
         if not address:
             return []
