@@ -11,15 +11,18 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
 import redis
 from celery.app.trace import reset_worker_optimizations, setup_worker_optimizations
+from celery.bootsteps import RUN
 from celery.concurrency.base import apply_target
 from celery.worker import state
 from celery.worker.control import Panel
+from kombu.asynchronous.hub import Hub
 from kombu.serialization import registry
 
 from gradcam_worker.broker import app as broker
@@ -566,6 +569,20 @@ def test_a_message_that_nobody_is_at_work_on_goes_back(
     assert len(lost) == 2
     assert caplog.text.count("orphaned_message_requeued") == 2
     assert 2 in told
+
+
+def test_a_renewal_that_another_error_has_overtaken_is_no_error_of_its_own() -> None:
+    for overtaken in (True, False):
+        consumer, hub = object.__new__(JobConsumer), Hub()
+        consumer.hub, consumer.blueprint = hub, SimpleNamespace(state=RUN)
+        consumer._renew_connection(ConnectionError("gone"))
+        if overtaken:
+            hub.reset()
+        else:
+            with pytest.raises(ConnectionError, match="gone"):
+                next(hub.create_loop())
+        assert not hub.on_close
+        hub.close()
 
 
 def waiting_connections(server: redis.Redis) -> int:

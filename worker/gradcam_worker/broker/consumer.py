@@ -154,11 +154,18 @@ class JobConsumer(Consumer):  # type: ignore[misc]  # celery ships no types
         so nothing else would notice.
         """
         if self.blueprint.state == RUN and not self._renewing:
-            self._renewing = True
+            self._renewing, ended = True, False
+
+            def forget(_: object) -> None:  # another error has ended the loop, which calls what is left
+                nonlocal ended
+                ended = True
 
             def fail() -> None:
-                raise error
+                self.hub.on_close.discard(forget)
+                if not ended:
+                    raise error
 
+            self.hub.on_close.add(forget)
             self.hub.call_soon(fail)
 
     def connect(self) -> Any:
