@@ -35,7 +35,7 @@ ATTACKS = {
     "engine": Attack(1, 4, "faults of each kind"),
     "recovery": Attack(1, 3, "kills, with the default settings"),
     "failover": Attack(2, 5, "failovers"),
-    "sentinel": Attack(1, 5, "faults of each kind, in each of three modes"),
+    "sentinel": Attack(1, 2, "faults of each kind, in each of three modes"),
     "servers": Attack(1, 15, "seconds of each fault"),
     "mixed_fleet": Attack(5, 25, "faults in a fleet with each of the earlier releases"),
     "images": Attack(400, 4000, "mutated images"),
