@@ -31,7 +31,7 @@ class Attack:
 
 
 ATTACKS = {
-    "kill": Attack(8, 80, "kills"),
+    "kill": Attack(8, 60, "kills"),
     "engine": Attack(1, 4, "faults of each kind"),
     "recovery": Attack(1, 3, "kills, with the default settings"),
     "failover": Attack(2, 5, "failovers"),
