@@ -122,6 +122,15 @@ def test_the_hint_about_an_identity_is_one_sentence_without_gaps() -> None:
     assert "  " not in preflight.storage_hint(error).fix
 
 
+def test_a_server_that_does_not_answer_is_not_taken_for_a_folder() -> None:
+    error = StorageUnavailable("no answer within 5.0 s")
+    error.__cause__ = TimeoutError("no answer within 5.0 s")
+    hint = preflight.storage_hint(error)
+    assert (hint.fix.partition(" ")[0], hint.permanent) == ("Start", False)
+    error.__cause__ = PermissionError(13, "Permission denied")
+    assert preflight.storage_hint(error).fix == "Name a folder that the worker may write to."
+
+
 def test_an_output_that_is_not_set_is_named_rather_than_its_default_refused(
     s3_settings: dict[str, Any],
 ) -> None:
