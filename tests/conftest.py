@@ -492,7 +492,7 @@ def serving() -> Iterator[HttpServer]:
             self.end_headers()
             self.wfile.write(answer.body)
 
-        do_POST = do_PUT = do_GET  # noqa: N815  # the names are the library's
+        do_POST = do_PUT = do_DELETE = do_GET  # noqa: N815  # the names are the library's
 
         def log_message(self, *args: object) -> None:
             """Log nothing."""

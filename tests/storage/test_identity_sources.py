@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from botocore.exceptions import ClientError
 from pydantic import SecretStr
 
 from gradcam_worker.settings import Settings
+from gradcam_worker.storage.credentials import REREAD_AFTER_S, Identity
 from gradcam_worker.storage.s3 import S3
 from gradcam_worker.storage.stores import Stores
 
@@ -28,6 +30,8 @@ FOUND = {
     "Expiration": "2099-01-01T00:00:00Z",
     "Code": "Success",
 }
+KEYS = "[default]\naws_access_key_id = {0}\naws_secret_access_key = secret\naws_session_token = of-{0}\n"
+REFUSED = b"<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>"
 METADATA = "/latest/meta-data/iam/security-credentials/"
 
 
@@ -55,6 +59,13 @@ class Cloud:
         self._serve(METADATA, "node-role")
         self._serve(f"{METADATA}node-role", json.dumps(FOUND))
         self._set(AWS_EC2_METADATA_SERVICE_ENDPOINT=f"http://{self._server.host}")
+
+    def credentials_file(self, key: str) -> Path:
+        """A file that something else rotates: a sidecar, an agent of the machine, a mounted Secret."""
+        path = self._folder / "credentials"
+        path.write_text(KEYS.format(key))
+        self._set(AWS_SHARED_CREDENTIALS_FILE=str(path))
+        return path
 
     def asked(self, path: str) -> tuple[bytes, dict[str, str]]:
         """The body and the headers of the only request for this path."""
@@ -120,3 +131,50 @@ def test_keys_of_the_settings_go_before_those_of_the_pod(cloud: Cloud, http_serv
     _, stored = cloud.asked("/results/cams/a.txt")
     assert "Credential=a-static-key/" in stored["authorization"]
     assert "x-amz-security-token" not in stored
+
+
+def test_keys_that_were_refused_are_read_again_from_their_file(
+    cloud: Cloud, http_server: Any, answer: Any
+) -> None:
+    for number in (1, 3):
+        http_server.url(f"/results/{number}", answer(204))
+    path = cloud.credentials_file("ASIAFIRST")
+    s3 = S3(Settings(output="s3://results/cams", s3_endpoint_url=f"http://{http_server.host}"))
+    s3.remove("results", "1")
+    path.write_text(KEYS.format("ASIASECOND"))  # by what rotates it
+    http_server.url("/results/2", answer(400, REFUSED))
+    with pytest.raises(ClientError, match="ExpiredToken"):
+        s3.remove("results", "2")
+    s3.remove("results", "3")
+    signed = [cloud.asked(f"/results/{number}")[1]["x-amz-security-token"] for number in (1, 2, 3)]
+    assert signed == ["of-ASIAFIRST", "of-ASIAFIRST", "of-ASIASECOND"]
+
+
+def test_keys_that_were_refused_are_asked_for_again(cloud: Cloud, http_server: Any, answer: Any) -> None:
+    cloud.pod_identity()
+    s3 = S3(Settings(output="s3://results/cams", s3_endpoint_url=f"http://{http_server.host}"))
+    http_server.url("/results/1", answer(400, REFUSED))
+    with pytest.raises(ClientError, match="ExpiredToken"):
+        s3.remove("results", "1")
+    http_server.url("/v1/credentials", answer(200, json.dumps(FOUND | {"Token": "another"}).encode()))
+    for number in (2, 3):
+        http_server.url(f"/results/{number}", answer(204))
+        s3.remove("results", str(number))
+        assert cloud.asked(f"/results/{number}")[1]["x-amz-security-token"] == "another"
+
+
+def test_a_file_is_read_again_each_minute_and_for_as_long_as_it_can_be(cloud: Cloud) -> None:
+    path, now_s = cloud.credentials_file("FIRST"), 100.0
+    identity = Identity("eu-central-1", lambda: now_s)
+    assert identity.get_frozen_credentials().access_key == "FIRST"
+    path.write_text(KEYS.format("SECOND"))
+    assert identity.get_frozen_credentials().access_key == "FIRST"
+    now_s += REREAD_AFTER_S
+    assert identity.get_frozen_credentials().access_key == "SECOND"
+    path.write_text("[default]\naws_access_key_id = HALF")
+    now_s += REREAD_AFTER_S
+    assert identity.get_frozen_credentials().access_key == "SECOND"
+    path.unlink()  # what is found without it has another identity
+    cloud.pod_identity()
+    now_s += REREAD_AFTER_S
+    assert identity.get_frozen_credentials().access_key == "SECOND"

@@ -2,32 +2,39 @@
 
 Every failure to find or renew them is `IdentityFailed`, so that it is not confused with the server's answer
 about a job's object. Until keys are found, each request searches again, at most once in RETRY_AFTER_S.
+
+Botocore renews keys of which it knows when they expire. Others, as those of a file that an agent rotates, it
+reads once and keeps: here they are read again every REREAD_AFTER_S, and all keys when a server refuses them.
 """
 
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from botocore.config import Config
 from botocore.configprovider import ConfiguredEndpointProvider
-from botocore.credentials import Credentials, create_credential_resolver
+from botocore.credentials import Credentials, RefreshableCredentials, create_credential_resolver
 from botocore.exceptions import NoCredentialsError
 from botocore.session import Session
 
-from gradcam_worker.storage.s3_errors import IdentityFailed
+from gradcam_worker.storage.s3_errors import IDENTITY_CODES, IdentityFailed
 
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 3, 5  # of STS and other sources of keys
 RETRY_AFTER_S = 1.0  # after a failed search; jobs that need keys in between fail at once
+REREAD_AFTER_S = 60.0  # agents write new keys minutes before the old ones expire
+REFUSED_AFTER_S = 5.0  # between two searches because of keys that were refused: STS is not to be flooded
 
 
 class Identity(Credentials):  # type: ignore[misc]  # botocore ships no types
     """Credentials for botocore, which asks for keys before each request: they are found when needed."""
 
-    def __init__(self, session: Any, region: str) -> None:
-        """Take a botocore session, and the region of the STS to use, if any."""
+    def __init__(self, region: str, clock: Callable[[], float] = time.monotonic) -> None:
+        """`region` is that of the STS to use, if any; `clock` tells seconds."""
         super().__init__("", "", method="gradcam")
-        self._session, self._region = session, region
+        self._region, self._clock = region, clock
         self._source: Any = None
+        self._found_s, self._are_refused, self._refused_s = 0.0, False, float("-inf")
         self._failure: tuple[float, Exception] | None = None  # when, and the error, of a failed search
         self._lock = threading.Lock()
 
@@ -37,43 +44,82 @@ class Identity(Credentials):  # type: ignore[misc]  # botocore ships no types
 
     def get_frozen_credentials(self) -> Any:
         """Return keys that are valid now. Raises IdentityFailed."""
-        if self._source is not None and self._failure is None:
+        if self._failure is None and not self._must_search():
             return self._find_keys()
         with self._lock:  # one search at a time, whose result those that wait share
-            if self._failure and time.monotonic() - self._failure[0] < RETRY_AFTER_S:
+            if self._failure and self._clock() - self._failure[0] < RETRY_AFTER_S:
                 message = "there were no keys a moment ago"
                 raise IdentityFailed(message) from self._failure[1]
             return self._find_keys()
 
+    def after_call(self, parsed: Any, **_: Any) -> None:
+        """Hear each answer of a server, as a handler of botocore's events."""
+        if parsed.get("Error", {}).get("Code") in IDENTITY_CODES:
+            now_s = self._clock()
+            if now_s - self._refused_s >= REFUSED_AFTER_S:
+                self._are_refused, self._refused_s = True, now_s
+
+    def _must_search(self) -> bool:
+        """Whether there are no keys, or there may be others."""
+        if self._source is None or self._are_refused:
+            return True
+        is_renewed = isinstance(self._source, RefreshableCredentials)
+        return not is_renewed and self._clock() - self._found_s >= REREAD_AFTER_S
+
     def _find_keys(self) -> Any:
         try:
-            keys = self._key_source().get_frozen_credentials()
+            if self._must_search():
+                self._search()
+            keys = self._source.get_frozen_credentials()
         except Exception as error:
-            self._failure = time.monotonic(), error
+            self._failure = self._clock(), error
             message = f"no keys: {type(error).__name__}"
             raise IdentityFailed(message) from error
         self._failure = None
         return keys
 
-    def _key_source(self) -> Any:
-        """The credentials that botocore found. Raises NoCredentialsError, and errors of the search."""
-        if self._source is None:
-            resolver = create_credential_resolver(self._session, region_name=self._region)
-            self._source = resolver.load_credentials()
-        if self._source is None:
-            raise NoCredentialsError
-        return self._source
+    def _search(self) -> None:
+        """Find keys, or other ones. Raises NoCredentialsError, and errors of the search.
+
+        Keys that nobody refused are kept unless the same source has others: its file may be written just now.
+        """
+        had = None if self._are_refused else self._source
+        self._are_refused = False
+        try:
+            found = _load_credentials(self._region)
+        except Exception:
+            if had is None:
+                raise
+            found = had
+        if had is None or found.method == had.method:
+            self._source = found
+        self._found_s = self._clock()
 
 
-def create_session(region: str) -> Any:
-    """Return a botocore session whose keys are an `Identity`."""
+def _new_session() -> Session:
+    """Return a botocore session: it has read no file yet."""
     session = Session()
     session.set_default_client_config(
         Config(
             connect_timeout=CONNECT_TIMEOUT_S, read_timeout=READ_TIMEOUT_S, retries={"total_max_attempts": 1}
         )
     )
-    session.register_component("credential_provider", Identity(session, region))
+    return session
+
+
+def _load_credentials(region: str) -> Any:
+    """Ask all sources. Raises NoCredentialsError, and errors of the search."""
+    found = create_credential_resolver(_new_session(), region_name=region).load_credentials()
+    if found is None:
+        raise NoCredentialsError
+    return found
+
+
+def create_session(region: str) -> Any:
+    """Return a botocore session whose keys are an `Identity`."""
+    session, identity = _new_session(), Identity(region)
+    session.register_component("credential_provider", identity)
+    session.register("after-call.s3", identity.after_call)
     return session
 
 
