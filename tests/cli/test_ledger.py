@@ -77,6 +77,25 @@ def test_an_export_passes_through_a_pipe(
     assert "The export is damaged" in capsys.readouterr().err
 
 
+def test_what_is_left_of_a_compressed_export_is_imported(
+    environment: Settings, job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ledger, file = RedisLedger(environment), tmp_path / "ledger.jsonl.gz"
+    ledger.submit(job)
+    assert main(["ledger", "export", str(file)]) == 0
+    file.write_bytes(file.read_bytes()[:-9])
+    ledger.server.redis.flushdb()
+    for options, where in (
+        (["--dry-run"], "Nothing was changed"),
+        ([], "What was read of it is in the ledger"),
+    ):
+        assert main(["ledger", "import", *options, str(file)]) == ExitCode.BAD_INPUT
+        error = " ".join(capsys.readouterr().err.split())
+        assert "cannot be read to its end" in error
+        assert where in error
+        assert ledger.count_jobs() == ((0, 0) if options else (1, 0))
+
+
 @pytest.mark.parametrize(
     "content",
     [b"no gzip", gzip.compress(b"\xff\xfe{}", mtime=0), gzip.compress(b"{}\n", mtime=0)[:-9]],

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from devtools.faults import sentinel
-from devtools.faults.cluster import START_S, wait_for
+from devtools.faults.cluster import START_S, suspended, wait_for
 from devtools.faults.replicas import MASTER, PASSWORD, SENTINEL_PASSWORD, ReplicatedServer, settings_of
 from devtools.faults.verdict import Verdict
 from gradcam_worker.broker import app as broker
@@ -17,6 +17,7 @@ from gradcam_worker.broker.publisher import Publisher
 from gradcam_worker.client.async_client import AsyncGradcamClient
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.errors import InvalidSettings, LedgerUnavailable
+from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.runtime import preflight
 from gradcam_worker.schemas.job import Job
 from gradcam_worker.settings import Settings
@@ -78,6 +79,18 @@ def test_queue_ledger_and_clients_follow_the_master(server: ReplicatedServer) ->
             with contextlib.closing(former.connect()) as isolated:
                 assert isolated.info("replication")["role"] == "master"
     publisher.close()
+
+
+def test_a_job_is_not_accepted_by_submitting_it_again_while_a_replica_lacks_it(
+    server: ReplicatedServer,
+) -> None:
+    settings, job = settings_of(server).model_copy(update={"submit_replicas": 2}), new_job()
+    replica = next(one for one in server.replicas if one is not server.master)
+    with suspended(replica.pid):
+        for _ in range(2):  # each by a connection of its own
+            with pytest.raises(LedgerUnavailable, match="has 1 replicas that follow"):
+                RedisLedger(settings, retries=0).submit(job)
+    assert RedisLedger(settings, retries=0).submit(job).id == job.id
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def test_each_reader_opens_a_dataset_on_the_embedded_server(
 
 
 def test_each_reader_opens_a_dataset_in_a_folder(tmp_path: Path) -> None:
-    data = tmp_path / 'a "b [1]' / "data"
+    data = tmp_path / 'a "b [1] \U0001f600' / "data"
     data.mkdir(parents=True)
     (data / "a.parquet").write_bytes(parquet(0, 1, 2))
     assert rows_read(recipe(data.parent.as_uri(), Settings()), {}) == [3, 3, 3]

@@ -82,7 +82,7 @@ def import_file(*, file: str, dry_run: bool, as_json: bool) -> int:
         retention_s=max(settings.retention_s, settings.idempotency_retention_s),
         dry_run=dry_run,
     )
-    with _read(file) as lines:
+    with _read(file, dry_run=dry_run) as lines:
         counts = importer.run(lines)
     if as_json:
         console.print_json(asdict(counts))
@@ -121,7 +121,7 @@ def _write(file: str) -> Iterator[TextIO]:
 
 
 @contextlib.contextmanager
-def _read(file: str) -> Iterator[TextIO]:
+def _read(file: str, *, dry_run: bool) -> Iterator[TextIO]:
     """The lines of a file. Raises InvalidExport if it cannot be read, or is no text."""
     try:
         if file == STANDARD:
@@ -133,5 +133,6 @@ def _read(file: str) -> Iterator[TextIO]:
             with Path(file).open(encoding="utf-8") as lines:
                 yield lines
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:  # gzip raises the second at its end
-        message = f"{file} cannot be read to its end ({error}). What was read of it is in the ledger."
+        done = "Nothing was changed." if dry_run else "What was read of it is in the ledger."
+        message = f"{file} cannot be read to its end ({error}). {done}"
         raise InvalidExport(message) from error

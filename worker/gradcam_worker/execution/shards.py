@@ -285,7 +285,7 @@ class _ShardRun:
         Raises:
             ImageFetchFailed: More than half of the images cannot be fetched at present.
             InternalError: More than half of the rows failed with another transient error.
-        StorageUnavailable: The storage is why rows failed.
+            StorageUnavailable: The storage is why rows failed.
         """
         outcomes: list[Outcome | None] = [None] * len(self.shard.rows)
         compute = self._compute_alone if self.context.after_crash else self._compute_pipelined

@@ -62,5 +62,5 @@ def _s3_arguments(settings: Settings) -> list[str]:
 
 
 def _quoted(text: str) -> str:
-    """A literal of Python."""
-    return json.dumps(text)
+    """A literal of Python. That of JSON has two escapes for one character beyond the first 65,536."""
+    return json.dumps(text) if text.isascii() else ascii(text)

@@ -207,6 +207,8 @@ class RedisClients:
     async def ask_replicated(self, script: LuaScript[Result], prefix: str, replicas: int) -> Result:
         """Run a script, and wait until what it has written is in the memory of some replicas.
 
+        Of a script that writes nothing Redis waits for what the connection wrote before.
+
         Args:
             script: The script and its arguments.
             prefix: The prefix of all keys, which is put in front of the arguments.
@@ -371,7 +373,7 @@ class RedisServer:
             retries: How often a command that failed is retried.
             outage: See `RedisClients`.
         """
-        self.prefix, self._replicas = settings.key_prefix, settings.submit_replicas
+        self.prefix, self.replicas = settings.key_prefix, settings.submit_replicas
         self._clients = self._connect(
             settings, settings.ledger, LedgerUnavailable, timeout_s=timeout_s, retries=retries, outage=outage
         )
@@ -401,9 +403,9 @@ class RedisServer:
 
     async def ask_replicated(self, script: LuaScript[Result]) -> Result:
         """As `ask`, and wait until GRADCAM_SUBMIT_REPLICAS replicas have what the script has written."""
-        if not self._replicas:
+        if not self.replicas:
             return await self.ask(script)
-        return await self._clients.ask_replicated(script, self.prefix, self._replicas)
+        return await self._clients.ask_replicated(script, self.prefix, self.replicas)
 
     def run(self, script: LuaScript[Result]) -> Result:
         """Run a script: see `ask`."""

@@ -235,7 +235,7 @@ class ServerMonitor:
 
     def last_problem(self) -> str | None:
         """What loses jobs or refuses writes, as sentences, by the last checks; None: nothing does."""
-        return " ".join(one.detail for one in self._found.values() if one.severity == "error") or None
+        return " ".join(one.detail for one in [*self._found.values()] if one.severity == "error") or None
 
     def is_failing(self, name: str) -> bool:
         """Whether a check, one of CHECKS, was not well when it was last made."""

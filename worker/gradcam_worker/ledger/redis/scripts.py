@@ -34,6 +34,7 @@ class CreateJobs(LuaScript[list[list[str]]], file="create_jobs"):
 
     retention_ms: int
     keyed_retention_ms: int
+    replicated: bool
     jobs: Sequence[NewJob]
 
 

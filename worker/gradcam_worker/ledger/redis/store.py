@@ -81,7 +81,12 @@ class RedisLedger(Ledger):
         jobs = [self._make_new_job(entry) for entry in entries]
         retention_ms, keyed_ms = self._retention_ms
         existing = await self.server.ask_replicated(
-            scripts.CreateJobs(retention_ms=retention_ms, keyed_retention_ms=keyed_ms, jobs=jobs)
+            scripts.CreateJobs(
+                retention_ms=retention_ms,
+                keyed_retention_ms=keyed_ms,
+                replicated=self.server.replicas > 0,
+                jobs=jobs,
+            )
         )
         return [_existing_or_new(entry, *fields) for entry, fields in zip(entries, existing, strict=False)]
 

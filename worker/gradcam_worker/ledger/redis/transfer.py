@@ -227,16 +227,18 @@ class LedgerImport:
         numbered = enumerate(lines, 1)
         self._begin(next(numbered, (0, ""))[1])
         is_whole = False
-        for number, line in numbered:
-            try:
-                record = json.loads(line)
-                is_whole = is_whole or "end" in record
-                self._enter(record)
-            except (ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
-                self.counts.unreadable += 1
-                if len(self.counts.problems) < MAX_ERRORS:
-                    self.counts.problems.append(f"line {number}: {type(error).__name__}")
-        self._flush()
+        try:
+            for number, line in numbered:
+                try:
+                    record = json.loads(line)
+                    is_whole = is_whole or "end" in record
+                    self._enter(record)
+                except (ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
+                    self.counts.unreadable += 1
+                    if len(self.counts.problems) < MAX_ERRORS:
+                        self.counts.problems.append(f"line {number}: {type(error).__name__}")
+        finally:  # also what was read of a file that cannot be read to its end
+            self._flush()
         if self.counts.unreadable or not is_whole:
             raise InvalidExport(self._describe_damage(is_whole=is_whole))
         return self.counts
@@ -263,8 +265,9 @@ class LedgerImport:
         if self.counts.unreadable:
             where = ", ".join(self.counts.problems)
             what.append(f"{self.counts.unreadable} of its lines cannot be read ({where})")
-        done = f"{self.counts.added} jobs were added and {self.counts.updated} updated"
-        return f"The export is damaged: {' and '.join(what)}. All other lines were used: {done}."
+        were = "would be" if self._dry else "were"
+        done = f"{self.counts.added} jobs {were} added and {self.counts.updated} updated"
+        return f"The export is damaged: {' and '.join(what)}. All other lines are used: {done}."
 
     def _enter(self, record: Record) -> None:
         if job := record.get("job"):

@@ -5,7 +5,8 @@
 local prefix = ARGV[1]
 local retention_ms = tonumber(ARGV[2])
 local keyed_retention_ms = tonumber(ARGV[3]) -- of a job with an idempotency key
-local jobs = records(4, 'job_id', 'idempotency', 'fingerprint', 'job', 'document', 'attempt', 'revision',
+local replicated = ARGV[4] == '1' -- whether the caller waits for replicas
+local jobs = records(5, 'job_id', 'idempotency', 'fingerprint', 'job', 'document', 'attempt', 'revision',
                      'status', 'route', 'webhooks', 'expires_ms', 'event', 'tenant', 'created_us', 'lists', 'share')
 
 -- include: clock
@@ -43,11 +44,16 @@ local reply, entered = {}, {}
 for _, new in ipairs(jobs) do
   local owner = new.idempotency ~= '' and redis.call('GET', new.idempotency) or new.job_id
   local held = find(owner)
-  if not held[1] and owner ~= new.job_id then held = find(new.job_id) end
+  if not held[1] and owner ~= new.job_id then
+    owner = new.job_id
+    held = find(owner)
+  end
   if held[1] then
     reply[#reply + 1] = held
     local is_other_tenants = new.tenant ~= '' and new.tenant ~= held[4]
     if held[1] ~= new.fingerprint or is_other_tenants then break end
+    -- WAIT asks for what its own connection has written, and another one may have entered this job just now.
+    if replicated then redis.call('HSET', prefix .. 'job:' .. owner, 'fingerprint', held[1]) end
   else
     reply[#reply + 1] = {}
     enter(new)
