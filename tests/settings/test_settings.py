@@ -116,6 +116,14 @@ def test_what_holds_a_comma_or_a_line_break_stands_in_quotes_and_reaches_a_child
         ({"GRADCAM_BROKER_URL": "redis://h:0/0"}, "'redis://h:0/0' has a port that is no number from 1 to"),
         ({"GRADCAM_BROKER_URL": "redis:///0"}, "'redis:///0' names no host: it must look like redis://host"),
         ({"GRADCAM_BROKER_URL": "redis://u:pla/planted@h/0"}, "'redis://...' has an @ behind its host (in a"),
+        (
+            {"GRADCAM_BROKER_URL": "redis://u:[planted]@h/0"},
+            "'redis://h/0' has a user or a password that cannot be read as it is (in a user or a password",
+        ),
+        (
+            {"GRADCAM_LEDGER_URL": "sentinels://:plan]ted@a:1,b:2/m/0"},
+            "has a user or a password that cannot be read as it is (in a user or a password",
+        ),
         ({"GRADCAM_BROKER_URL": "redis://h/0#planted"}, "'redis://h/0' has a part behind a #: it must"),
         (
             {"GRADCAM_BROKER_URL": "redis://h/nodb"},

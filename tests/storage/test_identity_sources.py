@@ -15,6 +15,7 @@ from pydantic import SecretStr
 from gradcam_worker.settings import Settings
 from gradcam_worker.storage.credentials import REREAD_AFTER_S, Identity
 from gradcam_worker.storage.s3 import S3
+from gradcam_worker.storage.s3_errors import IdentityFailed, describe
 from gradcam_worker.storage.stores import Stores
 
 ROLE = "arn:aws:iam::111122223333:role/gradcam"
@@ -88,7 +89,13 @@ class Cloud:
 
 @pytest.fixture
 def cloud(http_server: Any, answer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cloud:
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE", "AWS_EC2_METADATA_DISABLED"):
+    for name in (
+        "AWS_ACCESS_KEY_ID",
+        "AWS_SECRET_ACCESS_KEY",
+        "AWS_SESSION_TOKEN",
+        "AWS_PROFILE",
+        "AWS_EC2_METADATA_DISABLED",
+    ):
         monkeypatch.delenv(name, raising=False)
     for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
         monkeypatch.setenv(name, str(tmp_path / "none"))
@@ -117,6 +124,33 @@ def test_a_result_is_stored_with_the_keys_of_the_pod(
     _, stored = cloud.asked("/results/cams/a.txt")
     assert "Credential=ASIAROLE/" in stored["authorization"]
     assert stored["x-amz-security-token"] == "a-token"
+
+
+def test_white_space_around_keys_is_no_part_of_them(
+    cloud: Cloud, http_server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Secret made by `echo` ends with a line break."""
+    for name, value in {
+        "ACCESS_KEY_ID": "AKIAKEY",
+        "SECRET_ACCESS_KEY": "secret",
+        "SESSION_TOKEN": "a",
+    }.items():
+        monkeypatch.setenv(f"AWS_{name}", f"{value}\n")
+    settings = Settings(output="s3://results/cams", s3_endpoint_url=f"http://{http_server.host}")
+    Stores(settings, S3(settings)).open().put("a.txt", b"a", "text/plain")
+    _, stored = cloud.asked("/results/cams/a.txt")
+    assert "Credential=AKIAKEY/" in stored["authorization"]
+    assert stored["x-amz-security-token"] == "a"
+
+
+def test_keys_that_no_header_can_hold_are_a_failure_of_identity(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIA\nplanted")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    with pytest.raises(IdentityFailed) as caught:
+        Identity("eu-central-1").get_frozen_credentials()
+    assert describe(caught.value).endswith(
+        "the access key id has characters that no key has, a line break perhaps"
+    )
 
 
 def test_keys_of_the_settings_go_before_those_of_the_pod(cloud: Cloud, http_server: Any) -> None:

@@ -53,6 +53,7 @@ REDIS_SCHEMES = ("redis", "rediss", *urls.SENTINEL_SCHEMES)
 DATABASE_URL_FORM = "must look like sqlite:////folder/status.db or postgresql://user:password@host/database"
 COLLECTOR_FORM = "must look like http://collector:4318"
 S3_SERVER_FORM = "must look like https://s3.example.com:9000"
+UNREADABLE_USER = "a user or a password that cannot be read as it is"
 BAD_PORT = f"a port that is no number from 1 to {urls.MAX_PORT}"
 UNREADABLE_STORAGE_CLASSES = {"GLACIER", "DEEP_ARCHIVE"}  # what is in them has to be restored first
 OBJECT_TAG = re.compile(r"[\w .:/+@-]{1,128}=[\w .:/+=@-]{0,256}")  # as S3 allows
@@ -239,12 +240,14 @@ def _redis_problem(text: str) -> str | None:
     if problem or not url:
         return f"{problem}: it {REDIS_URL_FORM}"
     database = url.path.strip("/")
+    what, hint = None, _encoding_hint(text)
     if url.query:
-        hint = _encoding_hint(text)
-        return f"{shown} has options behind a ?, which are not supported: it {REDIS_URL_FORM}{hint}"
-    if database and not database.isdecimal():
-        return f"{shown} has the path {url.path!r}: it must be the number of a database, as /0"
-    return None
+        what = f"options behind a ?, which are not supported: it {REDIS_URL_FORM}{hint}"
+    elif not urls.is_readable(text):
+        what = f"{UNREADABLE_USER}{hint}"
+    elif database and not database.isdecimal():
+        what = f"the path {url.path!r}: it must be the number of a database, as /0"
+    return what and f"{shown} has {what}"
 
 
 def _sentinel_problem(text: str) -> str | None:
@@ -253,7 +256,8 @@ def _sentinel_problem(text: str) -> str | None:
     try:
         if not sentinel_urls.is_sentinel_url(text):
             return f"{shown} has another scheme than {' or '.join(REDIS_SCHEMES)}: it {sentinel_urls.FORM}"
-        sentinel_urls.parse(text)
+        if not urls.is_readable(sentinel_urls.parse(text).server_url):
+            return f"{shown} has {UNREADABLE_USER}{_encoding_hint(text)}"
     except ValueError as error:
         return f"{shown} {error}: it {sentinel_urls.FORM}{_encoding_hint(text)}"
     return None

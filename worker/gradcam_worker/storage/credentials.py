@@ -7,6 +7,7 @@ Botocore renews keys of which it knows when they expire. Others, as those of a f
 reads once and keeps: here they are read again every REREAD_AFTER_S, and all keys when a server refuses them.
 """
 
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -14,7 +15,11 @@ from typing import Any
 
 from botocore.config import Config
 from botocore.configprovider import ConfiguredEndpointProvider
-from botocore.credentials import Credentials, RefreshableCredentials, create_credential_resolver
+from botocore.credentials import (
+    Credentials,
+    RefreshableCredentials,
+    create_credential_resolver,
+)
 from botocore.exceptions import NoCredentialsError
 from botocore.session import Session
 
@@ -70,7 +75,7 @@ class Identity(Credentials):  # type: ignore[misc]  # botocore ships no types
         try:
             if self._must_search():
                 self._search()
-            keys = self._source.get_frozen_credentials()
+            keys = _trimmed(self._source.get_frozen_credentials())
         except Exception as error:
             self._failure = self._clock(), error
             message = f"no keys: {type(error).__name__}"
@@ -94,6 +99,18 @@ class Identity(Credentials):  # type: ignore[misc]  # botocore ships no types
         if had is None or found.method == had.method:
             self._source = found
         self._found_s = self._clock()
+
+
+def _trimmed(keys: Any) -> Any:
+    """Return keys without white space around them. Raises ValueError for what cannot be part of a request."""
+    parts = {
+        name: (getattr(keys, name) or "").strip() or None for name in ("access_key", "secret_key", "token")
+    }
+    for name, shown in (("access_key", "access key id"), ("token", "session token")):
+        if not re.fullmatch(r"[!-~]*", parts[name] or ""):
+            message = f"the {shown} has characters that no key has, a line break perhaps"
+            raise ValueError(message)
+    return keys._replace(**parts)
 
 
 def _new_session() -> Session:

@@ -11,8 +11,12 @@ object.
 
 import re
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
-ENCODE = "in a user or a password # is written as %23, ? as %3F, / as %2F, @ as %40, : as %3A and % as %25"
+ENCODE = (
+    "in a user or a password # is written as %23, ? as %3F, / as %2F, @ as %40, : as %3A, [ as %5B, ] as %5D "
+    "and % as %25"
+)
 MAX_PORT = 65_535
 MAX_SHOWN_LENGTH = 2000  # characters of a URL within a text; a longer one with an @ is not shown
 WEB_SCHEMES = {"http", "https"}
@@ -59,6 +63,15 @@ class Url:
 def parse(text: str) -> Url | None:
     """Return the parts of a URL; None if it is not a URL, or may contain an unencoded password."""
     return _read(text)[0]
+
+
+def is_readable(text: str) -> bool:
+    """Return whether Python's own parser, which other libraries use, can read a URL: not every password."""
+    try:
+        urlsplit(text)
+    except ValueError:
+        return False
+    return True
 
 
 def has_credentials(text: str) -> bool:
