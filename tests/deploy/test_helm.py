@@ -198,6 +198,18 @@ class TestRendered:
         assert "nvidia.com/gpu" not in limits["deliver"]["resources"]["limits"]
         assert limits["deliver"]["image"].endswith("-cpu")
 
+    def test_who_scales_what_the_chart_does_not_is_not_overruled_at_an_upgrade(self) -> None:
+        values = ("worker.replicas=null", "gateway.replicas=null", "gateway.enabled=true")
+        documents = rendered("cpu", *values)
+        for name in ("worker", "gateway"):
+            assert "replicas" not in one(documents, "Deployment", f"gradcam-{name}")["spec"]
+
+    def test_a_long_deadline_is_written_as_a_number_without_an_exponent(self) -> None:
+        backfill = {"input": "s3://a/", "output": "s3://b/c", "deadlineSeconds": 1209600}
+        values = f"backfills={json.dumps({'archive': backfill})}"  # a float, as in a file
+        made = tools.run("helm", "template", CHART, "-f", CHART / "ci" / "cpu.yaml", "--set-json", values)
+        assert "activeDeadlineSeconds: 1209600\n" in made.stdout
+
     def test_a_worker_ends_within_the_notice_that_its_node_gets(self) -> None:
         documents = rendered("eks-spot")
         settings = one(documents, "ConfigMap", "gradcam")["data"]
