@@ -113,6 +113,20 @@ def test_while_no_sentinel_answers_the_last_answer_holds(start: Callable[..., Se
         finder(one).find()
 
 
+def test_a_master_of_two_names_has_not_moved_when_a_sentinel_ends(
+    start: Callable[..., SentinelDouble],
+) -> None:
+    by_name, by_address = start("localhost", 1), start("127.0.0.1", 1)
+    found = finder(by_name, by_address)
+    assert found.find() == ("localhost", 1)
+    by_name.end()
+    found.close()
+    assert found.find() == ("localhost", 1)
+    by_address.master_port = 2
+    assert found.find() == ("127.0.0.1", 2)
+    found.close()
+
+
 def test_a_name_that_no_sentinel_knows_is_an_error_of_its_own(start: Callable[..., SentinelDouble]) -> None:
     found = finder(start("a", 1), master="another")
     with pytest.raises(MasterUnknown, match="no master named 'another': check the name of the master"):

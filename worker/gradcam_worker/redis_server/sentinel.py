@@ -8,6 +8,7 @@ what it accepted.
 
 import asyncio
 import os
+import socket
 import threading
 import time
 from collections.abc import Mapping
@@ -95,7 +96,9 @@ class MasterFinder:
         known, begun_s = self._known(), time.monotonic()
         with known.asking:
             if known.master is None or known.asked_s < begun_s:
-                known.master = self._ask(known)
+                found = self._ask(known)
+                if not (known.master and _lead_to_one_server(known.master, found)):
+                    known.master = found
                 known.asked_s = time.monotonic()
             return known.master
 
@@ -259,6 +262,19 @@ def require_master(reply: Any, host: str, port: int) -> None:
     if role != "master":
         message = f"{host}:{port} is a {role}, and no other master has been chosen yet"
         raise redis.exceptions.ConnectionError(message)
+
+
+def _lead_to_one_server(one: Address, other: Address) -> bool:
+    """Whether two addresses are of one server: a Sentinel may announce its name, another its address."""
+    return one == other or (one[1] == other[1] and bool(_numeric(one[0]) & _numeric(other[0])))
+
+
+def _numeric(host: str) -> set[str]:
+    """The addresses of a host; empty if it is not known."""
+    try:
+        return {str(found[4][0]) for found in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
+    except OSError:
+        return set()
 
 
 def _start(step: Any) -> None:
