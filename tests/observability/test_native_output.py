@@ -157,6 +157,22 @@ def test_the_supervisor_logs_what_is_left(caplog: pytest.LogCaptureFixture) -> N
     ]
 
 
+def test_where_the_system_does_not_let_pipes_be_copied_they_are_read() -> None:
+    first, second = events("""
+import ctypes, errno, time
+def forbidden(*_):
+    calls.append(ctypes.set_errno(errno.EPERM))
+    return -1
+calls = []
+native_output._reader._tee = forbidden
+written("one\\n")
+time.sleep(0.3)
+written(f"asked {len(calls)} times\\n")
+""")
+    assert first["text"] == "one"
+    assert second["text"] in {"asked 1 times", "asked 2 times"}
+
+
 def test_prints_tracebacks_and_the_log_go_where_they_went() -> None:
     code, lines, left = said_by(
         """

@@ -78,6 +78,25 @@ def test_an_outage_lasts_until_the_first_answer_however_seldom_calls_fail(
     assert caplog.messages[-1] == "server_reachable_again server=ledger outage_s=25 failures=1"
 
 
+@pytest.mark.parametrize("quiet_s", [0.0, 5.0])
+def test_two_short_failures_with_an_answer_between_them_are_no_long_outage(
+    now: list[float], caplog: Any, quiet_s: float
+) -> None:
+    one = Outage("ledger", quiet_s=quiet_s)
+    for _ in range(2):  # a call each hour, whose first try fails
+        one.failed("nothing is read")
+        now[0] += 0.5
+        one.answered()
+        now[0] += 3600
+    lines = [line.partition(" reason")[0] for line in caplog.messages]
+    at_once = [
+        "server_unreachable server=ledger",
+        "server_reachable_again server=ledger outage_s=0 failures=1",
+        "server_unreachable server=ledger",
+    ]
+    assert lines == ([] if quiet_s else at_once)
+
+
 def test_of_a_server_that_was_always_reachable_nothing_is_logged(caplog: Any) -> None:
     Outage("ledger").answered()
     assert not caplog.messages

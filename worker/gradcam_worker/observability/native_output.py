@@ -11,6 +11,7 @@ Nobody who writes is ever blocked: what does not fit into the pipe, 64 KiB, is l
 """
 
 import ctypes
+import errno
 import faulthandler
 import logging
 import os
@@ -121,6 +122,9 @@ class _Reader:
                 self._ended = not data
                 return data
             size = self._tee(self._read_fd, self._copy_fds[1], CHUNK_BYTES, 0)
+            if size < 0 and ctypes.get_errno() not in {errno.EAGAIN, errno.EINTR}:
+                self._tee = None  # a sandbox may forbid it
+                return self._copy()
             self._ended = not size
             return os.read(self._copy_fds[0], size) if size > 0 else b""
         except BlockingIOError:

@@ -38,6 +38,8 @@ class Outage:
         """
         now_s = time.monotonic()
         with self._lock:
+            if self._answered_s > self._failed_s and self._is_over(now_s):  # nobody has called since
+                self._end()
             self._failed_s = now_s
             self._failures += 1
             if self._started_s is None:
@@ -65,16 +67,22 @@ class Outage:
         with self._lock:
             if self._answered_s <= self._failed_s:
                 self._answered_s = now_s
-            if self._started_s is None or now_s - self._failed_s < RECOVERED_AFTER_S:
-                return
-            if self._logged_s is not None:
-                log.warning(
-                    "server_reachable_again",
-                    server=self._server,
-                    outage_s=round(self._answered_s - self._started_s),
-                    failures=self._failures,
-                )
-            self._started_s, self._logged_s, self._failures = None, None, 0
+            if self._is_over(now_s):
+                self._end()
+
+    def _is_over(self, now_s: float) -> bool:
+        """Whether there was an outage, which ended with the first answer."""
+        return self._started_s is not None and now_s - self._failed_s >= RECOVERED_AFTER_S
+
+    def _end(self) -> None:
+        if self._started_s is not None and self._logged_s is not None:
+            log.warning(
+                "server_reachable_again",
+                server=self._server,
+                outage_s=round(self._answered_s - self._started_s),
+                failures=self._failures,
+            )
+        self._started_s, self._logged_s, self._failures = None, None, 0
 
 
 @dataclass(frozen=True)
