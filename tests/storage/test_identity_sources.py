@@ -5,6 +5,7 @@ which keys, is botocore's and obstore's own.
 """
 
 import json
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from gradcam_worker.storage.credentials import REREAD_AFTER_S, Identity
 from gradcam_worker.storage.s3 import S3
 from gradcam_worker.storage.s3_errors import IdentityFailed, describe
 from gradcam_worker.storage.stores import Stores
+from gradcam_worker.text.urls import signed_until
 
 ROLE = "arn:aws:iam::111122223333:role/gradcam"
 STS = """<AssumeRoleWithWebIdentityResponse xmlns="https://sts.amazonaws.com/doc/2011-06-15/">
@@ -151,6 +153,27 @@ def test_keys_that_no_header_can_hold_are_a_failure_of_identity(monkeypatch: pyt
     assert describe(caught.value).endswith(
         "the access key id has characters that no key has, a line break perhaps"
     )
+
+
+def test_a_url_is_valid_no_longer_than_the_keys_that_signed_it(
+    cloud: Cloud, http_server: Any, answer: Any
+) -> None:
+    cloud.pod_identity()
+    ends = (datetime.now(UTC) + timedelta(hours=1)).replace(microsecond=0)
+    found = FOUND | {"Expiration": ends.strftime("%Y-%m-%dT%H:%M:%SZ")}
+    http_server.url("/v1/credentials", answer(200, json.dumps(found).encode()))
+    s3 = S3(Settings(output="s3://results/cams", s3_endpoint_url=f"http://{http_server.host}"))
+    for url in (
+        s3.presigned_url("results", "a", 86_400),
+        s3.presigned_upload("results", "a", "image/png", 9, 86_400),
+    ):
+        until = signed_until(url)
+        assert until
+        assert ends - timedelta(minutes=30) < until <= ends
+    until = signed_until(s3.presigned_url("results", "a", 600))
+    assert until
+    assert until < ends - timedelta(minutes=15)
+    assert signed_until("https://cdn.example/a?X-Amz-Date=soon&X-Amz-Expires=1") is None
 
 
 def test_keys_of_the_settings_go_before_those_of_the_pod(cloud: Cloud, http_server: Any) -> None:

@@ -40,6 +40,7 @@ from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.schemas.ids import utc_now
 from gradcam_worker.storage.store import Store
 from gradcam_worker.storage.stores import FolderStore, S3Store
+from gradcam_worker.text.urls import signed_until
 from gradcam_worker.text.visible import counted
 
 DATA = Path(__file__).parent / "data"
@@ -122,10 +123,15 @@ def write_page(
             f"Links of {chosen.expires_s:,} s: S3 has them valid for {MAX_EXPIRES_S:,} s (7 days) at most."
         )
         raise InvalidInput(message)
-    image_links = write_links(
-        output, _worth_a_link(output, chosen.image_links), lambda uri: sign(uri, chosen.expires_s)
-    )
-    links = _links(output, report, dataset, chosen.expires_s, has_more=image_links > 0)
+    ends = [utc_now() + timedelta(seconds=chosen.expires_s)]  # of links: keys that expire end some sooner
+
+    def signed(uri: str) -> str | None:
+        if url := sign(uri, chosen.expires_s):
+            ends.extend(filter(None, [signed_until(url)]))
+        return url
+
+    image_links = write_links(output, _worth_a_link(output, chosen.image_links), signed)
+    links = _links(output, report, dataset, chosen.expires_s, min(ends), has_more=image_links > 0)
     confidence = _by_confidence(output, report)
     wanted = [*dict.fromkeys(_examples(report, confidence))][: chosen.max_pictures]
     records, grid = _read_records(report, dataset, wanted, report_progress)
@@ -169,10 +175,12 @@ class _Links:
     expires_at: datetime | None = None
 
 
-def _links(output: Path, report: AuditReport, dataset: Store, expires_s: int, *, has_more: bool) -> _Links:
-    expires_at = utc_now() + timedelta(seconds=expires_s)
+def _links(
+    output: Path, report: AuditReport, dataset: Store, expires_s: int, expires_at: datetime, *, has_more: bool
+) -> _Links:
     if isinstance(dataset, S3Store):
         urls = tuple(dataset.presigned_url(file.name, expires_s) for file in report.files)
+        expires_at = min([expires_at, *filter(None, map(signed_until, urls))])
         hosts = {f"{url.scheme}://{url.netloc}" for url in map(urlsplit, urls)}
         return _Links("", urls, tuple(sorted(hosts)), expires_at)
     if isinstance(dataset, FolderStore):

@@ -22,6 +22,7 @@ from gradcam_worker.schemas.manifest import ArtifactRecord, Manifest
 from gradcam_worker.schemas.model import ResponseModel
 from gradcam_worker.schemas.status import StatusDocument
 from gradcam_worker.text.log_events import EventLogger
+from gradcam_worker.text.urls import signed_until
 
 log = EventLogger("gradcam")
 
@@ -134,6 +135,7 @@ async def result(
     """
     until = utc_now() + timedelta(seconds=expires_s)
     found = await gateway.client_of(caller).result(job_id, expires_s=expires_s)
+    until = min([until, *filter(None, map(signed_until, found.urls.values()))])
     answer = JobResult(manifest=found.manifest, urls=found.urls, expires_at=until)
     return json_answer(answer)
 

@@ -17,6 +17,7 @@ from gradcam_worker.gateway.bodies import read_json
 from gradcam_worker.gateway.context import Gateway, GatewayOf, Submitter
 from gradcam_worker.schemas.ids import utc_now
 from gradcam_worker.schemas.model import RequestModel, ResponseModel
+from gradcam_worker.text.urls import signed_until
 
 EXPIRES_S = 900  # of a URL to upload to: slow phones upload for minutes
 SUFFIXES = {media_type: suffix for suffix, media_type in results.FORMATS.values()}
@@ -57,7 +58,9 @@ async def create_upload(request: Request, gateway: GatewayOf, caller: Submitter)
         uri=uri,
         url=url,
         headers={"Content-Type": wanted.media_type},
-        expires_at=(utc_now() + timedelta(seconds=EXPIRES_S)).isoformat(timespec="seconds"),
+        expires_at=(signed_until(url) or utc_now() + timedelta(seconds=EXPIRES_S)).isoformat(
+            timespec="seconds"
+        ),
     )
     return json_answer(target, HTTPStatus.CREATED)
 

@@ -7,10 +7,12 @@ Botocore renews keys of which it knows when they expire. Others, as those of a f
 reads once and keeps: here they are read again every REREAD_AFTER_S, and all keys when a server refuses them.
 """
 
+import math
 import re
 import threading
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any
 
 from botocore.config import Config
@@ -56,6 +58,12 @@ class Identity(Credentials):  # type: ignore[misc]  # botocore ships no types
                 message = "there were no keys a moment ago"
                 raise IdentityFailed(message) from self._failure[1]
             return self._find_keys()
+
+    def lifetime_s(self) -> float:
+        """Return for how long the present keys are valid; inf if nobody says. Raises IdentityFailed."""
+        self.get_frozen_credentials()
+        ends: datetime | None = getattr(self._source, "_expiry_time", None)
+        return (ends - datetime.now(UTC)).total_seconds() if ends else math.inf
 
     def after_call(self, parsed: Any, **_: Any) -> None:
         """Hear each answer of a server, as a handler of botocore's events."""

@@ -334,25 +334,31 @@ class S3:
         return REQUEST.call(request)
 
     def presigned_url(self, bucket: str, key: str, expires_s: int) -> str:
-        """Return a URL with which anyone can read an object for `expires_s`. Raises one of S3_ERRORS."""
+        """Return a URL with which anyone can read an object for `expires_s`.
+
+        Or for as long as the keys are valid that sign it, if that is shorter: S3 refuses it afterwards. See
+        `text.urls.signed_until`. Raises one of S3_ERRORS.
+        """
         self._check(bucket)
-        request = {"Bucket": bucket, "Key": key, **self._reading}
+        return self._signed("get_object", {"Bucket": bucket, "Key": key, **self._reading}, expires_s)
+
+    def _signed(self, operation: str, request: dict[str, Any], expires_s: int) -> str:
+        keys = self._session.get_credentials()
+        if isinstance(keys, credentials.Identity):
+            expires_s = max(int(min(expires_s, keys.lifetime_s())), 1)
         return str(
-            self._signing_client.generate_presigned_url("get_object", Params=request, ExpiresIn=expires_s)
+            self._signing_client.generate_presigned_url(operation, Params=request, ExpiresIn=expires_s)
         )
 
     def presigned_upload(self, bucket: str, key: str, media_type: str, size: int, expires_s: int) -> str:
-        """Return a URL to which anyone can put an object of this type and size for `expires_s`.
+        """Return a URL to which anyone can put an object of this type and size: see `presigned_url`.
 
         The headers Content-Type and Content-Length are signed. A browser sends no others: the bucket's own
         encryption and storage class apply. Raises one of S3_ERRORS.
         """
         self._check(bucket)
         request = {"Bucket": bucket, "Key": key, "ContentType": media_type, "ContentLength": size}
-        request |= self._reading
-        return str(
-            self._signing_client.generate_presigned_url("put_object", Params=request, ExpiresIn=expires_s)
-        )
+        return self._signed("put_object", request | self._reading, expires_s)
 
     def list_objects(self, bucket: str, prefix: str) -> Iterator[S3Object]:
         """Yield all objects whose keys begin with `prefix`, in order. Raises one of S3_ERRORS."""

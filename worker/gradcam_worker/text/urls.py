@@ -11,7 +11,8 @@ object.
 
 import re
 from dataclasses import dataclass
-from urllib.parse import urlsplit
+from datetime import UTC, datetime, timedelta
+from urllib.parse import parse_qs, urlsplit
 
 ENCODE = (
     "in a user or a password # is written as %23, ? as %3F, / as %2F, @ as %40, : as %3A, [ as %5B, ] as %5D "
@@ -72,6 +73,16 @@ def is_readable(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def signed_until(url: str) -> datetime | None:
+    """Return when a presigned URL of S3 ceases to be valid, by its own text; None if that does not say."""
+    try:
+        asked = parse_qs(urlsplit(url).query)
+        signed = datetime.strptime(asked["X-Amz-Date"][0], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
+        return signed + timedelta(seconds=int(asked["X-Amz-Expires"][0]))
+    except (KeyError, ValueError):
+        return None
 
 
 def has_credentials(text: str) -> bool:
