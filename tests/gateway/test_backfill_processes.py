@@ -56,3 +56,15 @@ def test_all_requests_for_states_share_one_client_of_the_storage(
     for output in ("s3://out/a", "s3://out/b"):
         assert waiting.get(f"/v1/backfills/{backfill_id(output)}").status_code == 404
     assert seen[0] is seen[1] is not None
+
+
+def test_the_state_of_a_backfill_names_no_machine_and_no_address(
+    waiting: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trouble = "no worker takes work: s3://gradcam at http://minio.internal:9000 does not answer"
+    last = {"host": "gpu-1", "pid": 7, "done": 3, "trouble": trouble}
+    names = {"backfill": "b", "output": "s3://out/a", "input": "s3://in/", "network": "vgg16"}
+    facts = {**names, "state": "running", "shards_done": 0, "dataset": None, "last": last}
+    monkeypatch.setattr(backfills, "read_status", lambda *_: facts)
+    answer = waiting.get(f"/v1/backfills/{backfill_id('s3://out/a')}").json()
+    assert answer["last"] == {"done": 3, "trouble": "Some workers, or all, take no work at present."}

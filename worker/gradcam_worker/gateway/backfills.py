@@ -42,6 +42,7 @@ from gradcam_worker.text.log_events import EventLogger
 log = EventLogger("gradcam")
 
 MAX_BODY_BYTES = 512 * 1024
+PAUSED = "Some workers, or all, take no work at present."  # why is for the operator: `gradcam top`
 
 OPTIONS = (
     *("shard_rows", "max_failed", "window", "rate", "column"),
@@ -245,8 +246,9 @@ async def _status(gateway: Gateway, output: str, status: HTTPStatus = HTTPStatus
 
 
 def _public(facts: dict[str, Any]) -> dict[str, Any]:
-    """The facts of a run without the machine that it runs on."""
-    return {name: value for name, value in facts.items() if name not in {"host", "pid"}}
+    """The facts of a run without the machine that it runs on, and without addresses of the storage."""
+    public = {name: value for name, value in facts.items() if name not in {"host", "pid"}}
+    return public | ({"trouble": PAUSED} if public.get("trouble") else {})
 
 
 def _check_plan(wanted: BackfillRequest) -> None:
