@@ -10,7 +10,8 @@ replication  whether it is a primary: a replica is not written to
 memory       how much is left until it refuses writes
 version      whether it is one that this version was tested with
 
-Every field is read from INFO. A server that leaves one out, as some managed ones do, passes its check.
+Every field is read from INFO. A server that leaves one out, as some managed ones do, or writes it in its own
+way, passes its check.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -102,7 +103,7 @@ def check_info(server: str, info: Mapping[str, Any]) -> list[ServerCheck]:
 
 
 def _check_eviction(server: str, info: Mapping[str, Any]) -> ServerCheck:
-    name, maxmemory = str(info.get("maxmemory_policy") or ""), int(info.get("maxmemory", 0))
+    name, maxmemory = str(info.get("maxmemory_policy") or ""), _number(info, "maxmemory")
     if not name:
         detail = f"{server} does not report its maxmemory-policy: make sure that it is noeviction."
         return ServerCheck("eviction", detail, severity="note")
@@ -129,9 +130,9 @@ def _check_persistence(server: str, info: Mapping[str, Any]) -> ServerCheck:
     if info["aof_enabled"]:
         detail = f"{server} writes an append-only file: accepted jobs survive its restart"
         return ServerCheck("persistence", detail)
-    changes = counted(int(info.get("rdb_changes_since_last_save", 0)), "change")
+    changes = counted(_number(info, "rdb_changes_since_last_save"), "change")
     detail = f"{server} writes no append-only file: a restart forgets what is in no snapshot ({changes} now)"
-    if replicas := int(info.get("connected_slaves", 0)):
+    if replicas := _number(info, "connected_slaves"):
         detail += f", unless one of its {replicas} replicas is promoted"
     elif _is_this_machine(server):
         detail += ". That is for development: it is on this machine"
@@ -147,13 +148,13 @@ def _check_replication(server: str, info: Mapping[str, Any]) -> ServerCheck:
         detail = f"{server} is a replica of {primary}: it must not be written to."
         fix = "Name the primary, or an address that follows it."
         return ServerCheck("replication", detail, fix, "error")
-    replicas = counted(int(info.get("connected_slaves", 0)), "replica")
+    replicas = counted(_number(info, "connected_slaves"), "replica")
     return ServerCheck("replication", f"{server} is a primary, with {replicas}")
 
 
 def _check_memory(server: str, info: Mapping[str, Any]) -> ServerCheck:
-    used = int(info.get("used_memory", 0)) - int(info.get("mem_not_counted_for_evict", 0))
-    limit, machine = int(info.get("maxmemory", 0)), int(info.get("total_system_memory", 0))
+    used = _number(info, "used_memory") - _number(info, "mem_not_counted_for_evict")
+    limit, machine = _number(info, "maxmemory"), _number(info, "total_system_memory")
     if limit:
         detail = f"{server} uses {used / limit:.0%} of maxmemory {limit:,}"
         if used < FULL * limit:
@@ -179,6 +180,14 @@ def _check_version(server: str, info: Mapping[str, Any]) -> ServerCheck:
         fix = "Use Redis 7 or later, or Valkey."
         return ServerCheck("version", f"{detail}: this version was never tested with it.", fix, "warning")
     return ServerCheck("version", detail)
+
+
+def _number(info: Mapping[str, Any], field: str) -> int:
+    """A number of INFO; 0 where the server leaves it out, or writes it in its own way."""
+    try:
+        return int(info.get(field, 0))
+    except (TypeError, ValueError):
+        return 0
 
 
 def _is_this_machine(server: str) -> bool:
