@@ -204,6 +204,22 @@ class TestRendered:
         for name in ("worker", "gateway"):
             assert "replicas" not in one(documents, "Deployment", f"gradcam-{name}")["spec"]
 
+    def test_a_variable_that_is_said_twice_is_what_was_said_last(self) -> None:
+        documents = rendered(
+            "cpu",
+            "env.HOME=/data",
+            "extraEnv[0].name=TZ,extraEnv[0].value=UTC",
+            "worker.extraEnv[0].name=TZ,worker.extraEnv[0].value=Europe/Vienna",
+            "worker.extraEnv[1].name=GRADCAM_DEVICES,worker.extraEnv[1].value=auto",
+        )
+        pod = one(documents, "Deployment", "gradcam-worker")["spec"]["template"]["spec"]
+        assert pod["containers"][0]["env"] == [
+            {"name": "TZ", "value": "Europe/Vienna"},
+            {"name": "GRADCAM_DEVICES", "value": "auto"},
+        ]
+        said = one(documents, "ConfigMap", "gradcam")["data"]
+        assert (said["HOME"], said["KERAS_HOME"]) == ("/data", "/cache/keras")
+
     def test_a_long_deadline_is_written_as_a_number_without_an_exponent(self) -> None:
         backfill = {"input": "s3://a/", "output": "s3://b/c", "deadlineSeconds": 1209600}
         values = f"backfills={json.dumps({'archive': backfill})}"  # a float, as in a file

@@ -107,6 +107,14 @@ capabilities: {drop: [ALL]}
 {{- with concat (index .root.Values .key) (index .part .key | default list) }}{{ toYaml . }}{{ end }}
 {{- end }}
 
+{{- /* Variables of which each name comes once: server-side apply refuses more. What is said last holds. */ -}}
+{{- define "gradcam.lastOfEach" -}}
+{{- $said := dict }}{{ $names := list }}{{ $kept := list }}
+{{- range . }}{{ $_ := set $said .name . }}{{ $names = append $names .name }}{{ end }}
+{{- range $names | reverse | uniq | reverse }}{{ $kept = append $kept (get $said .) }}{{ end }}
+{{- toYaml $kept }}
+{{- end }}
+
 {{- /* Labels and annotations of a pod. */ -}}
 {{- define "gradcam.podMetadata" -}}
 labels:
@@ -158,9 +166,8 @@ containers:
 {{- with include "gradcam.extra" (merge (dict "key" "extraEnvFrom") .) }}
       {{- . | nindent 6 }}
 {{- end }}
-{{- $env := concat (.env | default list) $values.extraEnv (.part.extraEnv | default list) }}
-{{- with $env }}
-    env: {{- toYaml . | nindent 6 }}
+{{- with concat (.env | default list) $values.extraEnv (.part.extraEnv | default list) }}
+    env: {{- include "gradcam.lastOfEach" . | nindent 6 }}
 {{- end }}
 {{- with .ports }}
     ports:
