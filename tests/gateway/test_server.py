@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 import threading
 import urllib.error
 import urllib.request
@@ -76,3 +77,11 @@ def test_one_whose_event_loop_hangs_does_not_live(
         assert ask(ports[1], "/live") == (503, {"event loop": "does not answer"})
     finally:
         goes_on.set()
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
+def test_every_address_is_those_of_ipv6_and_of_ipv4() -> None:
+    with server._listen("::", 0) as listener:
+        for host in ("::1", "127.0.0.1"):
+            with socket.create_connection((host, listener.getsockname()[1])):
+                pass

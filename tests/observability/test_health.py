@@ -210,3 +210,19 @@ def test_a_process_has_started_before_it_is_let_in_and_has_when_it_ends(settings
     assert unwell() == [False, False, False]
     telemetry.stopping()
     assert unwell() == [False, False, True]
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
+def test_every_address_is_those_of_ipv6_and_of_ipv4() -> None:
+    """Kubernetes asks a pod at its first address, which is one of IPv6 in some clusters."""
+    port = health.serve(("::", 0), Health(), lambda: b"", "text/plain")
+    for host in ("::1", "127.0.0.1"):
+        with socket.create_connection((host, port), timeout=WAIT_S):
+            pass
+
+
+def test_every_address_of_a_machine_without_ipv6_is_those_of_ipv4(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "has_dualstack_ipv6", lambda: False)
+    port = health.serve(("::", 0), Health(), lambda: b"", "text/plain")
+    with socket.create_connection(("127.0.0.1", port), timeout=WAIT_S):
+        pass

@@ -619,7 +619,7 @@ class Settings(BaseSettings):
     metrics_socket: OptionalPath = None
     """set by the supervisor: where this process serves them instead, for the supervisor"""
     metrics_host: str = "127.0.0.1"
-    """address to listen at; `0.0.0.0`: every address"""
+    """address to listen at; `0.0.0.0`: every address of IPv4; `::`: every one, of IPv6, too"""
     log_format: Literal["text", "json"] = "text"
     """`text`: lines for a person; `json`: one object a line"""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

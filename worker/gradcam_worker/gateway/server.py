@@ -17,6 +17,7 @@ from gradcam_worker.gateway.access.caller import Access, is_this_machine
 from gradcam_worker.gateway.app import create_app
 from gradcam_worker.gateway.context import Gateway
 from gradcam_worker.gateway.health import READY_TIMEOUT_S, find_ledger_problem
+from gradcam_worker.net import listening
 from gradcam_worker.observability import health
 from gradcam_worker.observability.prometheus import CONTENT_TYPE
 from gradcam_worker.redis_server.server_checks import ServerMonitor
@@ -127,9 +128,10 @@ def _serve_metrics(settings: Settings, gateway: Gateway, server: _Server) -> Non
 
 def _listen(host: str, port: int) -> socket.socket:
     """Listen at an address. Raises InvalidSettings."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    family, bound = listening.family_and_host(host)
+    both = bound == listening.EVERY_ADDRESS
     try:
-        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+        return socket.create_server((bound, port), family=family, backlog=BACKLOG, dualstack_ipv6=both)
     except (OSError, OverflowError) as error:
         message = f"--host {host} --port {port}: nothing can be served there ({error})."
         raise InvalidSettings(message) from error

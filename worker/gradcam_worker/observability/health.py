@@ -25,6 +25,7 @@ from queue import Full, Queue
 from typing import Any
 
 from gradcam_worker.errors import GradcamError, InvalidSettings
+from gradcam_worker.net import listening
 from gradcam_worker.resilience.background_loop import BackgroundLoop
 from gradcam_worker.text.log_events import EventLogger
 
@@ -166,8 +167,8 @@ class _Server(socketserver.TCPServer):
         self._calls = Queue[tuple[Any, Any]](MAX_WAITING_CALLERS)
         self._started_s: dict[socket.socket, float] = {}
         if not isinstance(address, Path):
-            self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-            super().__init__(address, _Handler)
+            self.address_family, host = listening.family_and_host(address[0])
+            super().__init__((host, address[1]), _Handler)
             return
         self.address_family = socket.AF_UNIX
         address.unlink(missing_ok=True)
@@ -176,6 +177,12 @@ class _Server(socketserver.TCPServer):
             super().__init__(str(address), _Handler)  # type: ignore[arg-type]  # as UnixStreamServer's
         finally:
             os.umask(mask)
+
+    def server_bind(self) -> None:
+        if self.address_family == socket.AF_INET6:
+            alone = self.server_address[0] != listening.EVERY_ADDRESS
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, alone)
+        super().server_bind()
 
     def get_request(self) -> tuple[socket.socket, Any]:
         try:
