@@ -5,6 +5,7 @@ which keys, is botocore's and obstore's own.
 """
 
 import json
+import re
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from botocore.exceptions import ClientError
 from pydantic import SecretStr
 
+from gradcam_worker.errors import InvalidSettings
 from gradcam_worker.settings import Settings
 from gradcam_worker.storage.credentials import REREAD_AFTER_S, Identity
 from gradcam_worker.storage.s3 import S3
@@ -153,6 +155,21 @@ def test_keys_that_no_header_can_hold_are_a_failure_of_identity(monkeypatch: pyt
     assert describe(caught.value).endswith(
         "the access key id has characters that no key has, a line break perhaps"
     )
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "why"),
+    [
+        ("AWS_PROFILE", "gone", "The config profile (gone) could not be found"),
+        ("AWS_CONFIG_FILE", __file__, "Unable to parse config file"),
+    ],
+)
+def test_an_environment_that_cannot_be_used_is_told_in_a_sentence(
+    cloud: Cloud, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, why: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(InvalidSettings, match=rf"says of S3, cannot be used: {re.escape(why)}"):
+        S3(Settings(output="s3://results/cams"))
 
 
 def test_a_url_is_valid_no_longer_than_the_keys_that_signed_it(

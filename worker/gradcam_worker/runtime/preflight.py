@@ -163,15 +163,10 @@ def check_storage(settings: Settings) -> str:
 
 def probe_storage(settings: Settings) -> str:
     """As `check_storage`, but every fault of the server is StorageUnavailable. See `storage_hint`."""
-    from gradcam_worker.storage import s3, s3_errors  # a client may lack its libraries
+    from gradcam_worker.storage import s3  # a client may lack its libraries
     from gradcam_worker.storage import stores as storage
 
-    try:
-        client = s3.S3(settings)
-    except (*s3_errors.S3_ERRORS, ValueError) as error:  # the environment names an unknown profile or region
-        message = f"GRADCAM_S3_ENDPOINT_URL, or what the environment says of S3, cannot be used: {error}."
-        raise InvalidSettings(message) from error
-    return storage.probe(storage.Stores(settings, client).open())
+    return storage.probe(storage.Stores(settings, s3.S3(settings)).open())
 
 
 @dataclass(frozen=True)

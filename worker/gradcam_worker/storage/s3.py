@@ -24,10 +24,10 @@ from urllib.parse import urlencode, urlsplit
 import boto3
 import obstore.store
 from botocore.config import Config
-from botocore.exceptions import ClientError
+from botocore.exceptions import BotoCoreError, ClientError
 from obstore.auth.boto3 import Boto3CredentialProvider
 
-from gradcam_worker.errors import ImageTooLarge, WeightsUnavailable
+from gradcam_worker.errors import ImageTooLarge, InvalidSettings, WeightsUnavailable
 from gradcam_worker.gradcam.files.weights import Sink
 from gradcam_worker.observability.logs import ContextThreadPool
 from gradcam_worker.resilience.deadline import Deadline
@@ -51,6 +51,7 @@ from gradcam_worker.storage.s3_errors import (
     requires_checksum,
 )
 from gradcam_worker.text.log_events import EventLogger
+from gradcam_worker.text.visible import visible
 
 log = EventLogger("gradcam")
 
@@ -95,7 +96,11 @@ class S3:
     """A client for one S3 server. Thread-safe."""
 
     def __init__(self, settings: Settings) -> None:
-        """Connect to nothing yet. Without keys in the settings, boto3 searches where AWS programs do."""
+        """Connect to nothing yet. Without keys in the settings, boto3 searches where AWS programs do.
+
+        Raises:
+            InvalidSettings: What the environment says of S3 cannot be used.
+        """
         connections = 4 * settings.threads  # a job writes several objects at a time
         self.pool = ContextThreadPool(connections, thread_name_prefix="upload")
         # Its own pool, so that no read waits for uploads; larger than the number of jobs: reads may hang.
@@ -106,22 +111,24 @@ class S3:
         self.reads, self.writes = ServerActivity(is_answer), ServerActivity(is_answer)
         self._fetch_s = settings.fetch_timeout_s
         key, secret = settings.s3_access_key_id, settings.s3_secret_access_key.get_secret_value()
-        core = credentials.create_session(settings.region)
-        self._session: Any = boto3.session.Session(key or None, secret or None, botocore_session=core)
+        with _reading_the_environment():
+            core = credentials.create_session(settings.region)
+            self._session: Any = boto3.session.Session(key or None, secret or None, botocore_session=core)
+            endpoint = settings.s3_endpoint_url or credentials.configured_endpoint(core)
         self._region = settings.region
         self._reading, self._writing, self._obstore_options = _request_options(settings)
         self._always_checksum = settings.s3_checksum == "sha256"
         self._tags = settings.s3_tags_by_name
         self._storage_class = settings.s3_storage_class
-        endpoint = settings.s3_endpoint_url or credentials.configured_endpoint(core)
         self._is_amazon = not endpoint
         self._checksum_buckets: set[str] = set()  # that require a checksum of each object
         self._obstore_bucket = lru_cache(MAX_CACHED_BUCKETS)(self._open_obstore)
         self._max_connections = connections
-        self.client = self._boto3_client(endpoint)
-        # Browsers may reach the server under another host name, which is part of what is signed.
-        public = settings.s3_public_url
-        self._signing_client = self._boto3_client(public) if public else self.client
+        with _reading_the_environment():
+            self.client = self._boto3_client(endpoint)
+            # Browsers may reach the server under another host name, which is part of what is signed.
+            public = settings.s3_public_url
+            self._signing_client = self._boto3_client(public) if public else self.client
 
     def _boto3_client(self, endpoint: str) -> Any:
         """Boto3's client of a server; empty: Amazon's."""
@@ -440,6 +447,17 @@ class S3:
                 sink.write(chunk)
         except S3_ERRORS as error:
             raise WeightsUnavailable(str(read_error(uri, error))) from error
+
+
+@contextmanager
+def _reading_the_environment() -> Iterator[None]:
+    """Raise InvalidSettings for an unknown profile or region, or a file that cannot be read."""
+    try:
+        yield
+    except (BotoCoreError, ValueError) as error:
+        why = visible(str(error))
+        message = f"GRADCAM_S3_ENDPOINT_URL, or what the environment says of S3, cannot be used: {why}."
+        raise InvalidSettings(message) from error
 
 
 def _try_both(
