@@ -138,12 +138,17 @@ def test_an_error_is_confirmed_by_a_probe_that_those_who_ask_meanwhile_share() -
     assert not breaker.confirm()
 
 
-def test_a_job_that_was_under_way_and_succeeds_closes_it() -> None:
+def test_a_job_that_was_under_way_and_succeeds_closes_it_which_is_told_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, logger="gradcam")
     breaker = CircuitBreaker(Storage(FAILURE))
     breaker.probe()
     assert why(breaker)
-    breaker.succeeded()
-    assert why(breaker) is None
+    for _ in range(2):
+        breaker.succeeded()
+        assert why(breaker) is None
+    assert [line.partition(" ")[0] for line in caplog.messages] == ["circuit_opened", "circuit_closed"]
 
 
 def test_it_probes_by_itself_and_closes_when_the_storage_is_back(probing: Any) -> None:
@@ -215,7 +220,7 @@ def test_a_probe_that_breaks_with_an_unexpected_error_is_a_storage_that_is_down(
     opened, closing = [record.getMessage() for record in caplog.records]
     assert opened.startswith("circuit_opened reason=")
     assert opened.endswith("'surprise'\"")
-    assert closing.startswith("circuit_closed probe_s=")
+    assert closing.startswith("circuit_closed open_s=")
 
 
 def test_a_long_outage_is_told_every_half_minute(

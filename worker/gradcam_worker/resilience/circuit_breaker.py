@@ -81,7 +81,9 @@ class CircuitBreaker:
     def succeeded(self) -> None:
         """Report that a job, or a probe, could use the storage."""
         with self._lock:
-            self._open_reason, self._has_worked = None, True
+            was_open, self._open_reason, self._has_worked = bool(self._open_reason), None, True
+        if was_open:
+            log.info("circuit_closed", open_s=round(time.monotonic() - self._opened_s))
 
     def step(self) -> None:
         """Probe the storage if the next probe is due, or if it is suspected, or has not been used yet."""
@@ -104,9 +106,6 @@ class CircuitBreaker:
             self._open(error, silent_s + time.monotonic() - started_s)
             return
         self._due_s = time.monotonic() + TRUSTED_FOR_S
-        if self._open_reason:
-            now_s = time.monotonic()
-            log.info("circuit_closed", probe_s=now_s - started_s, open_s=round(now_s - self._opened_s))
         self.succeeded()
 
     def _open(self, error: BaseException, silent_s: float) -> None:
