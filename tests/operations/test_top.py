@@ -134,6 +134,21 @@ def test_fifty_workers_fit_a_terminal_and_those_in_trouble_come_first(
     assert not any("more." in line for line in roomy)
 
 
+def test_a_long_url_leaves_the_head_one_line_with_the_time_and_a_note_tells_the_cause(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sentinels = "sentinel://" + ",".join(f"sentinel-{number}.redis.svc:26379" for number in (1, 2, 3))
+    unreachable = (
+        "The storage has failed since 2026-11-30T16:39:51Z: s3://results/cams/health/probe.txt could not be written: "
+        'Could not connect to the endpoint URL: "http://minio.storage.svc:9000/results/cams/health/probe.txt"'
+    )
+    worker = {**WELL, "id": "gradcam-worker-7d9f8b6c5d-x2x7k:c3609848:18248", "trouble": unreachable}
+    lines = rendered_lines(replace(EMPTY, place=f"{sentinels}/mymaster/0", workers=(worker,)), monkeypatch)
+    assert lines[0].startswith("gradcam top · 10:11:12 UTC · sentinel://sentinel-1")
+    assert lines[1] == "" or lines[1].isspace()
+    assert "Could not connect to the endpoint URL" in " ".join(" ".join(lines).split())
+
+
 def test_job_processes_are_below_their_engine_and_what_is_paused_is_told_with_its_reason(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

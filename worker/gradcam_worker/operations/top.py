@@ -40,7 +40,7 @@ DEFAULT_ENGINE = {"id": "", "pid": 0, "requests": 0, "networks": 0, "trouble": N
 MAX_CODES, MAX_BACKFILLS, MAX_TENANTS = 6, 4, 5  # shown
 COUNTED_OF_TENANTS = ("waiting", "ended today", "device s")
 MAX_NOTES = 5  # about workers in trouble, on a screen
-NOTE_LINES, WRAP_MARGIN = 2, 10  # lines of one note; columns that may stay empty where it wraps between words
+NOTE_LINES, WRAP_MARGIN = 4, 10  # lines of one note; columns that may stay empty where it wraps between words
 FREE_LINES = 4  # below the workers: the number of workers that are not shown, the hint, the prompt
 
 
@@ -221,7 +221,8 @@ def render(snapshot: Snapshot, *, height: int | None = None) -> RenderableType:
         snapshot: What to draw.
         height: Most lines that it may have; workers that do not fit are left out, healthy ones first.
     """
-    head = Text.assemble(("gradcam top", "bold"), f" · {snapshot.place} · {snapshot.at[11:19]} UTC")
+    head = Text.assemble(("gradcam top", "bold"), f" · {snapshot.at[11:19]} UTC · {snapshot.place}")
+    head.truncate(console.out.width, overflow="ellipsis")  # a URL of Sentinels is long
     parts: list[RenderableType] = [head, "", _counts(snapshot), ""]
     lines = 4 + 1 + len(ROUTES)
     if snapshot.errors:
