@@ -69,10 +69,15 @@ def test_an_export_passes_through_a_pipe(
     RedisLedger(environment).submit(job)
     assert main(["ledger", "export", "-"]) == 0
     exported = capsys.readouterr().out
-    monkeypatch.setattr("sys.stdin", io.StringIO(exported))
-    assert main(["ledger", "import", "-"]) == 0
-    assert "1 that the ledger has" in capsys.readouterr().out
-    monkeypatch.setattr("sys.stdin", io.StringIO(exported[:-3]))
+
+    def pipe(content: bytes) -> None:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(content))))
+
+    for content in (exported.encode(), gzip.compress(exported.encode())):
+        pipe(content)
+        assert main(["ledger", "import", "-"]) == 0
+        assert "1 that the ledger has" in capsys.readouterr().out
+    pipe(exported[:-3].encode())
     assert main(["ledger", "import", "-"]) == ExitCode.BAD_INPUT
     assert "The export is damaged" in capsys.readouterr().err
 
@@ -107,6 +112,16 @@ def test_a_file_that_is_no_export_is_refused_with_a_sentence(
     assert environment
     file = tmp_path / "ledger.jsonl.gz"
     file.write_bytes(content)
+    assert main(["ledger", "import", "--dry-run", str(file)]) == ExitCode.BAD_INPUT
+    assert "is in the ledger" not in capsys.readouterr().err
     assert main(["ledger", "import", str(file)]) == ExitCode.BAD_INPUT
-    assert main(["ledger", "import", str(tmp_path / "missing.jsonl")]) == ExitCode.BAD_INPUT
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_file_that_is_not_there_is_said_to_be_missing_and_nothing_more(
+    environment: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert environment
+    assert main(["ledger", "import", str(tmp_path / "missing.jsonl")]) == ExitCode.BAD_INPUT
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.endswith("missing.jsonl cannot be read: No such file or directory.")

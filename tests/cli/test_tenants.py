@@ -38,9 +38,12 @@ def test_a_tenant_is_made_with_places_of_its_own_and_changed(
     run: Any, server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "There are no tenants" in run("tenants", "list")[1]
+    assert "It can upload no image" in run("tenants", "set", "umbrella")[2]
+    run("tenants", "remove", "umbrella")
     monkeypatch.setenv("GRADCAM_UPLOADS", "s3://uploads")
     code, output, errors = run("tenants", "set", "acme", "--input", "s3://acme-photos", "--share", "2")
     assert (code, "gradcam keys create acme" in errors, "refuse" in errors) == (0, True, False)
+    assert "upload no image" not in errors
     policy = Tenants(server).get("acme")
     assert json.loads(output) == policy.model_dump(mode="json")
     assert (policy.inputs, policy.output, policy.uploads) == (

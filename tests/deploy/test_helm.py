@@ -221,7 +221,7 @@ class TestRendered:
         assert (said["HOME"], said["KERAS_HOME"]) == ("/data", "/cache/keras")
 
     def test_a_long_deadline_is_written_as_a_number_without_an_exponent(self) -> None:
-        backfill = {"input": "s3://a/", "output": "s3://b/c", "deadlineSeconds": 1209600}
+        backfill = {"input": "s3://a/", "output": "s3://gradcam/results/c", "deadlineSeconds": 1209600}
         values = f"backfills={json.dumps({'archive': backfill})}"  # a float, as in a file
         made = tools.run("helm", "template", CHART, "-f", CHART / "ci" / "cpu.yaml", "--set-json", values)
         assert "activeDeadlineSeconds: 1209600\n" in made.stdout
@@ -459,14 +459,18 @@ class TestRendered:
 
     def test_a_backfill_goes_on_where_it_was_and_one_that_is_changed_is_another_job(self) -> None:
         def jobs(*sets: str) -> dict[str, list[str]]:
-            values = ("backfills.a.input=s3://photos/a.csv", "backfills.a.output=s3://results/a", *sets)
+            values = (
+                "backfills.a.input=s3://photos/a.csv",
+                "backfills.a.output=s3://gradcam/results/a",
+                *sets,
+            )
             made = of_component(wiring.workloads(rendered("cpu", *values)), "backfill")
             return {
                 each["metadata"]["name"]: each["spec"]["template"]["spec"]["containers"][0]["args"]
                 for each in made
             }
 
-        command = ["backfill", "s3://photos/a.csv", "--output", "s3://results/a", "--json"]
+        command = ["backfill", "s3://photos/a.csv", "--output", "s3://gradcam/results/a", "--json"]
         ((name, args),) = jobs().items()
         assert args == [*command, "--resume"]
         assert re.fullmatch("rehearsal-gradcam-backfill-a-[0-9a-f]{8}", name)

@@ -327,7 +327,7 @@ def test_a_tenants_idempotency_keys_are_its_own(api: Api) -> None:
     assert (other.status_code, other.json()["code"]) == (409, "idempotency_conflict")
 
 
-def test_uploads_go_below_the_tenants_own_prefix(api: Api) -> None:
+def test_uploads_go_below_the_tenants_own_prefix(api: Api, caplog: pytest.LogCaptureFixture) -> None:
     target = api.call(ROUTES["create_upload"], api.keys["acme"]).json()
     assert target["uri"].startswith("s3://uploads/acme/")
     assert "/uploads/acme/" in target["url"]
@@ -345,6 +345,7 @@ def test_uploads_go_below_the_tenants_own_prefix(api: Api) -> None:
     key = api.key("nowhere")
     assert api.call(ROUTES["create_upload"], key).status_code >= 400
     assert api.call(ROUTES["submit_job"], key, **form).status_code >= 400
+    assert "gradcam tenants set nowhere --uploads" in caplog.text
 
 
 def test_a_result_has_urls_of_its_own_artifacts_alone(api: Api) -> None:

@@ -139,8 +139,8 @@ def test_a_long_url_leaves_the_head_one_line_with_the_time_and_a_note_tells_the_
 ) -> None:
     sentinels = "sentinel://" + ",".join(f"sentinel-{number}.redis.svc:26379" for number in (1, 2, 3))
     unreachable = (
-        "The storage has failed since 2026-11-30T16:39:51Z: s3://results/cams/health/probe.txt could not be written: "
-        'Could not connect to the endpoint URL: "http://minio.storage.svc:9000/results/cams/health/probe.txt"'
+        "The storage has failed since 2026-11-30T16:39:51Z: s3://results/cams/health/probe.txt could not be "
+        'written: Could not connect to the endpoint URL: "http://minio.storage.svc:9000/results/cams/health/probe.txt"'
     )
     worker = {**WELL, "id": "gradcam-worker-7d9f8b6c5d-x2x7k:c3609848:18248", "trouble": unreachable}
     lines = rendered_lines(replace(EMPTY, place=f"{sentinels}/mymaster/0", workers=(worker,)), monkeypatch)

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, cast
 
 import click
 
@@ -25,7 +25,7 @@ from gradcam_worker.text.visible import counted
 
 STANDARD = "-"  # standard output, or standard input
 PRIVATE = 0o600  # an export holds presigned URLs, webhooks and hashes of API keys
-GZIP_LEVEL = 6
+GZIP_LEVEL, GZIP_MAGIC = 6, b"\x1f\x8b"
 
 
 @click.group()
@@ -64,14 +64,15 @@ def export_file(*, file: str) -> int:
 def import_file(*, file: str, dry_run: bool, as_json: bool) -> int:
     """Enter in the ledger what FILE holds, which `gradcam ledger export` wrote; `-` is standard input.
 
-    The ledger may be in use, and the import may be repeated: what is newer there stays. Jobs that waited are
-    queued again, and events that waited are delivered. Tenants and API keys are entered only where there are
-    none.
+    It may be compressed by gzip, whatever its name is. The ledger may be in use, and the import may be
+    repeated: what is newer there stays. Jobs that waited are queued again, and events that waited are
+    delivered. Tenants and API keys are entered only where there are none.
 
     \b
     Example:
       gradcam ledger import --dry-run ledger.jsonl.gz
       gradcam ledger import ledger.jsonl.gz
+      aws s3 cp s3://backups/ledger.jsonl.gz - | gradcam ledger import -
     """
     settings = Settings.from_environment()
     publisher = Publisher(settings)
@@ -122,17 +123,24 @@ def _write(file: str) -> Iterator[TextIO]:
 
 @contextlib.contextmanager
 def _read(file: str, *, dry_run: bool) -> Iterator[TextIO]:
-    """The lines of a file. Raises InvalidExport if it cannot be read, or is no text."""
-    try:
-        if file == STANDARD:
-            yield sys.stdin
-        elif file.endswith(".gz"):
-            with gzip.open(file, "rt", encoding="utf-8") as lines:
-                yield lines
-        else:
-            with Path(file).open(encoding="utf-8") as lines:
-                yield lines
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:  # gzip raises the second at its end
-        done = "Nothing was changed." if dry_run else "What was read of it is in the ledger."
-        message = f"{file} cannot be read to its end ({error}). {done}"
-        raise InvalidExport(message) from error
+    """The lines of a file, compressed or not. Raises InvalidExport if it cannot be read, or is no text."""
+    with contextlib.ExitStack() as opened:
+        try:
+            # Standard input stays open: it is not ours.
+            if file == STANDARD:
+                raw = cast("io.BufferedReader", sys.stdin.buffer)
+            else:
+                raw = opened.enter_context(Path(file).open("rb"))
+            packed = gzip.GzipFile(fileobj=raw) if raw.peek(len(GZIP_MAGIC)).startswith(GZIP_MAGIC) else raw
+        except OSError as error:
+            message = f"{file} cannot be read: {error.strerror}."
+            raise InvalidExport(message) from error
+        lines = io.TextIOWrapper(packed, encoding="utf-8")
+        opened.callback(lines.detach)
+        try:
+            yield lines
+        # Gzip raises the second at its end.
+        except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+            done = "Nothing was changed." if dry_run else "What was read of it is in the ledger."
+            message = f"{file} cannot be read to its end ({error}). {done}"
+            raise InvalidExport(message) from error

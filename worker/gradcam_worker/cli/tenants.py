@@ -93,6 +93,9 @@ def set_tenant(name: str, **given: Any) -> int:
     console.err.print(f"Tenant {name} is {'changed' if present else 'made'}.", markup=False)
     if not present:
         console.err.print(f"`gradcam keys create {name}` makes a key for it.", markup=False)
+    if not policy.uploads:
+        note = "It can upload no image: GRADCAM_UPLOADS is not set here, and --uploads was not given."
+        console.err.print(note, markup=False)
     allowed = [prefix for prefix in (settings.output, *settings.output_prefixes) if prefix]
     if not any(f"{policy.output}/".startswith(f"{prefix.rstrip('/')}/") for prefix in allowed):
         note = (

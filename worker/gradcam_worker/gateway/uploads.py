@@ -69,6 +69,9 @@ def uploads_root(caller: Caller) -> str:
     """The URI below which a caller's images are stored. Raises InvalidSettings."""
     if not caller.uploads:
         message = "GRADCAM_UPLOADS says where images go, as in s3://photos/uploads: set it."
+        if name := caller.tenant_name:  # it was made where GRADCAM_UPLOADS was not set
+            command = f"`gradcam tenants set {name} --uploads URI`"
+            message = f"Tenant {name} has no place for uploads: {command} names one."
         raise InvalidSettings(message)
     return caller.uploads.rstrip("/")
 

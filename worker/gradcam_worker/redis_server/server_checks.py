@@ -38,8 +38,8 @@ HALF = 0.5  # of the machine's memory: rewriting the append-only file may need a
 OLDEST = (7, 0)  # major and minor version: users.acl has selectors
 CONF = "See deploy/redis/redis.conf."
 FIX_EVICTION = (
-    "Set maxmemory-policy noeviction there: `CONFIG SET maxmemory-policy noeviction`, redis.conf, or the "
-    f"parameters of a managed one. {CONF}"
+    "Set maxmemory-policy noeviction there and on each of its replicas: `CONFIG SET maxmemory-policy "
+    f"noeviction`, redis.conf, or the parameters of a managed one. {CONF}"
 )
 FIX_DISK = "Is its disk full, or read-only? Its log says why."
 Severity = Literal["ok", "note", "warning", "error"]
