@@ -252,3 +252,14 @@ def test_a_file_is_read_again_each_minute_and_for_as_long_as_it_can_be(cloud: Cl
     cloud.pod_identity()
     now_s += REREAD_AFTER_S
     assert identity.get_frozen_credentials().access_key == "SECOND"
+
+
+def test_keys_that_another_thread_finds_meanwhile_break_no_request() -> None:
+    def found_meanwhile() -> float:
+        identity._failure = None
+        return 0.5
+
+    identity = Identity("", found_meanwhile)
+    identity._failure = (0.0, OSError("no keys"))
+    with pytest.raises(IdentityFailed, match="a moment ago"):
+        identity.get_frozen_credentials()

@@ -54,9 +54,10 @@ class Identity(Credentials):  # type: ignore[misc]  # botocore ships no types
         if self._failure is None and not self._must_search():
             return self._find_keys()
         with self._lock:  # one search at a time, whose result those that wait share
-            if self._failure and self._clock() - self._failure[0] < RETRY_AFTER_S:
+            failure = self._failure  # another thread may have found keys meanwhile
+            if failure and self._clock() - failure[0] < RETRY_AFTER_S:
                 message = "there were no keys a moment ago"
-                raise IdentityFailed(message) from self._failure[1]
+                raise IdentityFailed(message) from failure[1]
             return self._find_keys()
 
     def lifetime_s(self) -> float:
