@@ -746,6 +746,8 @@ def test_a_job_may_be_given_as_its_fields_in_a_dictionary(client: GradcamClient)
     assert client.status(client.submit(FIELDS)).status == "queued"
     with pytest.raises(InvalidJob, match="Give a job or its fields, not both: priority"):
         client.submit(FIELDS, priority="high")  # type: ignore[call-overload]
+    with pytest.raises(InvalidJob, match=r"submit\(image='s3://photos/cat.jpg', ...\), and network as it is"):
+        client.submit("s3://photos/cat.jpg", network="vgg16")  # type: ignore[call-overload]
     with pytest.raises(InvalidJob, match="This is not a job"):
         client.submit(5)  # type: ignore[call-overload]
 

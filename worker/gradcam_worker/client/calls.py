@@ -133,7 +133,10 @@ class ClientCalls:
     ) -> str:
         """See `GradcamClient.submit`."""
         if job is not None and fields:
-            message = f"Give a job or its fields, not both: {', '.join(fields)} came with a job."
+            names = ", ".join(fields)
+            both = f"Give a job or its fields, not both: {names} came with a job."
+            uri = f"The image is a field, too: submit(image={job!r}, ...), and {names} as it is."
+            message = both if isinstance(job, Job | Mapping) else uri
             raise InvalidJob(message)
         await self._yield_to_loop()
         return (await self.enter(as_job(fields if job is None else job), retry_failed=retry_failed)).id
