@@ -56,7 +56,6 @@ FORBIDDEN = [  # to whoever may only submit
     "CLIENT LIST",
     "CLIENT KILL TYPE normal",
     "MONITOR",
-    "INFO",
     "SHUTDOWN",
     "MODULE LIST",
     "REPLICAOF NO ONE",

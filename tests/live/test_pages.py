@@ -66,6 +66,7 @@ SHOWN = {
     "sql",
     "text",
     "toml",
+    "yaml",
 }  # languages of blocks that are no commands
 MARK = "-- block {} --"
 

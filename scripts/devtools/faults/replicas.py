@@ -3,10 +3,12 @@
 import contextlib
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,6 +25,8 @@ MASTER = "gradcam-master"  # what the Sentinels call it
 PASSWORD, SENTINEL_PASSWORD = "of-the-servers", "of-the-sentinels"
 DOWN_AFTER_MS = 1000  # without an answer, until a Sentinel takes a server for dead; 5000 is usual
 SENTINELS = 3
+PORTS_TRIED = 3
+SETTLED_S = 120.0  # servers and Sentinels that a busy machine starts may promote one another meanwhile
 PROMOTED_S = 30.0
 # Clients, Sentinels and replicas are different users, so that some of them can be cut off from a server.
 USERS = (
@@ -79,7 +83,6 @@ class ReplicatedServer:
             first.start(*self._options)
             for other in others:
                 other.start(*self._options, "--replicaof", "127.0.0.1", str(first.port))
-            self.sentinels = [servers.free_port() for _ in range(SENTINELS)]
             for number in range(SENTINELS):
                 stack.enter_context(self._sentinel(number, first.port))
             self._await_replicas()
@@ -93,22 +96,42 @@ class ReplicatedServer:
     def _sentinel(self, number: int, master: int) -> Iterator[None]:
         folder = self._folder / f"sentinel-{number}"
         folder.mkdir()
-        port = self.sentinels[number]
-        (folder / "sentinel.conf").write_text(
-            f"port {port}\nbind 127.0.0.1\ndir {folder}\nrequirepass {SENTINEL_PASSWORD}\n"
-            f"sentinel sentinel-pass {SENTINEL_PASSWORD}\n"
-            f"sentinel monitor {MASTER} 127.0.0.1 {master} {SENTINELS // 2 + 1}\n"
-            f"sentinel auth-user {MASTER} sentinels\nsentinel auth-pass {MASTER} {PASSWORD}\n"
-            f"sentinel down-after-milliseconds {MASTER} {DOWN_AFTER_MS}\n"
-            f"sentinel failover-timeout {MASTER} 6000\n"
-        )
-        command = [str(get_binary_path()), str(folder / "sentinel.conf"), "--sentinel"]
-        process = parent_watch.spawn(command, log=folder / "sentinel.log")
+        process = self._start_sentinel(folder, master)
         try:
-            wait_for(lambda: servers.accepts_connections(port), START_S, "a Sentinel listens")
             yield
         finally:
             parent_watch.stop(process)
+
+    def _start_sentinel(self, folder: Path, master: int) -> subprocess.Popen[bytes]:
+        """Start a Sentinel at a free port: another one where somebody has taken that port meanwhile."""
+        command = [str(get_binary_path()), str(folder / "sentinel.conf"), "--sentinel"]
+        for _ in range(PORTS_TRIED):
+            port = servers.free_port()
+            (folder / "sentinel.conf").write_text(
+                f"port {port}\nbind 127.0.0.1\ndir {folder}\nrequirepass {SENTINEL_PASSWORD}\n"
+                f"sentinel sentinel-pass {SENTINEL_PASSWORD}\n"
+                f"sentinel monitor {MASTER} 127.0.0.1 {master} {SENTINELS // 2 + 1}\n"
+                f"sentinel auth-user {MASTER} sentinels\nsentinel auth-pass {MASTER} {PASSWORD}\n"
+                f"sentinel down-after-milliseconds {MASTER} {DOWN_AFTER_MS}\n"
+                f"sentinel failover-timeout {MASTER} 6000\n"
+            )
+            process = parent_watch.spawn(command, log=folder / "sentinel.log")
+            self.sentinels.append(port)
+            number = len(self.sentinels) - 1
+            wait_for(
+                partial(self._knows_master, number, process), START_S, "a Sentinel answers, or has ended"
+            )
+            if process.poll() is None:
+                return process
+            self.sentinels.pop()
+        message = f"No Sentinel started: {(folder / 'sentinel.log').read_text()}"
+        raise RuntimeError(message)
+
+    def _knows_master(self, number: int, process: subprocess.Popen[bytes]) -> bool:
+        """Whether a Sentinel answers, or its process has ended."""
+        with contextlib.suppress(redis.RedisError):
+            return bool(self.ask_sentinel("SENTINEL", "GET-MASTER-ADDR-BY-NAME", MASTER, number=number))
+        return process.poll() is not None
 
     @property
     def url(self) -> str:
@@ -166,7 +189,7 @@ class ReplicatedServer:
                 return ready()
             return False
 
-        wait_for(ready_or_away, START_S, "the replicas follow, and the Sentinels know them")
+        wait_for(ready_or_away, SETTLED_S, "the replicas follow, and the Sentinels know them")
 
     # The faults: within the block a replica is promoted already, and the former master not yet well again.
 
