@@ -38,7 +38,8 @@ MORE = 4  # threads and files that may come and go
 ROUNDS = 4
 RETENTION_S = 60.0  # the least there is
 DRAINS_S = 120.0
-OF_JOBS = ("listed:", "job:", "idempotency:")  # keys that are forgotten with their job
+LISTS = "listed:"  # these live a week longer, in which a job may wait: see `include/listing.lua` of the ledger
+OF_JOBS = ("job:", "idempotency:")  # keys that are forgotten with their job
 # Keys of the ledger and of kombu that are there once: see `gradcam_worker.ledger.redis.scripts`.
 OF_LEDGER = ("claimed", "ended:", "workers", "reaper", "dead")
 OF_KOMBU = ("_kombu.binding", "unacked_mutex", "unreadable")
@@ -285,10 +286,10 @@ def _check_remaining_keys(cluster: Cluster, verdict: Verdict) -> None:
     keys, prefix = _keys(cluster), cluster.settings.key_prefix
     patterns = Counter(key.partition(":")[0] if ":" in key else key for key in keys)
     verdict.figures["keys"] = dict(sorted(patterns.items()))
-    known = (*OF_JOBS, *OF_LEDGER, *OF_KOMBU)
+    known = (LISTS, *OF_JOBS, *OF_LEDGER, *OF_KOMBU)
     odd = [key for key in keys if not key.startswith(known) and "pidbox" not in key]
     verdict.forbid(odd, "keys are left when nothing is under way")
     with cluster.ledger as server:
-        mortal = [prefix + key for key in keys if key.startswith(OF_JOBS)]
+        mortal = [prefix + key for key in keys if key.startswith((LISTS, *OF_JOBS))]
         immortal = [key for key in mortal if server.pttl(key) < 0 and server.exists(key)]
     verdict.forbid(immortal, "keys of final jobs stay for ever")
