@@ -38,7 +38,7 @@ MORE = 4  # threads and files that may come and go
 ROUNDS = 4
 RETENTION_S = 60.0  # the least there is
 DRAINS_S = 120.0
-LISTS = "listed:"  # these live a week longer, in which a job may wait: see `include/listing.lua` of the ledger
+LISTS = "listed:"  # these live a week longer, in which a job may wait: see `include/listing.lua`
 OF_JOBS = ("job:", "idempotency:")  # keys that are forgotten with their job
 # Keys of the ledger and of kombu that are there once: see `gradcam_worker.ledger.redis.scripts`.
 OF_LEDGER = ("claimed", "ended:", "workers", "reaper", "dead")
