@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from gradcam_worker.gradcam.methods import cam, integrated
 
-pytestmark = pytest.mark.tensorflow
+pytestmark = [pytest.mark.tensorflow, pytest.mark.timeout(900)]  # another backend compiles everything anew
 log = logging.getLogger(__name__)
 
 PROGRAM = Path(__file__).with_name("every_method.py")
