@@ -72,8 +72,7 @@ written("of nobody")
     assert third["pid"] == int(third["worker"].rpartition(":")[2])
 
 
-def test_where_it_can_be_of_several_jobs_all_are_named() -> None:
-    (event,) = events("""
+ANOTHER_IS_DECODED = """
 def decode_another():
     with log_context(job_id="b"), native_output.attributed("image/png"):
         entered.set()
@@ -82,30 +81,31 @@ entered, left = threading.Event(), threading.Event()
 thread = threading.Thread(target=decode_another)
 thread.start()
 entered.wait()
-with log_context(job_id="a"), native_output.attributed("image/png"):
+"""
+
+
+def test_where_it_can_be_of_several_jobs_all_are_named() -> None:
+    (event,) = events(
+        ANOTHER_IS_DECODED
+        + """with log_context(job_id="a"), native_output.attributed("image/png"):
     written("of one of them\\n")
 left.set()
 thread.join()
-""")
+"""
+    )
     assert event["job_ids"] == "a,b"
 
 
 def test_a_librarys_words_tell_which_of_two_images_it_was() -> None:
-    png, jpeg = events("""
-def decode_another():
-    with log_context(job_id="b"), native_output.attributed("image/png"):
-        entered.set()
-        left.wait()
-entered, left = threading.Event(), threading.Event()
-thread = threading.Thread(target=decode_another)
-thread.start()
-entered.wait()
-for words in ("libpng warning: iCCP: too short\\n", "Corrupt JPEG data: premature end\\n"):
+    png, jpeg = events(
+        ANOTHER_IS_DECODED
+        + """for words in ("libpng warning: iCCP: too short\\n", "Corrupt JPEG data: premature end\\n"):
     with log_context(job_id="a"), native_output.attributed("image/jpeg"):
         written(words)
 left.set()
 thread.join()
-""")
+"""
+    )
     assert (png["job_id"], jpeg["job_id"]) == ("b", "a")
 
 

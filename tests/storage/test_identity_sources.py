@@ -92,17 +92,10 @@ class Cloud:
 
 
 @pytest.fixture
-def cloud(http_server: Any, answer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cloud:
-    for name in (
-        "AWS_ACCESS_KEY_ID",
-        "AWS_SECRET_ACCESS_KEY",
-        "AWS_SESSION_TOKEN",
-        "AWS_PROFILE",
-        "AWS_EC2_METADATA_DISABLED",
-    ):
-        monkeypatch.delenv(name, raising=False)
-    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
-        monkeypatch.setenv(name, str(tmp_path / "none"))
+def cloud(
+    http_server: Any, answer: Any, no_keys: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Cloud:
+    monkeypatch.delenv("AWS_EC2_METADATA_DISABLED", raising=False)
     http_server.url("/results/cams/a.txt", answer(200, headers={"ETag": '"1"'}))
     return Cloud(http_server, answer, tmp_path, monkeypatch)
 

@@ -129,11 +129,7 @@ def percent(data: bytes) -> str:
 
 
 @pytest.fixture(autouse=True)
-def a_machine_without_keys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
-        monkeypatch.delenv(name, raising=False)
-    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
-        monkeypatch.setenv(name, str(tmp_path / "none"))
+def a_machine_without_keys(no_keys: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gradcam_worker.storage.credentials.RETRY_AFTER_S", 0)
 
 

@@ -337,7 +337,7 @@ class JobHandler:
             row_search=row_state(crashed).search if crashed else None,
             is_last_attempt=document.attempt >= document.max_attempts,
             progressed=self.stall.progressed,
-            storage_fails=lambda: self.breaker.may_be_to_blame() and self.breaker.confirm(),
+            storage_fails=self.breaker.is_to_blame,
         )
         with (
             self._track_in_flight(document, context, shard=isinstance(work, Shard)),
@@ -410,9 +410,9 @@ class JobHandler:
         """
         if isinstance(error, StorageUnavailable):
             return self.breaker.confirm() or _has_no_keys(error)
-        if isinstance(error, SILENCE_ERRORS) and not self.breaker.may_be_to_blame():
-            return False
-        return isinstance(error, (*SILENCE_ERRORS, WeightsUnavailable)) and self.breaker.confirm()
+        if isinstance(error, SILENCE_ERRORS):
+            return self.breaker.is_to_blame()
+        return isinstance(error, WeightsUnavailable) and self.breaker.confirm()
 
     def _hand_back(self, document: StatusDocument, error: GradcamError) -> NoReturn:
         """Queue a job again without counting this attempt.
@@ -432,7 +432,7 @@ class JobHandler:
         if isinstance(work, Job):
             age_s = ((written.completed_at or utc_now()) - written.created_at).total_seconds()
             network = self._known_network(work.network)
-            # A failed job has the time of its stage instead, with all waiting.
+            # What a failed job has measured is how long its stages took, waiting included.
             device_s = device_s_of(written) if written.status == "succeeded" else 0.0
             ended = EndedJob(network, work.priority, written.status, max(age_s, 0), device_s)
             self.observer.job_ended(ended)

@@ -290,11 +290,7 @@ class _ShardRun:
         outcomes: list[Outcome | None] = [None] * len(self.shard.rows)
         compute = self._compute_alone if self.context.after_crash else self._compute_pipelined
         compute(indexes, outcomes)
-        transient = {
-            index: outcome
-            for index in indexes
-            if (outcome := outcomes[index]) and self._is_transient(index, outcome)
-        }
+        transient = self._transient(indexes, outcomes)
         if 2 * len(transient) > len(indexes) and not self.context.is_last_attempt:
             first: Any = next(iter(transient.values()))
             kind = ImageFetchFailed if first.code == ImageFetchFailed.code else InternalError
@@ -303,18 +299,21 @@ class _ShardRun:
             self._check_storage(transient, len(indexes))
             time.sleep(min(RETRY_ROWS_AFTER_S, self.context.deadline.left_s()))
             compute([*transient], outcomes)
-            still = {
-                index: outcome
-                for index in transient
-                if (outcome := outcomes[index]) and self._is_transient(index, outcome)
-            }
-            self._check_storage(still, len(indexes))
+            self._check_storage(self._transient(transient, outcomes), len(indexes))
         return outcomes
 
     def _check_storage(self, transient: Mapping[int, Outcome], rows: int) -> None:
         """Raise StorageUnavailable where that is why rows have failed: they must not be written as failed."""
         if transient and self.context.storage_fails():
             raise StorageUnavailable(_describe(transient, rows))
+
+    def _transient(self, indexes: Iterable[int], outcomes: Sequence[Outcome | None]) -> dict[int, Outcome]:
+        """Those of some rows that have a transient error."""
+        return {
+            index: outcome
+            for index in indexes
+            if (outcome := outcomes[index]) and self._is_transient(index, outcome)
+        }
 
     def _is_transient(self, index: int, outcome: Outcome) -> bool:
         if not isinstance(outcome, Problem) or self.shard.rows[index].problem:

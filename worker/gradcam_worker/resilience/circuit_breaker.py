@@ -60,28 +60,37 @@ class CircuitBreaker:
         return self._open_reason
 
     @property
+    def is_open(self) -> bool:
+        """Whether no jobs are taken."""
+        return self._open_reason is not None
+
+    @property
     def unready_reason(self) -> str | None:
         """Why this process is not ready: `open_reason`, or because the storage has not been used yet."""
         return self._open_reason or (None if self._has_worked else "The storage has not been used yet.")
 
     def may_be_to_blame(self) -> bool:
         """Return whether the storage may be why an attempt has failed: its requests have had no answer."""
-        return self._open_reason is not None or any(
+        return self.is_open or any(
             activity.has_failed or activity.silent_s > CONFIRM_AFTER_S for activity in self._activities
         )
+
+    def is_to_blame(self) -> bool:
+        """Return whether the storage is why an attempt has failed: by a probe, if it may be."""
+        return self.may_be_to_blame() and self.confirm()
 
     def confirm(self) -> bool:
         """Return whether the storage is down: now, by a probe, unless that is known."""
         asked_s = time.monotonic()
         with self._probing:
-            if self._open_reason is None and self._probed_s < asked_s:  # else the result of another thread
+            if not self.is_open and self._probed_s < asked_s:  # else the result of another thread
                 self._probe_now()
-        return self._open_reason is not None
+        return self.is_open
 
     def succeeded(self) -> None:
         """Report that a job, or a probe, could use the storage."""
         with self._lock:
-            was_open, self._open_reason, self._has_worked = bool(self._open_reason), None, True
+            was_open, self._open_reason, self._has_worked = self.is_open, None, True
         if was_open:
             log.info("circuit_closed", open_s=round(time.monotonic() - self._opened_s))
 
@@ -89,7 +98,7 @@ class CircuitBreaker:
         """Probe the storage if the next probe is due, or if it is suspected, or has not been used yet."""
         if time.monotonic() < self._due_s:
             return
-        if self._open_reason or not self._has_worked or self._silent_s() >= SUSPECTED_AFTER_S:
+        if self.is_open or not self._has_worked or self._silent_s() >= SUSPECTED_AFTER_S:
             self.probe()
 
     def probe(self) -> None:
@@ -112,7 +121,7 @@ class CircuitBreaker:
         """Note that a probe has failed, after so many seconds without an answer."""
         now_s = time.monotonic()
         with self._lock:
-            opens = self._open_reason is None
+            opens = not self.is_open
             if opens:
                 since = utc_now() - timedelta(seconds=silent_s)
                 self._open_reason = f"The storage has failed since {since:%Y-%m-%dT%H:%M:%SZ}: {error}"
@@ -134,4 +143,4 @@ class CircuitBreaker:
         return max((activity.silent_s for activity in self._activities), default=0.0)
 
     def _pause_s(self) -> float:
-        return max(self._due_s - time.monotonic(), 0) if self._open_reason else POLL_INTERVAL_S
+        return max(self._due_s - time.monotonic(), 0) if self.is_open else POLL_INTERVAL_S

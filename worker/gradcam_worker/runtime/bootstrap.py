@@ -72,7 +72,7 @@ def build_worker(
     spans = tracing.connect(settings.traces, "gradcam-worker", worker.id)
     send = services.webhooks.send
     shared_loops = background.build(settings, publisher, ledger, send, worker.id, observer, spans, outages)
-    stall = StallDetector(publisher.any_waiting, settings.hung_after_s, lambda: bool(breaker.open_reason))
+    stall = StallDetector(publisher.any_waiting, settings.hung_after_s, lambda: breaker.is_open)
     handler = JobHandler(
         settings,
         ledger,

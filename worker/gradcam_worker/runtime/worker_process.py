@@ -77,7 +77,7 @@ def register(app: Celery, handler: JobHandler, ledger_outage: Outage) -> None:
         except (LedgerUnavailable, WorkerUnfit) as error:
             if isinstance(error, LedgerUnavailable):
                 ledger_outage.failed(f"message {self.request.id} is requeued: {error}")
-            elif handler.breaker.open_reason:  # which the breaker logs
+            elif handler.breaker.is_open:  # which the breaker logs
                 log.debug("job_requeued_until_storage_works", job_id=self.request.id, reason=error)
             else:
                 log.warning("job_requeued_by_unfit_worker", job_id=self.request.id, reason=error)
@@ -255,7 +255,7 @@ def _celery_worker(
         on_loop_turn=liveness.loop_turned,
         stall=handler.stall,
         broker_outage=components.outages.broker,
-        is_paused=lambda: handler.breaker.open_reason is not None,
+        is_paused=lambda: handler.breaker.is_open,
     )
     worker = app.Worker(
         pool=ThreadPool,
