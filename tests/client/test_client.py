@@ -287,9 +287,9 @@ def test_large_jobs_go_in_smaller_steps(
 
     def enter(jobs: Sequence[Any], **options: Any) -> Any:
         steps.append(len(jobs))
-        return MemoryLedger.submit_many(ledger, jobs, **options)
+        return MemoryLedger.enter_many(ledger, jobs, **options)
 
-    monkeypatch.setattr(ledger, "submit_many", enter)
+    monkeypatch.setattr(ledger, "enter_many", enter)
     client.submit_many({**FIELDS, "image": f"data:image/png;base64,{'A' * 20_000}"} for _ in range(5))
     assert steps == [2, 2, 1]
 
@@ -406,8 +406,8 @@ class Blinking(MemoryLedger):
             message = "The ledger cannot be reached."
             raise LedgerUnavailable(message)
 
-    def submit_many(self, jobs: Sequence[Any], **options: Any) -> Any:
-        entered = super().submit_many(jobs, **options)
+    def enter_many(self, jobs: Sequence[Any], **options: Any) -> Any:
+        entered = super().enter_many(jobs, **options)
         self._blink()
         return entered
 
@@ -517,7 +517,7 @@ def test_what_cannot_have_been_accepted_is_said_to_be_so(
     def away(*_: Any, **__: Any) -> Any:
         raise unreachable(changed_nothing=next(failures))
 
-    for name in ("submit_many", "cancel", "retry"):
+    for name in ("enter_many", "cancel", "retry"):
         monkeypatch.setattr(ledger, name, away)
     client = GradcamClient(settings=Settings(), ledger=ledger, publish=published)
     job = Job.parse(FIELDS)
@@ -687,6 +687,44 @@ def test_ids_are_published_many_at_a_time(settings: Settings) -> None:
     assert [one["headers"]["id"] for one in messages] == ids
     assert {one["headers"]["task"] for one in messages} == {publisher.EXPLAIN_SHARD}
     assert queue.queue_length("shard") == 1001
+
+
+def test_a_new_job_is_entered_and_published_in_one_step(settings: Settings) -> None:
+    jobs = [Job.parse({**FIELDS, "priority": priority}) for priority in ("low", "normal", "normal", "bulk")]
+    client, server = GradcamClient(settings=settings), redis.Redis.from_url(settings.broker_url)
+    client.submit(**FIELDS, idempotency_key="first")  # the script is in the server from now on
+
+    def commands() -> tuple[int, int]:
+        info: Any = server.info("commandstats")
+        return int(info["cmdstat_evalsha"]["calls"]), int(info["cmdstat_lpush"]["calls"])
+
+    scripts, pushes = commands()
+    client.submit_many(jobs)
+    assert commands() == (scripts + 1, pushes + 4)
+    again = client.submit(**FIELDS, idempotency_key="first")
+    assert [one["headers"]["id"] for one in waiting(settings)][-1] == again, "its message may have been lost"
+    by_hand = publisher.Publisher(settings)
+    entered = {job.id: client.status(job.id).created_at for job in jobs}
+    by_hand.publish((job, entered[job.id]) for job in jobs)
+    for priority, count in (("low", 1), ("normal", 2), ("bulk", 1)):
+        messages = [one for one in waiting(settings, priority) if one["headers"]["id"] in entered]
+        for one in messages:
+            del one["properties"]["delivery_tag"]
+        assert messages[:count] == messages[count:] != [], "the same message"
+
+
+def test_queues_in_another_database_are_published_to_apart(settings: Settings) -> None:
+    other = settings.broker_url.removesuffix("/0") + "/1"
+    settings = settings.model_copy(update={"ledger_url": other})
+    job_id = GradcamClient(settings=settings).submit(**FIELDS)
+    assert [one["headers"]["id"] for one in waiting(settings)] == [job_id]
+
+
+def test_a_queue_that_cannot_be_written_to_loses_no_job(settings: Settings) -> None:
+    server = redis.Redis.from_url(settings.broker_url)
+    server.set(f"{settings.key_prefix}{publisher.INTERACTIVE}\x06\x163", "no list", ex=60)
+    client = GradcamClient(settings=settings)
+    assert client.status(client.submit(**FIELDS)).status == "queued"
 
 
 def test_more_threads_than_connections_wait_for_their_turn(

@@ -7,6 +7,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import uvicorn
 
 from gradcam_worker.gateway import server
 from gradcam_worker.gateway.app import create_app
+from gradcam_worker.gateway.http_protocol import MAX_HEAD_BYTES, LimitedHttpProtocol
 from gradcam_worker.operations import servers
 from gradcam_worker.settings import Settings
 
@@ -29,7 +31,9 @@ def gateway(ports: tuple[int, int]) -> Iterator[Any]:
     port, metrics_port = ports
     settings = Settings(broker_url=f"redis://127.0.0.1:{servers.free_port()}/0", metrics_port=metrics_port)
     app = create_app(settings)
-    config = uvicorn.Config(app, host="127.0.0.1", port=port, log_config=None, lifespan="on", ws="none")
+    config = uvicorn.Config(
+        app, host="127.0.0.1", port=port, log_config=None, lifespan="on", ws="none", http=LimitedHttpProtocol
+    )
     serving = server._Server(config, app.state.gateway.open_requests.closing)
     server._serve_metrics(settings, app.state.gateway, serving)
     thread = threading.Thread(target=serving.run, daemon=True)
@@ -77,6 +81,43 @@ def test_one_whose_event_loop_hangs_does_not_live(
         assert ask(ports[1], "/live") == (503, {"event loop": "does not answer"})
     finally:
         goes_on.set()
+
+
+LONG = b"a" * (MAX_HEAD_BYTES + 300_000)  # whatever is read at a time
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"GET /live?" + LONG,
+        b"GET /live HTTP/1.1\r\nHost: here\r\nX-Long: " + LONG,
+        b"GET /live HTTP/1.1\r\nHost: here\r\n" + b"X-Many: a\r\n" * (MAX_HEAD_BYTES // 6),
+        b"POST /v1/jobs HTTP/1.1\r\nHost: here\r\nContent-Length: 2\r\n\r\n{}GET /live?" + LONG,
+    ],
+    ids=["address", "one header", "many headers", "of a second request"],
+)
+def test_a_head_without_end_is_refused(gateway: Any, ports: tuple[int, int], head: bytes) -> None:
+    assert gateway.started
+    with socket.create_connection(("127.0.0.1", ports[0]), timeout=30) as caller:
+        with suppress(ConnectionError):
+            caller.sendall(head)  # and it never ends
+        answers = b""
+        with suppress(ConnectionError):
+            while part := caller.recv(65536):
+                answers += part
+    assert b"HTTP/1.1 400 Bad Request" in answers
+    assert ask(ports[1], "/live")[0] == 200
+
+
+def test_the_body_does_not_count_as_head(gateway: Any, ports: tuple[int, int]) -> None:
+    assert gateway.started
+    body = b" " * (2 * MAX_HEAD_BYTES)
+    head = f"POST /v1/jobs HTTP/1.1\r\nHost: here\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", ports[0]), timeout=30) as caller:
+        for part in (head.encode(), body[:MAX_HEAD_BYTES], body[MAX_HEAD_BYTES:]):
+            caller.sendall(part)
+        with caller.makefile("rb") as answer:
+            assert b"401" in answer.readline()
 
 
 @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")

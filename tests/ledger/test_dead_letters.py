@@ -206,7 +206,7 @@ def test_an_unreachable_ledger_ends_a_replay(setup: Setup, monkeypatch: pytest.M
         message = f"The ledger cannot be reached for {jobs[0].id}."
         raise LedgerUnavailable(message)
 
-    monkeypatch.setattr(setup.ledger, "submit_many", away)
+    monkeypatch.setattr(setup.ledger, "enter_many", away)
     monkeypatch.setattr("gradcam_worker.client.calls.REDIS_RETRIES", replace(REDIS_RETRIES, total_s=0.1))
     with pytest.raises(LedgerUnavailable):
         list(setup.dead.replay(letters, FAST))

@@ -12,6 +12,7 @@ from itertools import islice
 
 from gradcam_worker.broker import envelope
 from gradcam_worker.errors import BrokerUnavailable
+from gradcam_worker.ledger.ledger import QueuedMessage
 from gradcam_worker.redis_server.async_client import AsyncRedisClients
 from gradcam_worker.redis_server.client import RedisClients
 from gradcam_worker.resilience.blocking import blocking
@@ -48,6 +49,9 @@ class Publisher:
     would share them, and they outlive a fork.
     """
 
+    is_in_ledger: bool
+    """Whether the queues are in the ledger's server: jobs can be entered and published in one step."""
+
     def __init__(
         self,
         settings: Settings,
@@ -66,6 +70,7 @@ class Publisher:
         """
         self._settings, self._timeout_s, self._outage = settings, timeout_s, outage
         self._prefix = settings.key_prefix
+        self.is_in_ledger = settings.broker_url == settings.ledger
         self._clients = connect(
             settings, settings.broker_url, BrokerUnavailable, timeout_s=timeout_s, retries=0, outage=outage
         )
@@ -88,26 +93,37 @@ class Publisher:
         Raises:
             BrokerUnavailable: Some of the messages may have been published.
         """
-        routed = ((terms_of(job).route, job, at) for job, at in jobs)
-        await self._push((route, _message(job.id, route, job.to_json(), at)) for route, job, at in routed)
+        await self._push(self.write_message(job, entered_at) for job, entered_at in jobs)
+
+    def write_message(self, job: Work, entered_at: datetime | None) -> QueuedMessage:
+        """Write the message of a job, and publish nothing: see `Ledger.enter_many`.
+
+        Args:
+            job: The job.
+            entered_at: See `publish`.
+
+        Returns:
+            The message, and the key of its queue.
+        """
+        route = terms_of(job).route
+        return QueuedMessage(self._key(route), _message(job.id, route, job.to_json(), entered_at))
 
     @blocking
     async def republish(self, job_ids: Iterable[str], priority: str) -> None:
         """Publish jobs that are in the ledger: their ids are sufficient. Raises BrokerUnavailable."""
+        key = self._key(priority)
         await self._push(
-            (priority, _message(job_id, priority, json.dumps({"id": job_id}), entered_at=None))
+            QueuedMessage(key, _message(job_id, priority, json.dumps({"id": job_id}), entered_at=None))
             for job_id in job_ids
         )
 
-    async def _push(self, messages: Iterable[tuple[str, str]]) -> None:
+    async def _push(self, messages: Iterable[QueuedMessage]) -> None:
         remaining = iter(messages)
         while batch := list(islice(remaining, MAX_BATCH)):
             queued: dict[str, list[str]] = {}
-            for priority, text in batch:
-                queued.setdefault(priority, []).append(text)
-            await self._clients.ask_each(
-                [("LPUSH", self._key(priority), *texts) for priority, texts in queued.items()]
-            )
+            for key, text in batch:
+                queued.setdefault(key, []).append(text)
+            await self._clients.ask_each([("LPUSH", key, *texts) for key, texts in queued.items()])
 
     @blocking
     async def queue_length(self, priority: str) -> int:

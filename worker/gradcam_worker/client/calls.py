@@ -28,7 +28,7 @@ from gradcam_worker.errors import (
     WaitTimeout,
     with_sentence,
 )
-from gradcam_worker.ledger.ledger import Ledger, Tenant
+from gradcam_worker.ledger.ledger import Entered, Ledger, Tenant
 from gradcam_worker.observability import tracing
 from gradcam_worker.resilience.blocking import awaited, block
 from gradcam_worker.resilience.retry import HALF_OR_MORE, Retries, RetryPolicy
@@ -152,11 +152,11 @@ class ClientCalls:
         (entered,) = await self._enter([job], retries, retry_failed=retry_failed)
         if isinstance(entered, IdempotencyConflict):
             raise entered
-        if entered.status == "failed":
+        if entered.document.status == "failed":
             hint = "retry, or retry_failed=True, tries it again"
-            log.info("job_failed_before", job_id=entered.id, reason=hint)
+            log.info("job_failed_before", job_id=entered.document.id, reason=hint)
         await self._publish_entered([(job, entered)], retries)
-        return entered
+        return entered.document
 
     async def submit_many(
         self, jobs: Iterable[Job | Mapping[str, Any]], *, retry_failed: bool = False
@@ -168,7 +168,7 @@ class ClientCalls:
             chunk, problem = self._next_chunk(left)
             if not chunk and not problem:
                 return ids
-            entered: list[StatusDocument | IdempotencyConflict] = []
+            entered: list[Entered | IdempotencyConflict] = []
             try:
                 if chunk:
                     entered = await self._enter(chunk, REDIS_RETRIES.start(), retry_failed=retry_failed)
@@ -181,7 +181,7 @@ class ClientCalls:
                     problem = held
                 else:
                     accepted.append((job, held))
-            ids += [held.id for _, held in accepted]
+            ids += [held.document.id for _, held in accepted]
             # A broker that has been out of reach for so long is not waited for with every chunk again.
             policy = REDIS_RETRIES if published else replace(REDIS_RETRIES, max_tries=1)
             published = await self._publish_entered(accepted, policy.start())
@@ -218,10 +218,20 @@ class ClientCalls:
 
     async def _enter(
         self, jobs: Sequence[Job], retries: Retries, *, retry_failed: bool
-    ) -> list[StatusDocument | IdempotencyConflict]:
-        """Enter jobs in the ledger: see `Ledger.submit_many`. It is idempotent."""
+    ) -> list[Entered | IdempotencyConflict]:
+        """Enter jobs in the ledger: see `Ledger.enter_many`. It is idempotent."""
+        queues = self._publish
+        write_message = (
+            queues.write_message if isinstance(queues, Publisher) and queues.is_in_ledger else None
+        )
         submit = _TrackingDoubt(
-            lambda: awaited(self._ledger.submit_many, jobs, retry_failed=retry_failed, tenant=self.tenant)
+            lambda: awaited(
+                self._ledger.enter_many,
+                jobs,
+                retry_failed=retry_failed,
+                tenant=self.tenant,
+                write_message=write_message,
+            )
         )
         try:
             return await self._tried(retries, submit)
@@ -235,14 +245,18 @@ class ClientCalls:
             doubt.in_doubt = tuple(job.id for job in jobs)
             raise doubt from error
 
-    async def _publish_entered(self, entered: Sequence[tuple[Job, StatusDocument]], retries: Retries) -> bool:
+    async def _publish_entered(self, entered: Sequence[tuple[Job, Entered]], retries: Retries) -> bool:
         """Publish jobs that are queued in the ledger; return whether the broker could be reached.
 
         A job that was entered before is published again: its message may have been lost.
         """
         waiting = [
-            (job.model_copy(update={"id": held.id}), held) for job, held in entered if held.status == "queued"
+            (job.model_copy(update={"id": held.document.id}), held.document)
+            for job, held in entered
+            if held.document.status == "queued" and not held.published
         ]
+        if not waiting:
+            return True
 
         async def publish() -> None:
             if isinstance(self._publish, Publisher):
@@ -290,7 +304,7 @@ class ClientCalls:
             log.warning("publish_failed", job_id=document.id, jobs=1, error=error, reason=PUBLISHED_LATER)
             return document
         if isinstance(job, Job):
-            await self._publish_entered([(job, document)], REDIS_RETRIES.start())
+            await self._publish_entered([(job, Entered(document))], REDIS_RETRIES.start())
         return document
 
     async def _change(self, change: Callable[[], Awaitable[T]], which: str, done: str) -> T:

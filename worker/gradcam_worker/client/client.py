@@ -88,7 +88,9 @@ class GradcamClient:
         self._ledger = ledger = ledger or RedisLedger(
             settings, timeout_s=TIMEOUT_S, retries=0, outage=outages.ledger
         )
-        queues = publish or Publisher(settings, timeout_s=TIMEOUT_S, outage=outages.broker)
+        # One server has one outage: most jobs are published in the step in which they are entered.
+        of_queues = outages.ledger if settings.broker_url == settings.ledger else outages.broker
+        queues = publish or Publisher(settings, timeout_s=TIMEOUT_S, outage=of_queues)
         self.calls = ClientCalls(settings, ledger, queues, objects or results.SettingsObjects(settings))
         self.waiter = JobWaiter(ledger)
         self.submitted_backfills = SubmittedBackfills(settings)

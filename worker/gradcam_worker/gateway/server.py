@@ -17,6 +17,7 @@ from gradcam_worker.gateway.access.caller import Access, is_this_machine
 from gradcam_worker.gateway.app import create_app
 from gradcam_worker.gateway.context import Gateway
 from gradcam_worker.gateway.health import READY_TIMEOUT_S, find_ledger_problem
+from gradcam_worker.gateway.http_protocol import LimitedHttpProtocol
 from gradcam_worker.net import listening
 from gradcam_worker.observability import health
 from gradcam_worker.observability.prometheus import CONTENT_TYPE
@@ -29,7 +30,6 @@ log = EventLogger("gradcam")
 
 SHUTDOWN_S = 10  # for open requests, after SIGTERM
 IDLE_S = 75  # of a connection without a request: longer than most load balancers keep it
-MAX_HEADER_BYTES = 32 * 1024
 BACKLOG = 2048  # connections that wait to be accepted
 YOUNG_OBJECTS = 10_000  # between two collections: Python's 700 are those of a few requests
 
@@ -91,7 +91,7 @@ def run(settings: Settings, host: str, port: int) -> int:
         server_header=False,
         timeout_graceful_shutdown=SHUTDOWN_S,
         timeout_keep_alive=IDLE_S,
-        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+        http=LimitedHttpProtocol,
         lifespan="on",
         ws="none",
     )

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 from enum import Enum
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from gradcam_worker.errors import (
     AttemptFenced,
@@ -77,6 +77,23 @@ class Tenant:
 NOBODY = Tenant("")
 
 
+class QueuedMessage(NamedTuple):
+    """A message for a queue in the ledger's own server."""
+
+    key: str  # of the queue's list in Redis
+    text: str
+
+
+class Entered(NamedTuple):
+    """A job that is in the ledger."""
+
+    document: StatusDocument
+    published: bool = False  # whether its message was published in the same step
+
+
+MessageWriter = Callable[[Work, datetime], QueuedMessage]  # of a job that is entered at this time
+
+
 @dataclass(frozen=True)
 class Entry:
     """The ledger's record of a job."""
@@ -89,6 +106,7 @@ class Entry:
     webhooks: tuple[Webhook, ...] = ()
     tenant: Tenant = NOBODY
     network: str = ""  # that a job asks for
+    message: "QueuedMessage | None" = None  # to be published in the step in which the job is entered
 
     def belongs_to(self, tenant: str | None) -> bool:
         """Whether it is a job of this tenant; None: of any."""
@@ -405,7 +423,7 @@ class Ledger(ABC):
     async def submit_many(
         self, jobs: Sequence[Work], *, retry_failed: bool = False, tenant: Tenant | None = None
     ) -> list[StatusDocument | IdempotencyConflict]:
-        """Enter jobs, in order and in one round trip.
+        """Enter jobs, in order and in one round trip, and publish none.
 
         Args:
             jobs: Jobs or shards.
@@ -415,16 +433,42 @@ class Ledger(ABC):
         Returns:
             A document for each job. The list ends with the first conflict: no job after it is entered.
         """
-        entries = [_make_entry(job, tenant or NOBODY) for job in jobs]
-        results: list[StatusDocument | IdempotencyConflict] = []
+        entered = await awaited(self.enter_many, jobs, retry_failed=retry_failed, tenant=tenant)
+        return [one.document if isinstance(one, Entered) else one for one in entered]
+
+    @blocking
+    async def enter_many(
+        self,
+        jobs: Sequence[Work],
+        *,
+        retry_failed: bool = False,
+        tenant: Tenant | None = None,
+        write_message: MessageWriter | None = None,
+    ) -> list[Entered | IdempotencyConflict]:
+        """Enter jobs as `submit_many`, and publish each new one in the same atomic step.
+
+        Args:
+            jobs: Jobs or shards.
+            retry_failed: Retry existing jobs that have failed: see `retry`.
+            tenant: Whose jobs they are: see `submit`.
+            write_message: Writes the message of a job; None: the queues are in another server, or the
+                caller publishes later.
+
+        Returns:
+            For each job its document, and whether its message was published. The list ends with the first
+            conflict.
+        """
+        entries = [_make_entry(job, tenant or NOBODY, write_message) for job in jobs]
+        results: list[Entered | IdempotencyConflict] = []
         created = await awaited(self._create_many, entries)
         for job, entry, held in zip(jobs, entries, created, strict=False):
             if not is_same_job(entry, held):
                 results.append(_make_conflict(job, held.document.id))
             elif retry_failed and held.document.status == "failed":
-                results.append(await self._retry_if_failed(held.document.id))
+                results.append(Entered(await self._retry_if_failed(held.document.id)))
             else:
-                results.append(held.document)
+                is_new = held.document is entry.document
+                results.append(Entered(held.document, published=is_new and held.message is not None))
         return results
 
     async def _retry_if_failed(self, job_id: str) -> StatusDocument:
@@ -818,7 +862,7 @@ def device_s_of(document: StatusDocument) -> float:
     return metrics.get("explain_s", 0) / max(metrics.get("batch_size", 1), 1)
 
 
-def _make_entry(work: Work, tenant: Tenant) -> Entry:
+def _make_entry(work: Work, tenant: Tenant, write_message: MessageWriter | None) -> Entry:
     document, terms = state_machine.new_document(work.id, work), terms_of(work)
     return Entry(
         _fingerprint(work),
@@ -829,6 +873,7 @@ def _make_entry(work: Work, tenant: Tenant) -> Entry:
         terms.webhooks,
         tenant,
         work.network,
+        write_message(work, document.created_at) if write_message and document.status == "queued" else None,
     )
 
 

@@ -64,7 +64,7 @@ class MemoryLedger(Ledger):
             owner = self._keys.get(key, entry.document.id) if key else entry.document.id
             owner = owner if owner in self._entries else entry.document.id
             if owner not in self._entries:
-                self._store(entry, None)
+                self._store(replace(entry, message=None), None)  # there is no queue to publish to
                 if key:
                     self._keys[key] = owner
             return self._entries[owner]

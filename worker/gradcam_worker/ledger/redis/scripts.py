@@ -26,6 +26,10 @@ class NewJob(NamedTuple):
     created_us: int
     lists: str  # their names, a line each; empty: a shard, which is in none
     share: str  # of its tenant, a number
+    queue: (
+        str  # the Redis key of the queue's list; empty: another server has it, or the caller publishes later
+    )
+    message: str  # for this queue
 
 
 @dataclass(kw_only=True)

@@ -115,6 +115,8 @@ class RedisLedger(Ledger):
             tenant=tenant,
             created_us=listing.position_of(document)[0],
             share=repr(entry.tenant.share),
+            queue=entry.message.key if entry.message else "",
+            message=entry.message.text if entry.message else "",
             lists="" if entry.route == ROUTE else "\n".join(names_of_lists(document, entry.network)),
         )
 

@@ -1,13 +1,14 @@
--- Enter jobs, in order. Returns for each {} if it is new, else the existing fingerprint, job, document and
--- tenant. Stops at the first whose id or idempotency key belongs to a different job, or whose id belongs to
--- another tenant's: the jobs after it are not entered.
+-- Enter jobs, in order, and publish those that come with a message. Returns for each {} if it is new, else the
+-- existing fingerprint, job, document and tenant. Stops at the first whose id or idempotency key belongs to a
+-- different job, or whose id belongs to another tenant's: the jobs after it are not entered.
 -- include: records
 local prefix = ARGV[1]
 local retention_ms = tonumber(ARGV[2])
 local keyed_retention_ms = tonumber(ARGV[3]) -- of a job with an idempotency key
 local replicated = ARGV[4] == '1' -- whether the caller waits for replicas
 local jobs = records(5, 'job_id', 'idempotency', 'fingerprint', 'job', 'document', 'attempt', 'revision',
-                     'status', 'route', 'webhooks', 'expires_ms', 'event', 'tenant', 'created_us', 'lists', 'share')
+                     'status', 'route', 'webhooks', 'expires_ms', 'event', 'tenant', 'created_us', 'lists', 'share',
+                     'queue', 'message')
 
 -- include: clock
 -- include: events
@@ -38,6 +39,8 @@ local function enter(new)
   end
   if new.status == 'queued' then pcall(join_turns, new.route, new.tenant, new.job_id, now, new.share) end
   record_event(new.job_id, new.webhooks, new.event, new.document, retention_ms)
+  -- A message that cannot be written is one that was lost: the reaper writes it again.
+  if new.queue ~= '' then pcall(redis.call, 'LPUSH', new.queue, new.message) end
 end
 
 local reply, entered = {}, {}
