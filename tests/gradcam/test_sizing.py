@@ -154,6 +154,7 @@ class TestRefused:
             ({"fit": "crop", "color": (114,)}, "color belongs to fit = \"letterbox\", not to 'crop'"),
             ({"fit": "letterbox", "color": (256,)}, "color is [256]: it must be one level from 0 to 255"),
             ({"fit": "letterbox", "color": ()}, "color is []"),
+            ({"recompress": 100}, "recompress is 100: it must be the quality of a JPEG, from 1 to 95"),
         ],
     )
     def test_a_value_that_is_none_is_named(self, values: dict[str, Any], why: str) -> None:
@@ -166,6 +167,12 @@ class TestRefused:
         Sizing(fit="letterbox", color=(1,)).check_channels(5)
         with pytest.raises(InvalidSettings, match="color has 3 levels for 5 channels: give one"):
             Sizing(fit="letterbox", color=(1, 2, 3)).check_channels(5)
+
+    @pytest.mark.parametrize("sizing", [Sizing(grey=True), Sizing(fast_jpeg=True), Sizing(recompress=75)])
+    def test_what_is_for_photos_is_refused_for_other_images(self, sizing: Sizing) -> None:
+        sizing.check_channels(3)
+        with pytest.raises(InvalidSettings, match="for photos, which have 3 channels: these images have 5"):
+            sizing.check_channels(5)
 
     def test_a_preset_that_there_is_not_is_refused_with_one_like_it(self) -> None:
         with pytest.raises(InvalidSettings, match="no sizing 'torchvison'; did you mean 'torchvision'"):
@@ -181,6 +188,7 @@ class TestPresets:
             "area": "area, squash",
             "keras.load_img": "nearest, squash",
             "tf.image.resize": "bilinear_tf, squash",
+            "image_dataset_from_directory": "fast JPEG, bilinear_tf, squash",
             "torchvision": "bilinear_antialias, centre crop of 0.875",
             "timm": "bicubic_antialias, centre crop of 0.875",
             "opencv": "bilinear, squash",
@@ -189,6 +197,7 @@ class TestPresets:
         assert Sizing("lanczos", "crop", short_side=256).describe() == "lanczos, short side 256, centre crop"
         squashed = Sizing("lanczos4", "crop", size=(256, 300), grey=True)
         assert squashed.describe() == "grey, lanczos4, squash to 256 x 300, centre crop"
+        assert Sizing("skimage", recompress=75).describe() == "skimage, JPEG 75, squash"
 
     def test_two_that_differ_are_described_differently(self) -> None:
         assert {field.name for field in fields(Sizing)} == {
@@ -199,4 +208,6 @@ class TestPresets:
             "color",
             "size",
             "grey",
+            "fast_jpeg",
+            "recompress",
         }, "a new field belongs into the description, by which a manifest is known to be another's"

@@ -35,7 +35,7 @@ from gradcam_worker.errors import (
 from gradcam_worker.gradcam.catalog import CATALOG, NetworkRow
 from gradcam_worker.gradcam.explain import Explanation, explain_pixels
 from gradcam_worker.gradcam.network import GRADCAM, Computed, Method
-from gradcam_worker.gradcam.sizing import Sizing
+from gradcam_worker.gradcam.sizing import SIZINGS, Sizing
 from gradcam_worker.inference import engine_client, messages
 from gradcam_worker.inference.engine_client import EngineClient
 from gradcam_worker.inference.engine_server import EngineFacts, EngineServer
@@ -136,6 +136,21 @@ def test_the_sizing_of_a_network_crosses_the_border(path: Path) -> None:
         remote.connect(WAIT_S)
         facts = remote.load(replace(ROW, sizing=sizing)).facts
     assert facts == SizedNetwork(sizing).facts
+
+
+def test_levels_with_fractions_cross_the_border_as_they_are(path: Path) -> None:
+    row, sizing = replace(ROW, sizing=SIZINGS["tf.image.resize"]), SIZINGS["tf.image.resize"]
+    images = np.random.default_rng(0).uniform(0, 255, (2, *RED.shape)).astype(np.float32)
+    here = SizedNetwork(sizing).compute(images, np.array([[-1, -2]] * 2, np.int32))
+    with engine(path, ModelCache(lambda _: SizedNetwork(sizing))), client(path) as remote:
+        remote.connect(WAIT_S)
+        network = remote.load(row)
+        found = remote.infer_many(network, images, (-1, -2), GRADCAM, Deadline(WAIT_S))
+        with remote.reserve() as slot:
+            one = slot.infer(network, images[0], (-1, -2), GRADCAM, Deadline(WAIT_S)).explanation
+    for explanation, raw in zip([*found, one], [*here.raw, here.raw[0]], strict=True):
+        assert isinstance(explanation, Explanation)
+        np.testing.assert_array_equal(explanation.raw_max, raw.max((1, 2)))
 
 
 def test_classes_against_cross_the_border_and_a_plain_method_needs_no_byte_more(path: Path) -> None:
@@ -643,12 +658,12 @@ def test_blocks_of_different_sizes_never_overlap_and_all_become_free() -> None:
     for number in range(2000):
         if blocks and random.random() < 0.5:
             block, value = blocks.pop(random.integers(len(blocks)))
-            assert (block.pixels((block.size - ALIGNMENT,)) == value).all()
+            assert (block.pixels((block.size - ALIGNMENT,), "uint8") == value).all()
             block.release()
         else:
             with contextlib.suppress(JobTimeout):
                 block = pool.reserve(int(random.integers(1, 40_000)), Deadline(0.001))
-                block.pixels((block.size - ALIGNMENT,))[:] = number % 251
+                block.pixels((block.size - ALIGNMENT,), "uint8")[:] = number % 251
                 blocks.append((block, number % 251))
     for block, _ in blocks:
         block.release()
@@ -1014,7 +1029,7 @@ def test_shared_memory_is_no_program_where_the_system_knows_that(
     monkeypatch.setattr(os, "memfd_create", make_as_there)
     pool = PixelPool(1024 * 1024)
     pool.reserve(RED.nbytes, Deadline(WAIT_S)).write(RED)
-    assert MappedPool(os.dup(pool.fd), pool.size).pixels(HEADER_BYTES, RED.shape)[0, 0, 0] == 255
+    assert MappedPool(os.dup(pool.fd), pool.size).pixels(HEADER_BYTES, RED.shape, "uint8")[0, 0, 0] == 255
 
 
 def test_an_engine_whose_socket_was_removed_can_be_reached_again(path: Path) -> None:

@@ -36,7 +36,7 @@ with extras.required("gradcam_worker.testing", "testing"):
     from gradcam_worker.gradcam.classes import ClassIndex, Label, imagenet
     from gradcam_worker.gradcam.decoding.decode import Limits
     from gradcam_worker.gradcam.methods import cam, integrated
-    from gradcam_worker.gradcam.network import GRADCAM, Computed, Method, Network, NetworkFacts
+    from gradcam_worker.gradcam.network import GRADCAM, Computed, InputPixels, Method, Network, NetworkFacts
     from gradcam_worker.gradcam.registry.registry import Registry
     from gradcam_worker.images.fetch import FetchedBytes
     from gradcam_worker.inference.model_cache import ModelCache
@@ -184,9 +184,7 @@ class TinyNetwork:
         parameters=9,
     )
 
-    def compute(
-        self, pixels: NDArray[np.uint8], wanted: NDArray[np.int32], method: Method = GRADCAM
-    ) -> Computed:
+    def compute(self, pixels: InputPixels, wanted: NDArray[np.int32], method: Method = GRADCAM) -> Computed:
         """See `gradcam_worker.gradcam.network.Network.compute`: the score is always the logit."""
         if method.layer not in {None, "auto", "blocks"}:
             message = f"Layer {method.layer!r} does not exist; there is 'blocks'."
@@ -216,7 +214,7 @@ class TinyNetwork:
             slopes = slopes - self.KERNEL.T[[*method.against]].mean(axis=0)
         return class_ids, np.asarray(slopes, np.float32)
 
-    def _integrate(self, pixels: NDArray[np.uint8], wanted: NDArray[np.int32], method: Method) -> Computed:
+    def _integrate(self, pixels: InputPixels, wanted: NDArray[np.int32], method: Method) -> Computed:
         """Integrated Gradients: the scores are linear, so that the slopes are the same at every step."""
         scores = self.scores(pixels)
         class_ids, slopes = self._explained(scores, wanted, method)
@@ -226,17 +224,17 @@ class TinyNetwork:
         return Computed(integrated.LAYER, scores, class_ids, raw.astype(np.float32))
 
     def begin(
-        self, pixels: NDArray[np.uint8], wanted: NDArray[np.int32], method: Method = GRADCAM
+        self, pixels: InputPixels, wanted: NDArray[np.int32], method: Method = GRADCAM
     ) -> Callable[[], Computed]:
         """See `gradcam_worker.gradcam.network.Network.begin`: it computes at once, on the CPU."""
         computed = self.compute(pixels, wanted, method)
         return lambda: computed
 
-    def scores(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def scores(self, pixels: InputPixels) -> NDArray[np.float32]:
         """See `gradcam_worker.gradcam.network.Network.scores`."""
         return np.asarray(self._blocks(pixels).mean((1, 2)) @ self.KERNEL, np.float32)
 
-    def _blocks(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def _blocks(self, pixels: InputPixels) -> NDArray[np.float32]:
         n, cells, step = len(pixels), self.CELLS, self.SIDE // self.CELLS
         means = pixels.reshape(n, cells, step, cells, step, 3).mean((2, 4), dtype=np.float32)
         return np.asarray(means / 255, np.float32)
@@ -260,7 +258,7 @@ class EagerNetwork(TinyNetwork):
     )
     HANDICAP = 10.0  # of each class of ImageNet, in its score
 
-    def scores(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def scores(self, pixels: InputPixels) -> NDArray[np.float32]:
         """See `gradcam_worker.gradcam.network.Network.scores`."""
         scores = super().scores(pixels)
         scores[:, : len(imagenet())] -= self.HANDICAP

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 import click
 
 from devtools import ROOT
+from devtools.agreement import weights
+from devtools.agreement.weights import Weighed, weigh
 from devtools.bench.report import measured, table, versions, write, written
 from gradcam_worker.gradcam.models.loading import load_network
 
@@ -83,26 +85,43 @@ def look(row: NetworkRow) -> Seen:
 
 @click.command("scripts/networks")
 @click.argument("names", metavar="[NAME]...", nargs=-1)
+@click.option("--weights", "weighs", is_flag=True, help="Compare the ways in which weights come, instead.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, nothing else.")
 @click.option("--write", "writes", is_flag=True, help=f"Write the table into {PAGE.name}: of all networks.")
-def main(names: tuple[str, ...], *, as_json: bool, writes: bool) -> None:
+def main(names: tuple[str, ...], *, weighs: bool, as_json: bool, writes: bool) -> None:
     """Build the networks that are named, or all (minutes), and explain a photo with each.
 
-    Exit code 1: a network is not what its row says, or its map is not finite, or dark.
+    Exit code 1: a network is not what its row says, or its map is not finite, or dark; with --weights, it has
+    another graph or other logits in one of the ways.
     """
     if writes and names:
         message = "--write takes no names: the table is of all networks."
         raise click.UsageError(message)
-    seen = [look(row) for row in [catalog.find(name) for name in names] or CATALOG.values()]
-    text = table(HEADINGS, [network.cells for network in seen])
-    click.echo(json.dumps([asdict(network) for network in seen], indent=2) if as_json else text)
+    rows = [catalog.find(name) for name in names] or CATALOG.values()
+    results: list[Seen] | list[Weighed]
+    if weighs:
+        results = [told(weigh(row)) for row in rows if not row.shipped]
+        text = table(weights.HEADINGS, [one.cells for one in results])
+        title, wrong_is = "Weights", "Another graph or other logits"
+        wrong = [one.network for one in results if not one.agrees]
+    else:
+        results = [look(row) for row in rows]
+        text = table(HEADINGS, [one.cells for one in results])
+        title, wrong_is = "The catalog", "Not as their rows say, or dark"
+        wrong = [one.network for one in results if not one.fits_its_row]
+    click.echo(json.dumps([asdict(one) for one in results], indent=2) if as_json else text)
     if writes:
         made_with = measured(f"with {written(versions(('keras', 'tensorflow')))}")
-        write(PAGE, "The catalog", f"{text}\n\n{made_with}")
-    wrong = [network.network for network in seen if not network.fits_its_row]
+        write(PAGE, title, f"{text}\n\n{made_with}")
     if wrong:
-        click.echo(f"Not as their rows say, or dark: {', '.join(wrong)}.", err=True)
+        click.echo(f"{wrong_is}: {', '.join(wrong)}.", err=True)
         sys.exit(1)
+
+
+def told(one: Weighed) -> Weighed:
+    """Tell on standard error what was found: all networks take half an hour."""
+    click.echo(" ".join(one.cells), err=True)
+    return one
 
 
 if __name__ == "__main__":

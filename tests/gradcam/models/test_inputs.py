@@ -12,6 +12,9 @@ from PIL import Image
 from gradcam_worker.errors import InvalidSettings, NetworkIncompatible
 from gradcam_worker.gradcam.catalog import Preprocessing
 from gradcam_worker.gradcam.explain import explain_image
+from gradcam_worker.gradcam.faithfulness import METRICS, measure
+from gradcam_worker.gradcam.imaging.network_input import to_input
+from gradcam_worker.gradcam.network import Method
 from gradcam_worker.gradcam.sizing import Sizing
 from tests.gradcam.small_networks import ALL_CLASSES, COLUMNS, ROWS, Wrap, add_classifier, backbone
 
@@ -67,27 +70,57 @@ class TestInputs:
             (Sizing("bilinear_antialias"), "bilinear"),
             (Sizing("bicubic_antialias"), "bicubic"),
             (Sizing("lanczos"), "lanczos"),
-            ("tf.image.resize", None),
+            ("tf.image.resize", "TensorFlow"),
+            ("image_dataset_from_directory", "TensorFlow"),
         ],
     )
     def test_a_photo_is_predicted_as_by_its_owners_code(
-        self, sizing: Sizing | str, interpolation: str | None, wrap: Wrap, photos: Path, tmp_path: Path
+        self, sizing: Sizing | str, interpolation: str, wrap: Wrap, photos: Path, tmp_path: Path
     ) -> None:
         import keras
         import tensorflow as tf
 
         inner = backbone(keras)
         model = keras.Model(inner.input, add_classifier(keras, inner.output))
-        path, size = tmp_path / "photo.png", (ROWS, COLUMNS)
-        Image.open(photos / "coffee.jpg").save(path)
-        if interpolation:
-            image = keras.utils.load_img(path, target_size=size, interpolation=interpolation)
-        else:
+        path, size = photos / "coffee.jpg", (ROWS, COLUMNS)
+        if sizing != "image_dataset_from_directory":  # TensorFlow decodes JPEG in a way of its own
+            path = tmp_path / "photo.png"
+            Image.open(photos / "coffee.jpg").save(path)
+        if interpolation == "TensorFlow":
             image = tf.image.resize(tf.io.decode_image(path.read_bytes()), size)
+        else:
+            image = keras.utils.load_img(path, target_size=size, interpolation=interpolation)
         inputs = np.asarray(image, np.float32)[np.newaxis] / np.float32(127.5) - 1
         explained = explain_image(wrap(model, sizing=sizing), path, classes=[0, 1, 2])
         probabilities = [prediction.probability for prediction in explained.explained]
-        assert_allclose(probabilities, model.predict(inputs, verbose=0)[0], atol=1e-3)
+        assert_allclose(probabilities, model.predict(inputs, verbose=0)[0], atol=1e-5)
+
+    @pytest.mark.parametrize(
+        "method",
+        [
+            Method(flip=True),
+            Method("integrated_gradients", steps=8),
+            Method("rise", masks=4, cells=2),
+            Method("occlusion", window=8, stride=8),
+        ],
+        ids=lambda method: method.name,
+    )
+    def test_levels_with_fractions_are_explained_by_each_method_and_measured(
+        self, method: Method, wrap: Wrap, photos: Path
+    ) -> None:
+        import keras
+
+        inner = backbone(keras)
+        network = wrap(
+            keras.Model(inner.input, add_classifier(keras, inner.output)), sizing="tf.image.resize"
+        )
+        explained = explain_image(network, photos / "coffee.jpg", classes=[0, 1], method=method)
+        assert (explained.raw_max > explained.raw_min).all()
+        assert not explained.incomplete
+        pixels = to_input(explained.picture, (ROWS, COLUMNS), network.facts.sizing)
+        assert pixels.dtype == np.float32
+        [first, _] = measure(network.scores, pixels, explained, METRICS)
+        assert {*first} == {*METRICS}
 
     def test_a_sizing_that_there_is_not_is_refused(self, wrap: Wrap) -> None:
         import keras

@@ -75,7 +75,9 @@ def _explain(
             if not job.image.sha256 and (result := find_result(fetched.sha256)):
                 return result
         with context.enter_stage("decode"):
-            image = resources.enter_context(fetched.decode())
+            image = resources.enter_context(
+                fetched.decode(fast_jpeg=services.networks.find(job.network).sizing.fast_jpeg)
+            )
             record = image.record
             tracing.annotate(media_type=record.media_type, width=record.width, height=record.height)
         with context.enter_stage("load"):

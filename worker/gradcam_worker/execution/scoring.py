@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from gradcam_worker.errors import JobTimeout, with_sentence
 from gradcam_worker.execution.attempt import JobContext
 from gradcam_worker.gradcam.explain import Explanation, choose_method, explain_by_scores
-from gradcam_worker.gradcam.network import Classifier, Method, NetworkFacts
+from gradcam_worker.gradcam.network import Classifier, InputPixels, Method, NetworkFacts
 from gradcam_worker.inference.client import InferenceClient
 from gradcam_worker.schemas.options import MethodSpec
 from gradcam_worker.schemas.status import PassState
@@ -44,7 +44,7 @@ def spec_of(method: Method) -> MethodSpec:
 def explain_in_passes(
     inference: InferenceClient[Any],
     network: Classifier,
-    pixels: NDArray[np.uint8],
+    pixels: InputPixels,
     classes: tuple[int, ...],
     method: Method,
     context: JobContext,

@@ -30,7 +30,7 @@ from gradcam_worker.execution.attempt import JobContext
 from gradcam_worker.execution.services import Services
 from gradcam_worker.gradcam.explain import Explanation, values_of
 from gradcam_worker.gradcam.imaging.region import hot_box
-from gradcam_worker.gradcam.network import Classifier
+from gradcam_worker.gradcam.network import Classifier, InputPixels
 from gradcam_worker.gradcam.sizing import Placement
 from gradcam_worker.images.masks import Mask, read_mask
 from gradcam_worker.images.prepare import FetchedImage, fetch_image
@@ -64,7 +64,7 @@ class LoadedImage:
     """The image of a row, at the input size of the network."""
 
     image: InputRecord
-    pixels: NDArray[np.uint8]  # (height, width, channels)
+    pixels: InputPixels  # (height, width, channels)
     placement: Placement | None = None  # of the pixels in the image
     values: NDArray[np.float32] | None = None  # of further inputs of the network
     mask: FoundMask = NO_MASK  # of the object in the image
@@ -112,8 +112,8 @@ class ShardRows:
         # Before the image, whose memory is reserved while it is decoded: nobody waits for two reservations.
         mask = find_mask(row.annotations, self._read_mask)
         reference = ImageRef(uri=row.uri, sha256=row.sha256)
-        with self._open(reference) as fetched, fetched.decode() as image:
-            facts = self._network.facts
+        facts = self._network.facts
+        with self._open(reference) as fetched, fetched.decode(fast_jpeg=facts.sizing.fast_jpeg) as image:
             return LoadedImage(image.record, image.fit(facts), image.placement(facts), values, mask)
 
     def _read_mask(self, mask: AnnotatedMask) -> Mask:

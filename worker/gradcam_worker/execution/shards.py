@@ -40,7 +40,7 @@ from gradcam_worker.execution.services import Services
 from gradcam_worker.execution.shard_rows import SHARD_ERRORS, LoadedImage, ShardRows
 from gradcam_worker.gradcam.explain import Explanation, choose_method, pad_selections
 from gradcam_worker.gradcam.methods import integrated, masking
-from gradcam_worker.gradcam.network import Classifier, repeat_values, sample_values
+from gradcam_worker.gradcam.network import Classifier, InputPixels, repeat_values, sample_values
 from gradcam_worker.inference.model_cache import GREY
 from gradcam_worker.observability.logs import ContextThreadPool
 from gradcam_worker.resilience.deadline import Deadline
@@ -63,7 +63,6 @@ GROUPS_AHEAD = 3  # groups that are fetched or computed while the oldest one is 
 GROUPS_COMPUTED_AT_ONCE = 2  # one on the device, one ready to follow
 RETRY_ROWS_AFTER_S = 2.0  # pause before the second try of rows with a transient error
 
-Pixels = NDArray[np.uint8]
 PendingGroups = deque[tuple[list[int], "Future[list[Outcome]]"]]  # indexes of the rows, their outcomes
 
 
@@ -271,7 +270,8 @@ class _ShardRun:
         if self.in_passes:
             return masking.grid_size(self.method, facts.input_size), masking.LAYER
         if not self._grid:
-            self._infer({0: np.full((*facts.input_size, facts.channels), GREY, np.uint8)}, self.batch_size)
+            grey = np.full((*facts.input_size, facts.channels), GREY, facts.pixel_type)
+            self._infer({0: grey}, self.batch_size)
         layer = self._layer or self.shard.method.layer or facts.default_layer
         return self._grid or facts.map_size, layer
 
@@ -435,7 +435,7 @@ class _ShardRun:
 
     def _infer(
         self,
-        images: Mapping[int, Pixels],
+        images: Mapping[int, InputPixels],
         size: int,
         values: Mapping[int, NDArray[np.float32]] = MappingProxyType({}),
         *,
@@ -450,7 +450,8 @@ class _ShardRun:
         """
         if not images:
             return {}
-        batch = np.full((size, *next(iter(images.values())).shape), GREY, np.uint8)
+        first = next(iter(images.values()))
+        batch = np.full((size, *first.shape), GREY, first.dtype)
         for index, pixels in images.items():
             batch[index % size] = pixels
         further = self._further_values(values, images, size)
@@ -487,7 +488,7 @@ class _ShardRun:
 
     def _explain_batch(
         self,
-        batch: Pixels,
+        batch: InputPixels,
         selections: Sequence[tuple[int, ...]],
         further: NDArray[np.float32] | None,
         *,

@@ -28,6 +28,7 @@ from gradcam_worker.gradcam.methods import cam, integrated, masking
 from gradcam_worker.gradcam.network import (
     Classifier,
     Computed,
+    InputPixels,
     Method,
     Network,
     NetworkFacts,
@@ -291,7 +292,7 @@ def explain_image(
         raise UnsupportedMediaType(message)
     else:
         data = given if isinstance(given, bytes) else Path(given).read_bytes()
-        decoded = decode(data, limits)
+        decoded = decode(data, replace(limits or Limits(), fast_jpeg=network.facts.sizing.fast_jpeg))
         pixels, damage, converted_from = decoded.pixels, decoded.damage, decoded.converted_from
     check_channels(network.facts, pixels)
     facts = network.facts
@@ -405,7 +406,7 @@ def check_method(method: Method) -> None:
 
 def explain_pixels(
     network: Network,
-    pixels: NDArray[np.uint8],
+    pixels: InputPixels,
     selections: Sequence[tuple[int, ...]],
     method: Method | None = None,
     values: NDArray[np.float32] | None = None,
@@ -432,7 +433,7 @@ def explain_pixels(
     if masking.is_masking(method):
         further = [None] * len(pixels) if values is None else values
 
-        def score(images: NDArray[np.uint8], of_image: NDArray[np.float32] | None) -> NDArray[np.float32]:
+        def score(images: InputPixels, of_image: NDArray[np.float32] | None) -> NDArray[np.float32]:
             return scores(network, images, repeat_values(of_image, len(images)))
 
         return [
@@ -460,7 +461,7 @@ def explain_pixels(
 def explain_by_scores(
     network: Classifier,
     score: masking.Score,
-    pixels: NDArray[np.uint8],
+    pixels: InputPixels,
     selection: tuple[int, ...],
     method: Method,
     report: masking.Report = lambda done, total: None,  # noqa: ARG005  # the names of its arguments

@@ -22,8 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradcam_worker.gradcam.explain import Explanation
-from gradcam_worker.gradcam.imaging.baseline import GREY, blurred
+from gradcam_worker.gradcam.imaging.baseline import GREY, blurred, to_levels
 from gradcam_worker.gradcam.imaging.resize import enlarge
+from gradcam_worker.gradcam.network import InputPixels
 from gradcam_worker.gradcam.probabilities import to_probabilities
 
 CURVES = ("deletion", "insertion")
@@ -31,12 +32,13 @@ METRICS = (*CURVES, "confidence_drop", "confidence_increase")
 STEPS = 32  # so 33 images are scored for each class and metric
 BATCH = 16  # images scored at once
 
-Pixels = NDArray[np.uint8]
-Score = Callable[[Pixels], NDArray[np.float32]]  # pixels (n, height, width, channels) -> scores (n, classes)
+Score = Callable[
+    [InputPixels], NDArray[np.float32]
+]  # pixels (n, height, width, channels) -> scores (n, classes)
 
 
 def measure(
-    score: Score, pixels: Pixels, explanation: Explanation, metrics: Sequence[str]
+    score: Score, pixels: InputPixels, explanation: Explanation, metrics: Sequence[str]
 ) -> list[dict[str, float]]:
     """Measure the faithfulness of an explanation.
 
@@ -63,7 +65,7 @@ def measure(
 
 def _areas(
     score: Score,
-    pixels: Pixels,
+    pixels: InputPixels,
     explanation: Explanation,
     heatmaps: Sequence[NDArray[np.float32]],
     metrics: Sequence[str],
@@ -83,12 +85,10 @@ def _areas(
 
 
 def _changes_of_confidence(
-    score: Score, pixels: Pixels, explanation: Explanation, heatmaps: Sequence[NDArray[np.float32]]
+    score: Score, pixels: InputPixels, explanation: Explanation, heatmaps: Sequence[NDArray[np.float32]]
 ) -> list[dict[str, float]]:
     """The drop and the increase in confidence, for each class."""
-    products = [
-        np.rint(pixels * np.clip(heatmap, 0, 1)[..., np.newaxis]).astype(np.uint8) for heatmap in heatmaps
-    ]
+    products = [to_levels(pixels * np.clip(heatmap, 0, 1)[..., np.newaxis], pixels) for heatmap in heatmaps]
     images = [pixels, *products]
     scores = np.concatenate(
         [score(np.stack(images[first : first + BATCH])) for first in range(0, len(images), BATCH)]
@@ -113,7 +113,12 @@ def _replacement_steps(heatmap: NDArray[np.float32]) -> NDArray[np.int32]:
 
 
 def _curve(
-    score: Score, before: Pixels, after: Pixels, replaced_at: NDArray[np.int32], head: str, class_id: int
+    score: Score,
+    before: InputPixels,
+    after: InputPixels,
+    replaced_at: NDArray[np.int32],
+    head: str,
+    class_id: int,
 ) -> NDArray[np.float64]:
     """The probability of a class with 0, 1, ... `STEPS` parts of `before` replaced by `after`."""
     curve = []

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,7 @@ from gradcam_worker.gradcam.network_inputs import NetworkInput, samples
 from gradcam_worker.gradcam.sizing import DEFAULT_SIZING, Sizing
 from gradcam_worker.text.short_repr import short_repr
 
+InputPixels = NDArray[Any]  # uint8 or float32: levels from 0 to 255, see `NetworkFacts.pixel_type`
 WAY_OUT = (
     "RISE and occlusion, which only need its scores, can explain it as it is: write scores_only = true into "
     "its table of the registry, or wrap_callable(model, ...) in Python"
@@ -41,6 +42,11 @@ class NetworkFacts:
     scores_only: bool = False  # it has no gradients: only the methods of `masking` work
     sizing: Sizing = DEFAULT_SIZING  # how images are brought to its input size
     inputs: tuple[NetworkInput, ...] = ()  # beside the image
+
+    @property
+    def pixel_type(self) -> str:
+        """The type of the levels from 0 to 255 that it is given: float32, if they have fractions."""
+        return "float32" if self.sizing.is_fractional else "uint8"
 
     @property
     def input_width(self) -> int:
@@ -139,9 +145,7 @@ class Classifier(Protocol):
 class Network(Classifier, Protocol):
     """A classifier that can be explained. Not thread-safe: `model_cache` makes one call at a time."""
 
-    def compute(
-        self, pixels: NDArray[np.uint8], wanted: NDArray[np.int32], method: Method = GRADCAM
-    ) -> Computed:
+    def compute(self, pixels: InputPixels, wanted: NDArray[np.int32], method: Method = GRADCAM) -> Computed:
         """Compute scores and heatmaps, in one pass for all images and classes.
 
         Args:
@@ -160,7 +164,7 @@ class Network(Classifier, Protocol):
         ...
 
     def begin(
-        self, pixels: NDArray[np.uint8], wanted: NDArray[np.int32], method: Method = GRADCAM
+        self, pixels: InputPixels, wanted: NDArray[np.int32], method: Method = GRADCAM
     ) -> Callable[[], Computed]:
         """Start what `compute` does. A GPU runs it asynchronously, so that the next pass can be started.
 
@@ -174,7 +178,7 @@ class Network(Classifier, Protocol):
         """
         ...
 
-    def scores(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def scores(self, pixels: InputPixels) -> NDArray[np.float32]:
         """Compute the scores of n images alone.
 
         Args:
@@ -195,7 +199,7 @@ class NetworkWithInputs(Network, Protocol):
 
     def compute(
         self,
-        pixels: NDArray[np.uint8],
+        pixels: InputPixels,
         wanted: NDArray[np.int32],
         method: Method = GRADCAM,
         values: NDArray[np.float32] | None = None,
@@ -205,7 +209,7 @@ class NetworkWithInputs(Network, Protocol):
 
     def begin(
         self,
-        pixels: NDArray[np.uint8],
+        pixels: InputPixels,
         wanted: NDArray[np.int32],
         method: Method = GRADCAM,
         values: NDArray[np.float32] | None = None,
@@ -213,16 +217,14 @@ class NetworkWithInputs(Network, Protocol):
         """See `Network.begin`."""
         ...
 
-    def scores(
-        self, pixels: NDArray[np.uint8], values: NDArray[np.float32] | None = None
-    ) -> NDArray[np.float32]:
+    def scores(self, pixels: InputPixels, values: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
         """See `Network.scores`."""
         ...
 
 
 def compute(
     network: Network,
-    pixels: NDArray[np.uint8],
+    pixels: InputPixels,
     wanted: NDArray[np.int32],
     method: Method,
     values: NDArray[np.float32] | None,
@@ -235,7 +237,7 @@ def compute(
 
 def begin(
     network: Network,
-    pixels: NDArray[np.uint8],
+    pixels: InputPixels,
     wanted: NDArray[np.int32],
     method: Method,
     values: NDArray[np.float32] | None,
@@ -246,9 +248,7 @@ def begin(
     return cast("NetworkWithInputs", network).begin(pixels, wanted, method, values)
 
 
-def scores(
-    network: Network, pixels: NDArray[np.uint8], values: NDArray[np.float32] | None
-) -> NDArray[np.float32]:
+def scores(network: Network, pixels: InputPixels, values: NDArray[np.float32] | None) -> NDArray[np.float32]:
     """Call `Network.scores`, with the values of further inputs if there are any."""
     if values is None:
         return network.scores(pixels)

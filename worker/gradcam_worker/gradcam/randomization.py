@@ -18,7 +18,14 @@ from numpy.typing import NDArray
 from gradcam_worker.gradcam.classes import DATA
 from gradcam_worker.gradcam.decoding.decode import decode
 from gradcam_worker.gradcam.imaging.network_input import to_input
-from gradcam_worker.gradcam.network import GRADCAM, Method, NetworkFacts, repeat_values, sample_values
+from gradcam_worker.gradcam.network import (
+    GRADCAM,
+    InputPixels,
+    Method,
+    NetworkFacts,
+    repeat_values,
+    sample_values,
+)
 
 if TYPE_CHECKING:
     from gradcam_worker.gradcam.models.keras_network import KerasNetwork
@@ -42,7 +49,7 @@ class Randomization:
     everything: float
 
 
-def sample_photos(facts: NetworkFacts) -> NDArray[np.uint8]:
+def sample_photos(facts: NetworkFacts) -> InputPixels:
     """The five photos of this package as inputs of a network, (5, height, width, 3)."""
     paths = sorted((DATA / "photos").glob("*.jpg"))
     photos = [decode(path.read_bytes()).pixels for path in paths]
@@ -51,7 +58,7 @@ def sample_photos(facts: NetworkFacts) -> NDArray[np.uint8]:
 
 def randomize_parameters(
     network: "KerasNetwork",
-    pixels: NDArray[np.uint8] | None = None,
+    pixels: InputPixels | None = None,
     *,
     method: Method = GRADCAM,
     seed: int = 0,

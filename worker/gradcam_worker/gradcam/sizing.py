@@ -23,6 +23,7 @@ Resize = Literal[
     "bicubic_antialias",
     "lanczos",
     "lanczos4",
+    "skimage",
 ]
 Fit = Literal["squash", "crop", "letterbox"]
 Size = tuple[int, int]  # (height, width) in pixels
@@ -30,8 +31,10 @@ Size = tuple[int, int]  # (height, width) in pixels
 MAX_SHORT_SIDE = 16_384  # in pixels
 MIN_CROP_FRACTION = 0.1  # so that the resized photo, of which a centre is cut out, fits into memory
 MAX_LEVEL = 255
+MAX_QUALITY = 95  # of a JPEG, for Pillow
 RGB_CHANNELS = 3
 OPENCV_RESIZES = ("bilinear", "bicubic", "lanczos4")
+FRACTIONAL_RESIZES = ("bilinear_tf", "bilinear_tf1", "skimage")  # their tools give fractions of levels
 
 
 def _no_choice(name: str, value: object, choices: tuple[str, ...]) -> str:
@@ -45,11 +48,12 @@ class Sizing:
     Attributes:
         resize: How pixels are computed. `area`: the mean of an area, or bilinear where a side is enlarged;
             `nearest`: of Pillow and of `keras.utils.load_img`; `bilinear`: of four pixels, however much the
-            photo is shrunk, as OpenCV's `INTER_LINEAR`; `bilinear_tf`: the same as `tf.image.resize` does it,
-            rounded; `bilinear_antialias`, `bicubic_antialias`, `lanczos`: of Pillow, and so of torchvision
+            photo is shrunk, as OpenCV's `INTER_LINEAR`; `bilinear_tf`: the same as `tf.image.resize` does it;
+            `bilinear_antialias`, `bicubic_antialias`, `lanczos`: of Pillow, and so of torchvision
             and timm; `bicubic`, `lanczos4`: of 16 and 64 pixels, as OpenCV's `INTER_CUBIC` and
             `INTER_LANCZOS4`; `bilinear_tf1`: as `tf.image.resize_bilinear` of TensorFlow 1, whose grid lies
-            at the upper left.
+            at the upper left; `skimage`: as `skimage.transform.resize`, blurred before it is shrunk. Those of
+            TensorFlow and scikit-image give fractions of levels, as their tools do.
         fit: `squash`: to the input size, whatever the proportions; `crop`: the short side is resized and the
             centre is cut out; `letterbox`: the whole photo is fitted in, and the rest is filled.
         short_side: Of `crop`: to how many pixels the short side is resized before the centre is cut out.
@@ -59,6 +63,9 @@ class Sizing:
             proportions, before the centre is cut out.
         grey: Make the photo grey first, by luminance, rounded to whole levels. For networks that take grey
             images, or three equal channels, and whose owner's code resizes what is grey already.
+        fast_jpeg: Decode JPEG by the fast transform of libjpeg, as TensorFlow does unless it is told not to.
+        recompress: After the photo is resized, and before its centre is cut out, write it as JPEG of this
+            quality, and read it again.
         color: Of `letterbox`: what the rest is filled with, one level for all channels or one for each.
 
     Raises:
@@ -76,6 +83,8 @@ class Sizing:
     color: tuple[int, ...] = (0,)
     size: Size | None = None
     grey: bool = False
+    fast_jpeg: bool = False
+    recompress: int | None = None
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -107,6 +116,10 @@ class Sizing:
                 f'color belongs to fit = "letterbox", not to {self.fit!r}',
             ),
             (
+                self.recompress is not None and not 1 <= self.recompress <= MAX_QUALITY,
+                f"recompress is {self.recompress}: it must be the quality of a JPEG, from 1 to {MAX_QUALITY}",
+            ),
+            (
                 not self.color or not all(0 <= level <= MAX_LEVEL for level in self.color),
                 f"color is {list(self.color)}: it must be one level from 0 to {MAX_LEVEL}, or one a channel",
             ),
@@ -119,9 +132,20 @@ class Sizing:
         if self.grey and channels != RGB_CHANNELS:
             message = f"grey is for photos, which have {RGB_CHANNELS} channels: these images have {channels}"
             raise InvalidSettings(message)
+        if (self.fast_jpeg or self.recompress) and channels != RGB_CHANNELS:
+            message = (
+                f"fast_jpeg and recompress are for photos, which have {RGB_CHANNELS} channels: these images "
+                f"have {channels}"
+            )
+            raise InvalidSettings(message)
         if len(self.color) not in {1, channels}:
             message = f"color has {len(self.color)} levels for {channels} channels: give one, or one for each"
             raise InvalidSettings(message)
+
+    @property
+    def is_fractional(self) -> bool:
+        """Whether the levels of the resized photo are fractions, and not whole numbers."""
+        return self.resize in FRACTIONAL_RESIZES and self.recompress is None
 
     def describe(self) -> str:
         """Describe it for a manifest, as in `bicubic_antialias, centre crop of 0.875`."""
@@ -134,7 +158,14 @@ class Sizing:
             else f"centre crop of {self.crop_fraction or 1:g}",
             "letterbox": f"letterbox on {' '.join(map(str, self.color))}",
         }[self.fit]
-        return f"{'grey, ' if self.grey else ''}{self.resize}, {fitted}"
+        steps = (
+            "fast JPEG" if self.fast_jpeg else "",
+            "grey" if self.grey else "",
+            self.resize,
+            f"JPEG {self.recompress}" if self.recompress else "",
+            fitted,
+        )
+        return ", ".join(filter(None, steps))
 
     def layout(self, photo_size: Size, input_size: Size) -> "Layout":
         """Compute to which size a photo is resized, and where in it the input lies.
@@ -195,7 +226,8 @@ DEFAULT_SIZING = Sizing()
 SIZINGS = {
     "area": DEFAULT_SIZING,
     "keras.load_img": Sizing("nearest"),  # keras.utils.load_img and flow_from_directory
-    "tf.image.resize": Sizing("bilinear_tf"),  # also image_dataset_from_directory
+    "tf.image.resize": Sizing("bilinear_tf"),
+    "image_dataset_from_directory": Sizing("bilinear_tf", fast_jpeg=True),  # also tf.io.decode_jpeg
     "torchvision": Sizing("bilinear_antialias", "crop", crop_fraction=0.875),  # Resize(256), CenterCrop(224)
     "timm": Sizing("bicubic_antialias", "crop", crop_fraction=0.875),
     "opencv": Sizing("bilinear"),  # cv2.resize

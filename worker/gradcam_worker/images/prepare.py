@@ -9,16 +9,14 @@ encoded bytes until they are decoded, and for the pixels until they are released
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from typing import Protocol
-
-import numpy as np
-from numpy.typing import NDArray
 
 from gradcam_worker.errors import ImageTooLarge
 from gradcam_worker.gradcam.decoding.decode import Decoded, Limits, decode, read_structure
 from gradcam_worker.gradcam.explain import check_channels
 from gradcam_worker.gradcam.imaging.network_input import to_input
-from gradcam_worker.gradcam.network import NetworkFacts
+from gradcam_worker.gradcam.network import InputPixels, NetworkFacts
 from gradcam_worker.gradcam.sizing import Placement
 from gradcam_worker.images.fetch import FetchedBytes
 from gradcam_worker.observability import native_output
@@ -62,11 +60,11 @@ class DecodedImage:
         """`record` describes the image in a manifest."""
         self.record, self.decoded, self._reservation = record, decoded, reservation
 
-    def fit(self, facts: NetworkFacts) -> NDArray[np.uint8]:
+    def fit(self, facts: NetworkFacts) -> InputPixels:
         """Bring the image to the input size of a network, as its `sizing` says.
 
         Returns:
-            Pixels (height, width, channels).
+            Pixels (height, width, channels), of its `pixel_type`.
 
         Raises:
             NetworkIncompatible: The network expects a different number of channels.
@@ -97,8 +95,11 @@ class FetchedImage:
         self._services, self._deadline = services, deadline
 
     @contextmanager
-    def decode(self) -> Iterator[DecodedImage]:
+    def decode(self, *, fast_jpeg: bool = False) -> Iterator[DecodedImage]:
         """Decode the image and drop its bytes. Can be called once. Within the block its pixels are reserved.
+
+        Args:
+            fast_jpeg: See `Limits`; what the `sizing` of the network says.
 
         Raises:
             UnsupportedMediaType: It is not an image of a known format.
@@ -112,7 +113,7 @@ class FetchedImage:
         uri = fetched.uri
         del fetched, self._fetched  # `stored` has a copy of what decoders need
         with services.budgets.pixels.reserve(stored.declared_pixels, self._deadline) as reservation:
-            decoded = decode(stored, services.limits, native_output.attributed)
+            decoded = decode(stored, replace(services.limits, fast_jpeg=fast_jpeg), native_output.attributed)
             image = DecodedImage(_input_record(uri, self.sha256, size, decoded), decoded, reservation)
             del decoded, stored
             self._reservation.shrink_to(0)

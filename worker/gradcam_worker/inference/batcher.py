@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from gradcam_worker.errors import DeviceOutOfMemory, GradcamError, InternalError, PermanentError
 from gradcam_worker.gradcam.explain import pad_selections, selections_of
-from gradcam_worker.gradcam.network import Method, Network
+from gradcam_worker.gradcam.network import InputPixels, Method, Network
 from gradcam_worker.gradcam.network import begin as begin_network
 from gradcam_worker.inference.request import (
     BatchKey,
@@ -127,7 +127,7 @@ class Batcher:
     def compute(
         self,
         network: Network,
-        pixels: NDArray[np.uint8],
+        pixels: InputPixels,
         classes: Sequence[int],
         method: Method,
         deadline: Deadline,
@@ -168,7 +168,7 @@ class Batcher:
     def compute_many(
         self,
         network: Network,
-        pixels: NDArray[np.uint8],
+        pixels: InputPixels,
         classes: Sequence[Any],
         method: Method,
         deadline: Deadline,
@@ -475,7 +475,7 @@ def begin_images(network: Network, method: Method) -> Callable[[list[InferenceRe
 
 def begin_batch(
     network: Network,
-    pixels: NDArray[np.uint8],
+    pixels: InputPixels,
     classes: Sequence[Any],
     method: Method,
     values: NDArray[np.float32] | None = None,

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from gradcam_worker.errors import GradcamError
 from gradcam_worker.gradcam.catalog import NetworkRow
 from gradcam_worker.gradcam.explain import Explanation
-from gradcam_worker.gradcam.network import Classifier, Method
+from gradcam_worker.gradcam.network import Classifier, InputPixels, Method
 from gradcam_worker.inference.request import InferenceResult
 from gradcam_worker.resilience.deadline import Deadline
 
@@ -27,7 +27,7 @@ class ReservedSlot(Protocol[C_contra]):
     def infer(
         self,
         network: C_contra,
-        pixels: NDArray[np.uint8],
+        pixels: InputPixels,
         classes: Sequence[int],
         method: Method,
         deadline: Deadline,
@@ -72,7 +72,7 @@ class InferenceClient(Protocol[C]):
     def infer_many(
         self,
         network: C,
-        pixels: NDArray[np.uint8],
+        pixels: InputPixels,
         classes: Sequence[int] | Sequence[tuple[int, ...]],
         method: Method,
         deadline: Deadline,
@@ -86,7 +86,7 @@ class InferenceClient(Protocol[C]):
     def scores(
         self,
         network: C,
-        pixels: NDArray[np.uint8],
+        pixels: InputPixels,
         deadline: Deadline,
         *,
         bulk: bool = False,
@@ -98,7 +98,7 @@ class InferenceClient(Protocol[C]):
     def measure(
         self,
         network: C,
-        pixels: NDArray[np.uint8],
+        pixels: InputPixels,
         explanation: Explanation,
         metrics: Sequence[str],
         deadline: Deadline,

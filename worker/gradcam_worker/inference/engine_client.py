@@ -40,7 +40,7 @@ from gradcam_worker.gradcam.classes import ClassIndex
 from gradcam_worker.gradcam.explain import Explanation, extract_explanation, pad_selections, selections_of
 from gradcam_worker.gradcam.faithfulness import measure
 from gradcam_worker.gradcam.methods import integrated
-from gradcam_worker.gradcam.network import Computed, Method, NetworkFacts, repeat_values
+from gradcam_worker.gradcam.network import Computed, InputPixels, Method, NetworkFacts, repeat_values
 from gradcam_worker.inference import messages
 from gradcam_worker.inference.image_in_parts import infer_in_parts
 from gradcam_worker.inference.messages import (
@@ -325,7 +325,7 @@ class EngineClient:
     def compute(
         self,
         network: RemoteNetwork,
-        pixels: NDArray[np.uint8],
+        pixels: InputPixels,
         classes: tuple[Any, ...],
         method: Method,
         deadline: Deadline,
@@ -353,7 +353,7 @@ class EngineClient:
     def infer_many(
         self,
         network: RemoteNetwork,
-        pixels: NDArray[np.uint8],
+        pixels: InputPixels,
         classes: Sequence[int] | Sequence[tuple[int, ...]],
         method: Method,
         deadline: Deadline,
@@ -366,7 +366,7 @@ class EngineClient:
         of_each = selections_of(classes, images)
         if method.name == integrated.NAME:
 
-            def compute(each: NDArray[np.uint8], ids: NDArray[np.int32], part: Method) -> Computed:
+            def compute(each: InputPixels, ids: NDArray[np.int32], part: Method) -> Computed:
                 rows = tuple(map(tuple, ids.tolist()))
                 return self.compute(
                     network, each, rows, part, deadline, images=images, bulk=True, alone=alone, values=values
@@ -386,7 +386,7 @@ class EngineClient:
         network: RemoteNetwork,
         values: NDArray[np.float32] | None,
         deadline: Deadline,
-        pixels: NDArray[np.uint8],
+        pixels: InputPixels,
     ) -> NDArray[np.float32]:
         """`scores` of a shard's images, each with its own values of further inputs (n, width)."""
         scores: NDArray[np.float32] = self._ask(
@@ -400,7 +400,7 @@ class EngineClient:
     def scores(
         self,
         network: RemoteNetwork,
-        pixels: NDArray[np.uint8],
+        pixels: InputPixels,
         deadline: Deadline,
         *,
         bulk: bool = False,
@@ -418,7 +418,7 @@ class EngineClient:
     def measure(
         self,
         network: RemoteNetwork,
-        pixels: NDArray[np.uint8],
+        pixels: InputPixels,
         explanation: Explanation,
         metrics: Sequence[str],
         deadline: Deadline,
@@ -434,7 +434,7 @@ class EngineClient:
         self,
         make: Callable[[int, int], Infer | Score | Load],
         deadline: Deadline,
-        pixels: NDArray[np.uint8] | None = None,
+        pixels: InputPixels | None = None,
         submitted: Callable[[], None] = lambda: None,
         values: NDArray[np.float32] | None = None,
         *,
@@ -469,7 +469,7 @@ class EngineClient:
         self,
         make: Callable[[int, int], Infer | Score | Load],
         wait: _Wait,
-        pixels: NDArray[np.uint8] | None,
+        pixels: InputPixels | None,
         values: NDArray[np.float32] | None,
         submitted: Callable[[], None],
     ) -> Any:
@@ -723,7 +723,7 @@ class EngineSlot:
     def compute(
         self,
         network: RemoteNetwork,
-        pixels: NDArray[np.uint8],
+        pixels: InputPixels,
         classes: tuple[int, ...],
         method: Method,
         deadline: Deadline,
@@ -741,7 +741,7 @@ class EngineSlot:
     def infer(
         self,
         network: RemoteNetwork,
-        pixels: NDArray[np.uint8],
+        pixels: InputPixels,
         classes: Sequence[int],
         method: Method,
         deadline: Deadline,
@@ -760,7 +760,7 @@ class EngineSlot:
     def _integrate(
         self,
         network: RemoteNetwork,
-        pixels: NDArray[np.uint8],
+        pixels: InputPixels,
         classes: tuple[int, ...],
         method: Method,
         deadline: Deadline,
@@ -770,7 +770,7 @@ class EngineSlot:
     ) -> InferenceResult:
         """`infer` with Integrated Gradients, part by part."""
 
-        def infer_part(image: NDArray[np.uint8], ids: tuple[int, ...], part: Method) -> InferenceResponse:
+        def infer_part(image: InputPixels, ids: tuple[int, ...], part: Method) -> InferenceResponse:
             with self._client.reserve() if self._is_closed else nullcontext(self) as slot:
                 answer = slot.compute(network, image, ids, part, deadline, bulk=bulk, values=values)
             return InferenceResponse(

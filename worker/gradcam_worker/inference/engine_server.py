@@ -540,7 +540,7 @@ def _request(connection: Connection, message: Infer | Score, network: Network) -
     """The request for the batcher that a message asks for."""
     facts = network.facts
     shape = (*facts.input_size, facts.channels)
-    stacked = connection.pool.pixels(message.offset, (max(message.images, 1), *shape))
+    stacked = connection.pool.pixels(message.offset, (max(message.images, 1), *shape), facts.pixel_type)
     values = None
     if facts.inputs:
         size = (len(stacked), facts.input_width)

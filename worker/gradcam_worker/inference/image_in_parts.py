@@ -7,19 +7,17 @@ from numpy.typing import NDArray
 
 from gradcam_worker.gradcam.explain import extract_explanation, pad_selections
 from gradcam_worker.gradcam.methods import integrated
-from gradcam_worker.gradcam.network import Classifier, Computed, Method
+from gradcam_worker.gradcam.network import Classifier, Computed, InputPixels, Method
 from gradcam_worker.inference.request import InferenceResponse, InferenceResult
-
-Pixels = NDArray[np.uint8]
 
 
 def infer_in_parts(
     network: Classifier,
-    pixels: Pixels,
+    pixels: InputPixels,
     classes: tuple[int, ...],
     method: Method,
-    infer_part: Callable[[Pixels, tuple[int, ...], Method], InferenceResponse],
-    score: Callable[[Pixels], NDArray[np.float32]],
+    infer_part: Callable[[InputPixels, tuple[int, ...], Method], InferenceResponse],
+    score: Callable[[InputPixels], NDArray[np.float32]],
 ) -> InferenceResult:
     """Explain one image.
 
@@ -40,7 +38,7 @@ def infer_in_parts(
     """
     responses: list[InferenceResponse] = []
 
-    def compute(images: Pixels, wanted: NDArray[np.int32], part: Method) -> Computed:
+    def compute(images: InputPixels, wanted: NDArray[np.int32], part: Method) -> Computed:
         ids = tuple(wanted[0].tolist())
         response = infer_part(images[0], ids, part)
         responses.append(response)

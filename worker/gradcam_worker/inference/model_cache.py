@@ -29,6 +29,7 @@ from gradcam_worker.gradcam.network import (
     GRADCAM,
     Classifier,
     Computed,
+    InputPixels,
     Method,
     Network,
     NetworkFacts,
@@ -77,7 +78,7 @@ class BatchSlot:
     def infer(
         self,
         network: Network,
-        pixels: NDArray[np.uint8],
+        pixels: InputPixels,
         classes: Sequence[int],
         method: Method,
         deadline: Deadline,
@@ -118,7 +119,7 @@ class BatchSlot:
     def _integrate(
         self,
         network: Network,
-        pixels: NDArray[np.uint8],
+        pixels: InputPixels,
         classes: tuple[int, ...],
         method: Method,
         deadline: Deadline,
@@ -128,12 +129,12 @@ class BatchSlot:
     ) -> InferenceResult:
         """`infer` with Integrated Gradients, part by part."""
 
-        def infer_part(image: NDArray[np.uint8], ids: tuple[int, ...], part: Method) -> InferenceResponse:
+        def infer_part(image: InputPixels, ids: tuple[int, ...], part: Method) -> InferenceResponse:
             return self._batcher.compute(
                 network, image, ids, part, deadline, bulk=bulk, submitted=self._submitted, values=values
             )
 
-        def score(images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        def score(images: InputPixels) -> NDArray[np.float32]:
             its_values = repeat_values(values, len(images))
             return self._batcher.run_exclusive(
                 lambda: scores(network, images, its_values), deadline, bulk=bulk
@@ -361,7 +362,8 @@ class ModelCache:
 
     def _time_batch(self, network: Network, size: int) -> float:
         """Compute a batch of grey images; return how many seconds it took."""
-        images = np.full((size, *network.facts.input_size, network.facts.channels), GREY, np.uint8)
+        facts = network.facts
+        images = np.full((size, *facts.input_size, facts.channels), GREY, facts.pixel_type)
         classes = np.full((size, 1), -1, np.int32)
         values = repeat_values(sample_values(network.facts), size)
 
@@ -378,7 +380,8 @@ class ModelCache:
         Of a network that only gives scores the explanation has few masks.
         """
         network = self.load(row)
-        image = np.full((*network.facts.input_size, network.facts.channels), GREY, np.uint8)
+        facts = network.facts
+        image = np.full((*facts.input_size, facts.channels), GREY, facts.pixel_type)
         if network.facts.scores_only:
             begun_s = self._clock()
             explanation = explain_by_scores(
@@ -416,7 +419,7 @@ class ModelCache:
     def infer_many(
         self,
         network: Network,
-        pixels: NDArray[np.uint8],
+        pixels: InputPixels,
         classes: Sequence[int] | Sequence[tuple[int, ...]],
         method: Method,
         deadline: Deadline,
@@ -447,14 +450,14 @@ class ModelCache:
         of_each = selections_of(classes, len(pixels))
         if method.name == integrated.NAME:
 
-            def compute(images: NDArray[np.uint8], wanted: NDArray[np.int32], part: Method) -> Computed:
+            def compute(images: InputPixels, wanted: NDArray[np.int32], part: Method) -> Computed:
                 rows = [*map(tuple, wanted.tolist())]
                 computed: Computed = self._batcher.compute_many(
                     network, images, rows, part, deadline, values
                 ).computed
                 return computed
 
-            def score(images: NDArray[np.uint8]) -> NDArray[np.float32]:
+            def score(images: InputPixels) -> NDArray[np.float32]:
                 return self._batcher.run_exclusive(
                     lambda: scores(network, images, values), deadline, bulk=True
                 )
@@ -468,7 +471,7 @@ class ModelCache:
     def scores(
         self,
         network: Network,
-        pixels: NDArray[np.uint8],
+        pixels: InputPixels,
         deadline: Deadline,
         *,
         bulk: bool = False,
@@ -496,7 +499,7 @@ class ModelCache:
     def measure(
         self,
         network: Network,
-        pixels: NDArray[np.uint8],
+        pixels: InputPixels,
         explanation: Explanation,
         metrics: Sequence[str],
         deadline: Deadline,

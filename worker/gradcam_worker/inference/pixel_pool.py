@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradcam_worker.errors import InternalError
+from gradcam_worker.gradcam.network import InputPixels
 from gradcam_worker.observability.events import NULL_OBSERVER, Observer
 
 HEADER_BYTES = 4096
@@ -58,17 +59,17 @@ class Block:
     size: int  # with its state
     pool: "PixelPool" = field(repr=False)
 
-    def pixels(self, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-        """Return its memory as an array of this shape."""
-        return np.ndarray(shape, np.uint8, self.pool.memory, self.offset + ALIGNMENT)
+    def pixels(self, shape: tuple[int, ...], pixel_type: str) -> InputPixels:
+        """Return its memory as an array of this shape and type."""
+        return np.ndarray(shape, pixel_type, self.pool.memory, self.offset + ALIGNMENT)
 
     def values(self, pixel_bytes: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
         """Return its memory after the pixels as an array of this shape."""
         return np.ndarray(shape, np.float32, self.pool.memory, self.offset + ALIGNMENT + aligned(pixel_bytes))
 
-    def write(self, pixels: NDArray[np.uint8], values: NDArray[np.float32] | None = None) -> None:
+    def write(self, pixels: InputPixels, values: NDArray[np.float32] | None = None) -> None:
         """Copy pixels, and the values of further inputs, of the request into its memory."""
-        self.pixels(pixels.shape)[...] = pixels
+        self.pixels(pixels.shape, pixels.dtype.name)[...] = pixels
         if values is not None:
             self.values(pixels.nbytes, values.shape)[...] = values
 
@@ -222,21 +223,22 @@ class MappedPool:
         """See `PixelPool.announced`."""
         return int(self._announced[0])
 
-    def pixels(self, offset: int, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    def pixels(self, offset: int, shape: tuple[int, ...], pixel_type: str) -> InputPixels:
         """Return the pixels of a block.
 
         Args:
             offset: Of the block.
             shape: Of the pixels.
+            pixel_type: Of the pixels, see `NetworkFacts`.
 
         Raises:
             InternalError: They are not inside the pool.
         """
-        end = offset + ALIGNMENT + int(np.prod(shape, dtype=np.int64))
+        end = offset + ALIGNMENT + int(np.prod(shape, dtype=np.int64)) * np.dtype(pixel_type).itemsize
         if not HEADER_BYTES <= offset < end <= self.size:
             message = f"Pixels {shape} at {offset} are not inside a pool of {self.size} bytes."
             raise InternalError(message)
-        return np.ndarray(shape, np.uint8, self.memory, offset + ALIGNMENT)
+        return np.ndarray(shape, pixel_type, self.memory, offset + ALIGNMENT)
 
     def values(self, offset: int, pixel_bytes: int, shape: tuple[int, int]) -> NDArray[np.float32]:
         """Return the values of further inputs in a block.

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradcam_worker.gradcam.explain import Explanation
-from gradcam_worker.gradcam.network import Computed, Method
+from gradcam_worker.gradcam.network import Computed, InputPixels, Method
 from gradcam_worker.observability import tracing
 from gradcam_worker.resilience.deadline import Deadline
 
@@ -54,7 +54,7 @@ class InferenceRequest:
     deadline: Deadline
     bulk: bool = False
     images: int = 1  # 0: a function that explains no image
-    pixels: NDArray[np.uint8] | None = None
+    pixels: InputPixels | None = None
     values: NDArray[np.float32] | None = None  # of further inputs of the network
     classes: tuple[int, ...] = ()
     queued_s: float = field(default_factory=time.monotonic)

@@ -20,9 +20,10 @@ from gradcam_worker.errors import GradcamError, InvalidInput, InvalidSettings, N
 from gradcam_worker.gradcam.catalog import NetworkRow
 from gradcam_worker.gradcam.classes import percent
 from gradcam_worker.gradcam.decoding.decode import Limits, decode
+from gradcam_worker.gradcam.decoding.structure import JPEG
 from gradcam_worker.gradcam.explain import check_channels, values_of
 from gradcam_worker.gradcam.imaging.network_input import to_input
-from gradcam_worker.gradcam.network import Network
+from gradcam_worker.gradcam.network import InputPixels, Network
 from gradcam_worker.gradcam.network import scores as compute_scores
 from gradcam_worker.gradcam.probabilities import to_probabilities
 from gradcam_worker.gradcam.registry.registry import Registry
@@ -180,7 +181,7 @@ def check(
     max_batch: int,
     report: Callable[[], None] = lambda: None,
 ) -> SampleReport:
-    """Run a network on photos under each sizing. Each photo is decoded once.
+    """Run a network on photos under each sizing. Each photo is decoded once; a JPEG twice.
 
     Args:
         network: The network.
@@ -202,13 +203,18 @@ def check(
     batch, classes = _Batch(network, max_batch), Counter[int]()
     for photo in sample.photos:
         try:
-            decoded = decode(_bytes_of(photo.path), limits)
-            pixels = decoded.pixels
+            data = _bytes_of(photo.path)
+            decoded = fast = decode(data, limits)
+            if decoded.media_type == JPEG:
+                fast = decode(data, replace(limits, fast_jpeg=True))
             if decoded.converted_from:
                 source = decoded.converted_from
                 converted[photo.path] = f"{source.name} ({source.kind})"
-            check_channels(facts, pixels)
-            images = [to_input(pixels, facts.input_size, outcome.sizing) for outcome in outcomes]
+            check_channels(facts, decoded.pixels)
+            images = [
+                to_input((fast if sizing.fast_jpeg else decoded).pixels, facts.input_size, sizing)
+                for sizing in (outcome.sizing for outcome in outcomes)
+            ]
             values = values_of(facts, photo.inputs)
         except GradcamError as error:
             unreadable[photo.path] = error
@@ -240,20 +246,21 @@ class _Batch:
 
     def __init__(self, network: Network, size: int) -> None:
         self._network, self._size = network, size
-        self._pixels: list[NDArray[np.uint8]] = []
+        self._pixels: list[InputPixels] = []
         self._values: list[NDArray[np.float32] | None] = []
         self._readers: list[tuple[Photo, list[Outcome]]] = []
 
     def add(
         self,
         photo: Photo,
-        images: Sequence[NDArray[np.uint8]],
+        images: Sequence[InputPixels],
         values: NDArray[np.float32] | None,
         outcomes: Sequence[Outcome],
     ) -> None:
         """Add what a network gets of a photo: an image for each outcome, and the values of further inputs."""
         by_content: dict[bytes, list[Outcome]] = {}
-        for pixels, outcome in zip(images, outcomes, strict=True):
+        for levels, outcome in zip(images, outcomes, strict=True):
+            pixels = levels.astype(np.float32)  # some have fractions
             content = pixels.tobytes()
             if content not in by_content:
                 by_content[content] = []
@@ -389,7 +396,8 @@ def setting(sizing: Sizing) -> str:
     if presets:
         return f'sizing = "{presets[0]}"'
     fitted = f', fit = "crop", crop_fraction = {sizing.crop_fraction}' if sizing.crop_fraction else ""
-    return f'sizing = {{ resize = "{sizing.resize}"{fitted}{", grey = true" if sizing.grey else ""} }}'
+    flags = [f", {key} = true" for key in ("grey", "fast_jpeg") if getattr(sizing, key)]
+    return f'sizing = {{ resize = "{sizing.resize}"{fitted}{"".join(flags)} }}'
 
 
 def _facts(result: SampleReport, everything: Sample) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 from gradcam_worker.audit.report import DatasetFacts
 from gradcam_worker.audit.shortcuts.gaze import TrialNetwork
-from gradcam_worker.audit.shortcuts.masking_trial import Pixels
 from gradcam_worker.errors import NetworkIncompatible, WeightsChecksumMismatch
 from gradcam_worker.extras import required
+from gradcam_worker.gradcam.network import InputPixels
 from gradcam_worker.gradcam.registry.registry import Registry
 from gradcam_worker.gradcam.sizing import Placement
 from gradcam_worker.resilience.deadline import Deadline
@@ -53,10 +53,14 @@ def open_trial_network(settings: Settings, dataset: DatasetFacts) -> TrialNetwor
         )
         raise WeightsChecksumMismatch(message)
 
-    def load(uri: str, sha256: str) -> tuple[Pixels, Placement | None]:
+    def load(uri: str, sha256: str) -> tuple[InputPixels, Placement | None]:
         reference = ImageRef(uri=uri, sha256=sha256 or None)
         deadline = Deadline(IMAGE_TIMEOUT_S)
-        with fetch_image(reference, services, deadline) as fetched, fetched.decode() as image:
+        fast = facts.sizing.fast_jpeg
+        with (
+            fetch_image(reference, services, deadline) as fetched,
+            fetched.decode(fast_jpeg=fast) as image,
+        ):
             return image.fit(facts), image.placement(facts)
 
     return TrialNetwork(network, load)

@@ -33,7 +33,7 @@ from gradcam_worker.audit.shortcuts.gaze_regions import Region, widened
 from gradcam_worker.audit.shortcuts.suspects import Suspect
 from gradcam_worker.errors import GradcamError
 from gradcam_worker.gradcam.imaging.baseline import blurred
-from gradcam_worker.gradcam.network import Network
+from gradcam_worker.gradcam.network import InputPixels, Network
 from gradcam_worker.gradcam.probabilities import to_probabilities
 from gradcam_worker.gradcam.sizing import Placement
 
@@ -52,9 +52,8 @@ MIN_SPREAD_EFFECT = 0.3  # without boxes, large objects and textures have one to
 PART = 0.5  # of the effect of the background: a place with less is a part of it
 BATCH = 32  # images scored at once
 
-Pixels = NDArray[np.uint8]
 Mask = NDArray[np.bool_]  # (height, width) of the network's input
-LoadPixels = Callable[[str, str], tuple[Pixels, Placement | None]]
+LoadPixels = Callable[[str, str], tuple[InputPixels, Placement | None]]
 ReportProgress = Callable[[str, int, int], None]
 
 
@@ -107,8 +106,8 @@ class _Image:
     """An image of a sample, at the input size of the network."""
 
     class_id: int
-    pixels: Pixels
-    blurred: Pixels
+    pixels: InputPixels
+    blurred: InputPixels
     xs: NDArray[np.float64]  # (width,) where each column of pixels lies on the image, as share of its width
     ys: NDArray[np.float64]
     objects: Mask  # within the boxes
@@ -293,7 +292,7 @@ class _Trial:
         per_image = 1 + 2 * len(masks[0])
         ids = np.repeat([image.class_id for image in images], per_image)
         probabilities = np.empty(len(ids))
-        batch: list[Pixels] = []
+        batch: list[InputPixels] = []
         done = 0
         for filled in self._filled(images, masks):
             batch.append(filled)
@@ -308,12 +307,12 @@ class _Trial:
         falls = values[:, :1] - values[:, 1:]
         return values[:, 0], falls.reshape(len(images), len(masks[0]), 2)
 
-    def _filled(self, images: Sequence[_Image], masks: Sequence[Sequence[Mask]]) -> Iterator[Pixels]:
+    def _filled(self, images: Sequence[_Image], masks: Sequence[Sequence[Mask]]) -> Iterator[InputPixels]:
         for image, of_image in zip(images, masks, strict=True):
             yield image.pixels
             for mask in of_image:
                 yield np.where(mask[..., None], image.blurred, image.pixels)
-                yield np.where(mask[..., None], self._color, image.pixels).astype(np.uint8)
+                yield np.where(mask[..., None], self._color, image.pixels).astype(image.pixels.dtype)
 
     def _effect(
         self,
@@ -344,7 +343,7 @@ class _Trial:
         )
 
 
-def _image(sample: ClassSample, number: int, pixels: Pixels, placement: Placement | None) -> _Image:
+def _image(sample: ClassSample, number: int, pixels: InputPixels, placement: Placement | None) -> _Image:
     height, width = pixels.shape[:2]
     shown = placement or Placement(0, 0, 1, 1)
     xs = shown.left + (np.arange(width) + 0.5) / width * (shown.right - shown.left)

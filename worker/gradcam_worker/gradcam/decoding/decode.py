@@ -9,6 +9,7 @@ import io
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 
 import cv2
 import numpy as np
@@ -65,12 +66,14 @@ class Limits:
         max_damage: The missing share of an image from which on it is refused.
         convert_colors: Convert colours to sRGB where a file says that they are others: by an ICC profile, or
             by cICP, gAMA and cHRM of a PNG. False: take every image as sRGB.
+        fast_jpeg: Decode JPEG by the fast transform of libjpeg, as TensorFlow does unless it is told not to.
     """
 
     max_pixels: int = 64_000_000
     max_side: int = 32_767
     max_damage: float = 0.05
     convert_colors: bool = True
+    fast_jpeg: bool = False
 
 
 @dataclass(frozen=True)
@@ -232,7 +235,7 @@ def _decode_stored(
     """The first frame (height, width, 3), not yet upright; its damage; which conversion was applied to it."""
     kind, damage = stored.media_type, stored.damage
     if kind == JPEG:
-        return _decode_jpeg(stored, conversion, watch)
+        return _decode_jpeg(stored, conversion, watch, fast=limits.fast_jpeg)
     if kind == WEBP:
         flags = cv2.IMREAD_UNCHANGED if stored.translucent else cv2.IMREAD_COLOR_RGB
         pixels = _decode_by_opencv(stored, watch, flags)
@@ -249,22 +252,22 @@ def _decode_stored(
 
 
 def _decode_jpeg(
-    stored: StoredImage, conversion: Conversion | None, watch: Watch
+    stored: StoredImage, conversion: Conversion | None, watch: Watch, *, fast: bool
 ) -> tuple[Pixels, Damage | None, Conversion | None]:
     """Decode and convert a JPEG, and measure its damage if libjpeg complains about it."""
-    damage = stored.damage
+    damage, by_libjpeg = stored.damage, partial(_decode_by_libjpeg, fast=fast)
     try:
         try:
-            pixels = _decode_by_libjpeg(stored, stored.data)
+            pixels = by_libjpeg(stored, stored.data)
         except ValueError as error:
-            stored, pixels, complaint = _decode_without_padding(stored, str(error))
+            stored, pixels, complaint = _decode_without_padding(stored, str(error), by_libjpeg)
             if complaint and not complaint.startswith(jpeg_file.HARMLESS):
                 insert_junk = jpeg_file.insert_junk
                 damage = jpeg_file.measure_damage(
                     stored.data,
                     complaint,
                     pixels,
-                    lambda: _decode_by_libjpeg(stored, insert_junk(stored.data), lenient=True),
+                    lambda: by_libjpeg(stored, insert_junk(stored.data), lenient=True),
                 )
     except ValueError as error:
         if "subsampling" not in str(error):
@@ -280,18 +283,22 @@ def _decode_jpeg(
     return pixels, damage, conversion
 
 
-def _decode_without_padding(stored: StoredImage, complaint: str) -> tuple[StoredImage, Pixels, str]:
+def _decode_without_padding(
+    stored: StoredImage, complaint: str, by_libjpeg: Callable[..., Pixels]
+) -> tuple[StoredImage, Pixels, str]:
     """The file without padding, its pixels, and the remaining complaint of libjpeg, or an empty string."""
     for data in jpeg_file.strip_padding(stored.data, complaint):
         stored = replace(stored, data=data)
         try:
-            return stored, _decode_by_libjpeg(stored, data), ""
+            return stored, by_libjpeg(stored, data), ""
         except ValueError as error:
             complaint = str(error)
-    return stored, _decode_by_libjpeg(stored, stored.data, lenient=True), complaint
+    return stored, by_libjpeg(stored, stored.data, lenient=True), complaint
 
 
-def _decode_by_libjpeg(stored: StoredImage, data: bytes, *, lenient: bool = False) -> Pixels:
+def _decode_by_libjpeg(
+    stored: StoredImage, data: bytes, *, fast: bool = False, lenient: bool = False
+) -> Pixels:
     """Decode a JPEG to RGB or CMYK. Raises ValueError with any complaint of libjpeg.
 
     With `lenient`, complaints are ignored. libjpeg does not report where it gives up, and leaves the rest of
@@ -300,7 +307,7 @@ def _decode_by_libjpeg(stored: StoredImage, data: bytes, *, lenient: bool = Fals
     (width, height), colors = stored.size, "CMYK" if stored.components == CMYK_COMPONENTS else "RGB"
     buffer = np.full((height, width, len(colors)), jpeg_file.GREY, np.uint8) if lenient else None
     pixels = simplejpeg.decode_jpeg(
-        data, colors, fastdct=False, fastupsample=False, buffer=buffer, strict=not lenient
+        data, colors, fastdct=fast, fastupsample=False, buffer=buffer, strict=not lenient
     )
     if pixels.shape != (height, width, len(colors)):
         message = f"its header claims {width} x {height} pixels, and it holds {pixels.shape}"

@@ -1,5 +1,6 @@
 """The input of a network, made of a photo as its owner's tools do it: see `gradcam_worker.gradcam.sizing`."""
 
+import io
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -11,7 +12,9 @@ from PIL import Image
 
 from gradcam_worker.errors import ImagePixelsExceeded
 from gradcam_worker.gradcam.catalog import Preprocessing
+from gradcam_worker.gradcam.decoding.decode import decode
 from gradcam_worker.gradcam.imaging.resize import MAX_OPENCV_CHANNELS, Pixels, fit
+from gradcam_worker.gradcam.network import InputPixels
 from gradcam_worker.gradcam.sizing import Size, Sizing
 
 PILLOW_FILTERS = {
@@ -24,13 +27,14 @@ OPENCV_FILTERS = {
     "bicubic": cv2.INTER_CUBIC,
     "lanczos4": cv2.INTER_LANCZOS4,
 }
+SKIMAGE_TRUNCATION = 4.0  # of the Gaussian, in standard deviations: that of SciPy
 TENSORFLOW_CORNERS = {"bilinear_tf": 0.5, "bilinear_tf1": 0.0}
 MAX_RESIZED_PIXELS = 2**24  # of which a centre is cut out: a photo of 1 x 60,000 pixels would have billions
 STRIP_PIXELS = 2**16  # computed in float32 at a time, which takes 4 MB for a photo
 MAX_ASPECT = 4  # is allowed in any case, however large the input
 
 
-def to_input(pixels: Pixels, input_size: Size, sizing: Sizing) -> Pixels:
+def to_input(pixels: Pixels, input_size: Size, sizing: Sizing) -> InputPixels:
     """Bring an image to the input size of a network.
 
     Args:
@@ -39,7 +43,7 @@ def to_input(pixels: Pixels, input_size: Size, sizing: Sizing) -> Pixels:
         sizing: How.
 
     Returns:
-        A new array (*input_size, channels), uint8.
+        A new array (*input_size, channels), uint8, or float32 if the sizing gives fractions of levels.
 
     Raises:
         ImagePixelsExceeded: The image is so long and narrow that it would have too many pixels before its
@@ -52,6 +56,8 @@ def to_input(pixels: Pixels, input_size: Size, sizing: Sizing) -> Pixels:
     layout = sizing.layout((pixels.shape[0], pixels.shape[1]), input_size)
     _check_size(pixels, layout.resized)
     resized = _resize(pixels, layout.resized, sizing)
+    if sizing.recompress is not None:
+        resized = _recompress(resized, sizing.recompress)
     if layout.resized == input_size:
         return resized
     return _cut(resized, input_size, layout.top, layout.left, sizing)
@@ -68,11 +74,27 @@ def _check_size(pixels: Pixels, resized: Size) -> None:
         raise ImagePixelsExceeded(message)
 
 
-def _resize(pixels: Pixels, size: Size, sizing: Sizing) -> Pixels:
+def _recompress(pixels: InputPixels, quality: int) -> Pixels:
+    """Write an image as JPEG, as Pillow does, and read it again."""
+    levels = np.rint(pixels).astype(np.uint8)
+    image, file = Image.fromarray(levels[..., 0] if levels.shape[2] == 1 else levels), io.BytesIO()
+    image.save(file, "JPEG", quality=quality)
+    return decode(file.getvalue()).pixels[..., : levels.shape[2]]
+
+
+def _resize(pixels: Pixels, size: Size, sizing: Sizing) -> InputPixels:
     if sizing.resize == "area":
         return fit(pixels, size)
     if pixels.shape[:2] == size:
-        return pixels.copy()
+        return pixels.astype(np.float32 if sizing.is_fractional else np.uint8)
+    if sizing.resize == "skimage":
+        return _resize_as_scikit_image(pixels, size)
+    if sizing.resize in TENSORFLOW_CORNERS:
+        return _resize_as_tensorflow(pixels, size, TENSORFLOW_CORNERS[sizing.resize])
+    return _resize_to_whole_levels(pixels, size, sizing)
+
+
+def _resize_to_whole_levels(pixels: Pixels, size: Size, sizing: Sizing) -> Pixels:
     resized = np.empty((*size, pixels.shape[2]), np.uint8)
     if sizing.resize in OPENCV_FILTERS:
         for first in range(0, pixels.shape[2], MAX_OPENCV_CHANNELS):
@@ -83,8 +105,6 @@ def _resize(pixels: Pixels, size: Size, sizing: Sizing) -> Pixels:
     if sizing.resize == "nearest":
         rows, columns = map(_nearest, pixels.shape[:2], size)
         return np.ascontiguousarray(pixels[rows[:, np.newaxis], columns])
-    if sizing.resize in TENSORFLOW_CORNERS:
-        return _resize_as_tensorflow(pixels, size, TENSORFLOW_CORNERS[sizing.resize])
     # One channel at a time: Pillow would store three as four.
     for channel in range(pixels.shape[2]):
         image = Image.fromarray(np.ascontiguousarray(pixels[..., channel]))
@@ -100,8 +120,8 @@ def _nearest(length: int, resized: int) -> NDArray[np.int32]:
     return chosen.reshape(-1)
 
 
-def _resize_as_tensorflow(pixels: Pixels, size: Size, corner: float) -> Pixels:
-    """Interpolate between four pixels as TensorFlow does, in its arithmetic, and round.
+def _resize_as_tensorflow(pixels: Pixels, size: Size, corner: float) -> NDArray[np.float32]:
+    """Interpolate between four pixels as TensorFlow does, in its arithmetic.
 
     `corner` is where in a pixel its position is: 0.5, its centre, or 0 as in TensorFlow 1. OpenCV's levels
     are 0.1 too low on average.
@@ -110,7 +130,7 @@ def _resize_as_tensorflow(pixels: Pixels, size: Size, corner: float) -> Pixels:
         _between(length, resized, np.float32(corner))
         for length, resized in zip(pixels.shape[:2], size, strict=True)
     )
-    resized = np.empty((*size, pixels.shape[2]), np.uint8)
+    resized = np.empty((*size, pixels.shape[2]), np.float32)
     step = max(STRIP_PIXELS // size[1], 1)
     for first in range(0, size[0], step):
         rows = slice(first, first + step)
@@ -118,8 +138,45 @@ def _resize_as_tensorflow(pixels: Pixels, size: Size, corner: float) -> Pixels:
             _blend(strip[:, left], strip[:, right], across[:, np.newaxis])
             for strip in (pixels[top[rows]], pixels[bottom[rows]])
         )
-        resized[rows] = np.rint(_blend(upper, lower, down[rows, np.newaxis, np.newaxis]))
+        resized[rows] = _blend(upper, lower, down[rows, np.newaxis, np.newaxis])
     return resized
+
+
+def _resize_as_scikit_image(pixels: Pixels, size: Size) -> NDArray[np.float32]:
+    """Blur what is shrunk, then interpolate between four pixels, as `skimage.transform.resize` does.
+
+    Outside the image both continue it as in a mirror that stands on its outermost pixels.
+    """
+    factors = [length / resized for length, resized in zip(pixels.shape[:2], size, strict=True)]
+    down, across = (_gaussian(max(0.0, (factor - 1) / 2)) for factor in factors)
+    (top, below), (left, right) = (
+        _split((np.arange(length) + 0.5) * factor + 0.5) for length, factor in zip(size, factors, strict=True)
+    )
+    resized = np.empty((*size, pixels.shape[2]), np.float32)
+    for channel in range(pixels.shape[2]):
+        levels = pixels[..., channel].astype(np.float32)
+        blurred = cv2.sepFilter2D(levels, cv2.CV_32F, across, down, borderType=cv2.BORDER_REFLECT_101)
+        mirrored = cv2.copyMakeBorder(blurred, 1, 1, 1, 1, cv2.BORDER_REFLECT_101)
+        upper, lower = (
+            _blend(lines[:, left], lines[:, left + 1], right) for lines in (mirrored[top], mirrored[top + 1])
+        )
+        resized[..., channel] = _blend(upper, lower, below[:, np.newaxis])
+    return resized
+
+
+def _split(places: NDArray[np.float64]) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
+    """The pixel before each place, and how far from it that is."""
+    before = np.floor(places)
+    return before.astype(np.intp), (places - before).astype(np.float32)
+
+
+def _gaussian(deviation: float) -> NDArray[np.float32]:
+    """The weights of a Gaussian filter of SciPy; of no deviation, one that changes nothing."""
+    if deviation == 0:
+        return np.ones(1, np.float32)
+    radius = int(SKIMAGE_TRUNCATION * deviation + 0.5)
+    weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / deviation) ** 2)
+    return np.asarray(weights / weights.sum(), np.float32)
 
 
 def _between(
@@ -139,9 +196,9 @@ def _blend(first: Any, second: Any, share: NDArray[np.float32]) -> NDArray[np.fl
     return np.asarray(start + (second - start) * share, np.float32)
 
 
-def _cut(resized: Pixels, size: Size, top: int, left: int, sizing: Sizing) -> Pixels:
+def _cut(resized: InputPixels, size: Size, top: int, left: int, sizing: Sizing) -> InputPixels:
     """Cut the input out of the resized image, and fill what lies outside it."""
-    canvas = np.empty((*size, resized.shape[2]), np.uint8)
+    canvas = np.empty((*size, resized.shape[2]), resized.dtype)
     canvas[:] = sizing.color
     rows, columns = (
         (

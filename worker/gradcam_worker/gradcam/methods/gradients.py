@@ -12,6 +12,7 @@ from gradcam_worker.gradcam import backend, device_memory
 from gradcam_worker.gradcam.backend import keras
 from gradcam_worker.gradcam.graph.saturation import EXCLUDED
 from gradcam_worker.gradcam.methods.cam import heat_features
+from gradcam_worker.gradcam.network import InputPixels
 
 ops = keras.ops
 Pull = Callable[[Any], Any]  # cotangents (k, n, classes) -> gradients (k, n, ...)
@@ -30,7 +31,7 @@ class Forward(Protocol):
         """Of the activations, of the values where the backward pass stops, and of each that it skips."""
         ...
 
-    def __call__(self, pixels: NDArray[np.uint8]) -> Sequence[NDArray[Any]]:
+    def __call__(self, pixels: InputPixels) -> Sequence[NDArray[Any]]:
         """Compute these for pixels (n, height, width, channels). Raises DeviceOutOfMemory."""
         ...
 
@@ -54,6 +55,7 @@ class Parts:
         outputs: Scores (n, classes) -> the network's own outputs, where they are wanted.
         scaled: Whether the backward pass is scaled so that small gradients do not underflow, as in float16.
         values: The number of values of further inputs for each image; 0: there are none.
+        pixel_type: Of the pixels: see `NetworkFacts.pixel_type`.
     """
 
     trunk: Callable[..., tuple[Any, Any, list[Any]]]
@@ -66,6 +68,7 @@ class Parts:
     outputs: Callable[[Any], Any] | None = None
     scaled: bool = False
     values: int = 0
+    pixel_type: str = "uint8"
 
 
 def one_pass(
@@ -91,7 +94,7 @@ def one_pass(
         forward: Computes the trunk, in place of `parts.trunk`.
 
     Returns:
-        A function of pixels (n, height, width, channels) uint8, wanted classes (n, k); if `contrastive`, also
+        A function of pixels (n, height, width, channels), wanted classes (n, k); if `contrastive`, also
         of `contrast_weights`; if there are further inputs, of their values (n, `parts.values`). It launches
         the computation, and returns a function that waits for (scores (n, classes), class ids (n, k), raw
         maps (n, k, rows, columns)), features (n, k, channels) where they are wanted, and the network's own
@@ -126,11 +129,11 @@ def one_pass(
     classes_signature: Signature = [((None, None), "int32"), *[((None,), "float32")] * contrastive]
     if forward is None:
         further: Signature = [((None, parts.values), "float32")] if parts.values else []
-        signature = [((None, *parts.pixels), "uint8"), *classes_signature, *further]
+        signature = [((None, *parts.pixels), parts.pixel_type), *classes_signature, *further]
         return compiled(compute, signature, parts.variables)
     launch = compiled(behind_trunk, [*classes_signature, *forward.outputs], parts.variables)
 
-    def run(pixels: NDArray[np.uint8], wanted: NDArray[np.int32], *against: NDArray[np.float32]) -> Wait:
+    def run(pixels: InputPixels, wanted: NDArray[np.int32], *against: NDArray[np.float32]) -> Wait:
         images = np.concatenate([pixels, pixels[:, :, ::-1]]) if flip else pixels
         return launch(wanted, *against, *forward(images))
 
@@ -148,7 +151,7 @@ def path_pass(parts: Parts, *, contrastive: bool = False) -> Pass:
         contrastive: Whether classes are explained against others.
 
     Returns:
-        A function of pixels (n, height, width, channels) uint8, wanted classes (n, k), baselines as pixels,
+        A function of pixels (n, height, width, channels), wanted classes (n, k), baselines as pixels,
         positions and shares of the steps, both (m,) float32; if `contrastive`, also of `contrast_weights`; if
         there are further inputs, of their values (n, `parts.values`). It returns what that of `one_pass`
         returns; its maps (n, k, height, width) are the shares' part of the attributions.
@@ -176,7 +179,7 @@ def path_pass(parts: Parts, *, contrastive: bool = False) -> Pass:
         outputs = (parts.outputs(scores),) if parts.outputs else ()
         return scores, class_ids, raw, *outputs
 
-    images = ((None, *parts.pixels), "uint8")
+    images = ((None, *parts.pixels), parts.pixel_type)
     signature: Signature = [
         images,
         ((None, None), "int32"),
@@ -281,14 +284,14 @@ def compiled(
 
 
 def traced_trunk(parts: Parts) -> Any:
-    """The trunk as a concrete function of TensorFlow, from pixels (n, height, width, channels) uint8."""
+    """The trunk as a concrete function of TensorFlow, from pixels (n, height, width, channels)."""
     import tensorflow as tf
 
     def trunk(pixels: Any) -> list[Any]:
         activations, end, skipped = parts.trunk(ops.cast(pixels, "float32"))
         return [activations, end, *skipped]
 
-    signature = [tf.TensorSpec((None, *parts.pixels), "uint8")]
+    signature = [tf.TensorSpec((None, *parts.pixels), parts.pixel_type)]
     return tf.function(trunk, input_signature=signature, autograph=False).get_concrete_function()
 
 

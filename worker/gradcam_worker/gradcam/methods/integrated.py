@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from gradcam_worker.errors import InvalidJob
 from gradcam_worker.gradcam.imaging.baseline import GREY, blurred
-from gradcam_worker.gradcam.network import Computed, Method
+from gradcam_worker.gradcam.network import Computed, InputPixels, Method
 from gradcam_worker.gradcam.probabilities import explained_score
 
 NAME = "integrated_gradients"
@@ -34,8 +34,7 @@ SMOOTHING, PERCENTILE = 0.005, 99.0  # of drawn heatmaps: standard deviation, as
 MAX_VALUES = 2**24  # attributions of all images and classes of a shard's pass: 128 MB as float64
 MIN_SHARE = 0.01  # of the sum of all absolute attributions: the least difference of scores that counts
 
-Pixels = NDArray[np.uint8]
-Compute = Callable[[Pixels, NDArray[np.int32], Method], Computed]
+Compute = Callable[[InputPixels, NDArray[np.int32], Method], Computed]
 
 
 def with_defaults(method: Method) -> Method:
@@ -68,7 +67,7 @@ def with_defaults(method: Method) -> Method:
     return replace(method, baseline=method.baseline or BASELINE, steps=method.steps or STEPS)
 
 
-def baseline(pixels: Pixels, name: str | None) -> Pixels:
+def baseline(pixels: InputPixels, name: str | None) -> InputPixels:
     """Make the baselines of images.
 
     Args:
@@ -133,8 +132,8 @@ def images_at_once(classes: int, input_size: tuple[int, int]) -> int:
 
 def integrate(
     compute: Compute,
-    score: Callable[[Pixels], NDArray[np.float32]],
-    pixels: Pixels,
+    score: Callable[[InputPixels], NDArray[np.float32]],
+    pixels: InputPixels,
     wanted: NDArray[np.int32],
     method: Method,
     head: str,
@@ -165,8 +164,8 @@ def integrate(
 
 def _of_one_side(
     compute: Compute,
-    score: Callable[[Pixels], NDArray[np.float32]],
-    pixels: Pixels,
+    score: Callable[[InputPixels], NDArray[np.float32]],
+    pixels: InputPixels,
     wanted: NDArray[np.int32],
     method: Method,
     head: str,

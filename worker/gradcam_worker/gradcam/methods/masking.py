@@ -30,8 +30,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradcam_worker.errors import InvalidJob
-from gradcam_worker.gradcam.imaging.baseline import GREY
-from gradcam_worker.gradcam.network import Computed, Method
+from gradcam_worker.gradcam.imaging.baseline import GREY, to_levels
+from gradcam_worker.gradcam.network import Computed, InputPixels, Method
 
 METHODS = ("rise", "occlusion")
 PARAMETERS = {"rise": ("masks", "cells", "seed"), "occlusion": ("window", "stride")}
@@ -46,10 +46,11 @@ PASS_VALUES = 16 * 224 * 224  # height x width of all images of a pass
 MAX_PASS_SIZE = 64
 ROUNDING = 1e-12  # of sums in float64: less than this share of the mean is nothing
 
-Pixels = NDArray[np.uint8]
 Floats = NDArray[np.float32]
-Score = Callable[[Pixels], Floats]  # pixels (n, height, width, channels) -> scores (n, classes)
-Covered = Iterator[tuple[Pixels, Floats]]  # an image, and the weight of its score in each cell of the heatmap
+Score = Callable[[InputPixels], Floats]  # pixels (n, height, width, channels) -> scores (n, classes)
+Covered = Iterator[
+    tuple[InputPixels, Floats]
+]  # an image, and the weight of its score in each cell of the heatmap
 ToValues = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 Report = Callable[[int, int], None]  # passes that are done, and all of them
 
@@ -145,7 +146,7 @@ def pass_size(input_size: tuple[int, int]) -> int:
 
 def compute(
     score: Score,
-    pixels: Pixels,
+    pixels: InputPixels,
     wanted: tuple[int, ...],
     method: Method,
     to_values: ToValues,
@@ -227,14 +228,14 @@ def _class_ids(scores: Floats, wanted: tuple[int, ...], against: tuple[int, ...]
     return np.array([one if one >= 0 else order[-one - 1] for one in wanted], np.int32)
 
 
-def _covered(drawn: Iterator[tuple[Floats, Floats]], pixels: Pixels) -> Covered:
+def _covered(drawn: Iterator[tuple[Floats, Floats]], pixels: InputPixels) -> Covered:
     """The image under each mask."""
     difference = pixels.astype(np.float32) - GREY
     for kept, weights in drawn:
-        yield np.rint(difference * kept[..., np.newaxis] + GREY).astype(np.uint8), weights
+        yield to_levels(difference * kept[..., np.newaxis] + GREY, pixels), weights
 
 
-def _next_pass(covered: Covered, pixels: Pixels, size: int) -> tuple[Pixels, list[Floats]]:
+def _next_pass(covered: Covered, pixels: InputPixels, size: int) -> tuple[InputPixels, list[Floats]]:
     """The next images, filled up with the whole image, and the weights of those with a mask."""
     drawn = [*itertools.islice(covered, size)]
     images = np.repeat(pixels[None], size, axis=0)

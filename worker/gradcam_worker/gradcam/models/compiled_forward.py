@@ -18,6 +18,7 @@ from gradcam_worker.gradcam.models import openvino_forward
 from gradcam_worker.gradcam.models.keras_network import KerasNetwork
 from gradcam_worker.gradcam.models.openvino_forward import OpenVinoForward
 from gradcam_worker.gradcam.models.sample_images import varied_images
+from gradcam_worker.gradcam.network import InputPixels
 from gradcam_worker.text.log_events import EventLogger
 
 FORWARDS = ("auto", "openvino", "tensorflow")
@@ -123,7 +124,7 @@ class Samples:
 
     def __init__(self, parts: gradients.Parts) -> None:
         """Compute them; nothing is compiled for it."""
-        noise, _, _, *others = varied_images(parts.pixels)
+        noise, _, _, *others = varied_images(parts.pixels).astype(parts.pixel_type)
         self._tail = parts.tail
         self._batches = [np.stack([noise]), np.stack(others[:3])]
         self._expected = [self._with_scores(*self._trunk(parts, batch)) for batch in self._batches]
@@ -141,7 +142,7 @@ class Samples:
         return [ops.convert_to_numpy(values) for values in (activations, end, *skipped, scores)]
 
     @staticmethod
-    def _trunk(parts: gradients.Parts, batch: NDArray[np.uint8]) -> list[Any]:
+    def _trunk(parts: gradients.Parts, batch: InputPixels) -> list[Any]:
         activations, end, skipped = parts.trunk(ops.cast(batch, "float32"))
         return [activations, end, *skipped]
 

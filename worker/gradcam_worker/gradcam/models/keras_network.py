@@ -27,7 +27,7 @@ from gradcam_worker.gradcam.methods import cam, gradients, integrated
 from gradcam_worker.gradcam.methods.score_gradients import logit, score_gradient
 from gradcam_worker.gradcam.models import further_inputs, load_checks
 from gradcam_worker.gradcam.models.precision import policy_of
-from gradcam_worker.gradcam.network import GRADCAM, Computed, Method, NetworkFacts
+from gradcam_worker.gradcam.network import GRADCAM, Computed, InputPixels, Method, NetworkFacts
 from gradcam_worker.gradcam.network_inputs import samples as sample_values
 
 MAX_GRADIENTS = 2**27  # float32 numbers held at once: 512 MB
@@ -69,7 +69,7 @@ class KerasNetwork:
         self._passes: OrderedDict[tuple[Any, ...], tuple[gradients.Pass, int]] = OrderedDict()
         self._shortcuts: dict[TargetLayer, BackwardShortcut | None] = {}
         self._forward: gradients.Forward | None = None  # of Grad-CAM at the default layer
-        self._compiled_scores: gradients.Compiled | None = None
+        self._compiled_scores: dict[str, gradients.Compiled] = {}  # by the type of the pixels
         self._auto: TargetLayer | None = None  # the default target, once it has been looked for
         self._default: str | None = None
         layer = self._first_target(row.target_layer or AUTO)
@@ -100,7 +100,7 @@ class KerasNetwork:
 
     def compute(
         self,
-        pixels: NDArray[np.uint8],
+        pixels: InputPixels,
         wanted: NDArray[np.int32],
         method: Method = GRADCAM,
         values: NDArray[np.float32] | None = None,
@@ -110,12 +110,13 @@ class KerasNetwork:
 
     def begin(
         self,
-        pixels: NDArray[np.uint8],
+        pixels: InputPixels,
         wanted: NDArray[np.int32],
         method: Method = GRADCAM,
         values: NDArray[np.float32] | None = None,
     ) -> Callable[[], Computed]:
         """See `gradcam_worker.gradcam.network.NetworkWithInputs.begin`."""
+        pixels = self._typed(pixels)
         if method.name == integrated.NAME:
             return self._begin_integration(pixels, wanted, method, values)
         layer = self._aligned_target(method.layer or self.facts.default_layer)
@@ -145,8 +146,12 @@ class KerasNetwork:
 
         return wait
 
+    def _typed(self, pixels: InputPixels) -> InputPixels:
+        """Whole levels as fractions, where that is what the compiled functions take."""
+        return np.asarray(pixels, np.float32) if self.facts.sizing.is_fractional else pixels
+
     def _checked(
-        self, pixels: NDArray[np.uint8], values: NDArray[np.float32] | None
+        self, pixels: InputPixels, values: NDArray[np.float32] | None
     ) -> tuple[NDArray[np.float32], ...]:
         """The values of further inputs as arguments: none, or one array. Raises InvalidNetworkInput."""
         width = self._sample_values.shape[1]
@@ -161,7 +166,7 @@ class KerasNetwork:
 
     def _begin_integration(
         self,
-        pixels: NDArray[np.uint8],
+        pixels: InputPixels,
         wanted: NDArray[np.int32],
         method: Method,
         values: NDArray[np.float32] | None,
@@ -234,6 +239,7 @@ class KerasNetwork:
                 outputs=self._to_probabilities if self._scores.activation else None,
                 scaled=_computes_in_float16(steps),
                 values=self._sample_values.shape[1],
+                pixel_type=self.facts.pixel_type,
             )
             run_pass = gradients.path_pass(parts, contrastive=bool(method.against))
             # The backward pass holds the gradients of a tensor or two at a time: the largest counts.
@@ -277,7 +283,7 @@ class KerasNetwork:
         # Another engine has a copy of the weights, which would stay as they are.
         forward, passes, compiled_scores = self._forward, self._passes, self._compiled_scores
         if forward:
-            self._forward, self._passes, self._compiled_scores = None, OrderedDict(), None
+            self._forward, self._passes, self._compiled_scores = None, OrderedDict(), {}
         try:
             for kernel, values in zip(kernels, stored, strict=True):
                 kernel.assign(random.permutation(values.ravel()).reshape(values.shape))
@@ -290,7 +296,7 @@ class KerasNetwork:
 
     def _compute_singly(
         self,
-        pixels: NDArray[np.uint8],
+        pixels: InputPixels,
         wanted: NDArray[np.int32],
         method: Method,
         values: NDArray[np.float32] | None,
@@ -317,22 +323,23 @@ class KerasNetwork:
             features=np.concatenate(features) if features else None,
         )
 
-    def scores(
-        self, pixels: NDArray[np.uint8], values: NDArray[np.float32] | None = None
-    ) -> NDArray[np.float32]:
+    def scores(self, pixels: InputPixels, values: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
         """See `gradcam_worker.gradcam.network.NetworkWithInputs.scores`."""
-        if self._compiled_scores is None:
-            self._compiled_scores = self._compile_scores()
+        pixel_type = pixels.dtype.name
+        if pixel_type not in self._compiled_scores:
+            self._compiled_scores[pixel_type] = self._compile_scores(pixel_type)
+        compiled = self._compiled_scores[pixel_type]
         arrays: list[NDArray[Any]] = [pixels, *self._checked(pixels, values)]
         step = 1 if self._observed.samples.batch_of_one else max(len(pixels), 1)
         groups = [[array[first : first + step] for array in arrays] for first in range(0, len(pixels), step)]
-        return np.concatenate([np.asarray(self._compiled_scores(*group)(), np.float32) for group in groups])
+        return np.concatenate([np.asarray(compiled(*group)(), np.float32) for group in groups])
 
-    def _compile_scores(self) -> gradients.Compiled:
+    def _compile_scores(self, pixel_type: str) -> gradients.Compiled:
         forward, parts = self._forward, self.trunk_and_tail()
-        if forward is None or parts is None:
+        if forward is None or parts is None or pixel_type != self.facts.pixel_type:
             width = self._sample_values.shape[1]
-            signature: list[tuple[tuple[int | None, ...], str]] = [((None, *self._pixels), "uint8")]
+            images = (None, *self._pixels), pixel_type
+            signature: list[tuple[tuple[int | None, ...], str]] = [images]
             signature += [((None, width), "float32")] if width else []
             return gradients.compiled(self._scores_of, signature, self._variables())
 
@@ -359,7 +366,7 @@ class KerasNetwork:
             forward: Computes it.
             engine: Its name and version, for the manifests.
         """
-        self._forward, self._compiled_scores = forward, None
+        self._forward, self._compiled_scores = forward, {}
         self._passes.clear()
         # The other engine has a copy of the weights.
         self.facts = replace(self.facts, backend=f"{self.facts.backend}, {engine}", weight_copies=2)
@@ -435,6 +442,7 @@ class KerasNetwork:
             outputs=self._to_probabilities if self._scores.activation else None,
             scaled=_computes_in_float16([*trunk, *tail]),
             values=self._sample_values.shape[1],
+            pixel_type=self.facts.pixel_type,
         )
 
     @property
@@ -538,7 +546,7 @@ class KerasNetwork:
         ]
         return [bool((grid.sum(-1) > 0).mean() > 0.5) for grid in grids]  # noqa: PLR2004  # gradients may underflow
 
-    def _noise(self) -> NDArray[np.uint8]:
+    def _noise(self) -> InputPixels:
         return np.random.default_rng(0).integers(0, 256, (1, *self._pixels), np.uint8)
 
 

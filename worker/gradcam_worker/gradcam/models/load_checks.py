@@ -19,7 +19,7 @@ from gradcam_worker.gradcam.graph.graph import Graph, Values, run
 from gradcam_worker.gradcam.graph.head import Scores
 from gradcam_worker.gradcam.graph.target_layer import LayerIndex, TargetLayer, cropping_layer
 from gradcam_worker.gradcam.models.sample_images import varied_images
-from gradcam_worker.gradcam.network import WAY_OUT
+from gradcam_worker.gradcam.network import WAY_OUT, InputPixels
 from gradcam_worker.text.visible import abridged
 
 SAME = {
@@ -36,11 +36,11 @@ ops = keras.ops
 class SampleImages:
     """Runs the steps of a network on pixels (n, height, width, channels)."""
 
-    prepare: Callable[[NDArray[np.uint8]], Values]  # to the inputs, by slot
+    prepare: Callable[[InputPixels], Values]  # to the inputs, by slot
     size: tuple[int, int, int]
     batch_of_one: bool = False  # the network takes one image at a time: a reshape has its number built in
 
-    def run(self, graph: Graph, slot: int, pixels: NDArray[np.uint8]) -> Any:
+    def run(self, graph: Graph, slot: int, pixels: InputPixels) -> Any:
         """The values of a slot. Not compiled: so the rounding is that of a call of the model."""
         groups = (
             [pixels[index : index + 1] for index in range(len(pixels))] if self.batch_of_one else [pixels]
@@ -108,7 +108,7 @@ def observe(row: NetworkRow, model: Any, scores: Scores, samples: SampleImages) 
 
 
 def _run_like_the_model(
-    name: str, scores: Scores, samples: SampleImages, pixels: NDArray[np.uint8], expected: Any
+    name: str, scores: Scores, samples: SampleImages, pixels: InputPixels, expected: Any
 ) -> tuple[SampleImages, Any]:
     """Find out whether images have to be run as one batch or singly, and return the scores.
 

@@ -135,7 +135,7 @@ def wrap_model(  # noqa: PLR0913  # all but the model are named by the caller
             registry; or `imagenet`. Default: their numbers.
         input_size: (height, width) in pixels, if the model takes any size.
         sizing: How images are brought to the input size: `area`, `keras.load_img`, `tf.image.resize`,
-            `torchvision`, `timm`, `opencv`, or a `Sizing`.
+            `image_dataset_from_directory`, `torchvision`, `timm`, `opencv`, or a `Sizing`.
         target_layer: The layer to explain; default: found in the graph.
         head: How to read the outputs, if the graph does not show it.
         name: Of the network; default: that of the model.

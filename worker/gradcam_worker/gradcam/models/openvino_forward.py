@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from gradcam_worker import extras
 from gradcam_worker.errors import DeviceOutOfMemory, InvalidSettings
 from gradcam_worker.gradcam.files.file_cache import FileCache
+from gradcam_worker.gradcam.network import InputPixels
 
 SUFFIX = ".openvino"
 SIZE_BYTES, DIGEST_BYTES = 8, hashlib.sha256().digest_size
@@ -54,7 +55,7 @@ class Converted:
     """A converted network.
 
     Attributes:
-        model: An `openvino.Model`, from pixels (n, height, width, channels) uint8.
+        model: An `openvino.Model`, from pixels (n, height, width, channels).
         memory: What holds its weights: neither the model nor what is compiled from it keeps them alive.
     """
 
@@ -85,7 +86,7 @@ class OpenVinoForward:
             for port in self._ports
         ]
 
-    def __call__(self, pixels: NDArray[np.uint8]) -> Sequence[NDArray[Any]]:
+    def __call__(self, pixels: InputPixels) -> Sequence[NDArray[Any]]:
         """Compute the outputs of n images. Raises DeviceOutOfMemory."""
         try:
             results = self._request.infer({0: pixels}, share_inputs=True)

@@ -4,7 +4,7 @@ import re
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Annotated, Any, Self
 
 from pydantic import (
@@ -188,6 +188,8 @@ class SizingTable(Table):
     color: Annotated[tuple[Level, ...], BeforeValidator(_as_list), Field(min_length=1)] = (0,)
     size: tuple[StrictInt, StrictInt] | None = None
     grey: StrictBool = False
+    fast_jpeg: StrictBool = False
+    recompress: StrictInt | None = None
 
     @model_validator(mode="after")
     def _check_combination(self) -> Self:
@@ -197,9 +199,7 @@ class SizingTable(Table):
 
     def sizing(self) -> Sizing:
         """Convert it to a `Sizing`. Raises InvalidSettings."""
-        return Sizing(
-            self.resize, self.fit, self.short_side, self.crop_fraction, self.color, self.size, self.grey
-        )
+        return Sizing(**{field.name: getattr(self, field.name) for field in fields(Sizing)})
 
 
 @contextmanager

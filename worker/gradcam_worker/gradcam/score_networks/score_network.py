@@ -22,7 +22,7 @@ from gradcam_worker.gradcam.files.label_file import Labels
 from gradcam_worker.gradcam.imaging.network_input import preprocess
 from gradcam_worker.gradcam.methods import masking
 from gradcam_worker.gradcam.models.sample_images import varied_images
-from gradcam_worker.gradcam.network import GRADCAM, Computed, Method, NetworkFacts
+from gradcam_worker.gradcam.network import GRADCAM, Computed, InputPixels, Method, NetworkFacts
 from gradcam_worker.gradcam.sizing import Sizing, resolve_sizing
 from gradcam_worker.text.visible import abridged
 
@@ -33,7 +33,6 @@ DECLARE = (
     '"probabilities"} for probabilities (in Python: Head(kind="sigmoid"))'
 )
 
-Pixels = NDArray[np.uint8]
 Run = Callable[[NDArray[Any]], Any]  # images (n, height, width, channels) -> (n, units)
 
 
@@ -58,7 +57,8 @@ class ScoreNetwork:
         Args:
             row: What the registry says about the network.
             run: The function; it may be given any number of images.
-            prepares: Whether it is given preprocessed images, float32; else the pixels, uint8.
+            prepares: Whether it is given preprocessed images, float32; else the pixels, of the type
+                `NetworkFacts.pixel_type`.
             backend: What computes, for the manifests.
             dtype: The type that it computes in.
             weights_sha256: Of its file, if it has one.
@@ -72,7 +72,8 @@ class ScoreNetwork:
         self._name, self._run, self._preprocessing = row.name, run, row.preprocessing if prepares else None
         self._units = 0
         channels = row.preprocessing.pixel_channels
-        outputs = self._observe(varied_images((*row.input_size, channels)))
+        samples = varied_images((*row.input_size, channels))
+        outputs = self._observe(samples.astype(np.float32) if row.sizing.is_fractional else samples)
         self._units = outputs.shape[1]
         self._kind = _kind_of(row, outputs, COARSE_SUM if coarse else ROUNDING)
         self.labels = label_file.class_index(row, self._units)
@@ -96,7 +97,7 @@ class ScoreNetwork:
 
     def compute(
         self,
-        pixels: Pixels,  # noqa: ARG002  # as all networks take it
+        pixels: InputPixels,  # noqa: ARG002  # as all networks take it
         wanted: NDArray[np.int32],  # noqa: ARG002
         method: Method = GRADCAM,
     ) -> Computed:
@@ -105,7 +106,7 @@ class ScoreNetwork:
 
     def begin(
         self,
-        pixels: Pixels,  # noqa: ARG002  # as all networks take it
+        pixels: InputPixels,  # noqa: ARG002  # as all networks take it
         wanted: NDArray[np.int32],  # noqa: ARG002
         method: Method = GRADCAM,
     ) -> Callable[[], Computed]:
@@ -115,7 +116,7 @@ class ScoreNetwork:
     def _unsupported(self, method: Method) -> MethodNotSupported:
         return MethodNotSupported(f"{self._name} only gives scores; {method.name} needs gradients.")
 
-    def scores(self, pixels: Pixels) -> NDArray[np.float32]:
+    def scores(self, pixels: InputPixels) -> NDArray[np.float32]:
         """See `gradcam_worker.gradcam.network.Network.scores`.
 
         One unit z becomes the scores (-z, z), one probability p becomes (1 - p, p).
@@ -125,7 +126,7 @@ class ScoreNetwork:
             return outputs
         return np.concatenate([1 - outputs if self._kind == "probabilities" else -outputs, outputs], axis=1)
 
-    def _observe(self, pixels: Pixels) -> NDArray[np.float64]:
+    def _observe(self, pixels: InputPixels) -> NDArray[np.float64]:
         """The outputs for sample images. Raises NetworkIncompatible where they are no scores."""
         try:
             outputs = self._outputs(pixels)
@@ -139,7 +140,7 @@ class ScoreNetwork:
             raise NetworkIncompatible(message)
         return outputs.astype(np.float64)
 
-    def _outputs(self, pixels: Pixels) -> NDArray[np.float32]:
+    def _outputs(self, pixels: InputPixels) -> NDArray[np.float32]:
         """The outputs (n, units). Raises NetworkIncompatible where they have another shape."""
         given = (
             preprocess(pixels.astype(np.float32), self._preprocessing, np) if self._preprocessing else pixels
