@@ -214,3 +214,59 @@ def test_a_converted_model_is_explained_by_the_lines_that_are_printed(
     assert main(["explain", str(PHOTO), *words]) == 0
     explanations = json.loads(capsys.readouterr().out)[0]["manifest"]["explanations"]
     assert len(explanations) == 3
+
+
+LAYERS = """
+import {keras} as keras
+
+class Doubled(keras.layers.Layer):
+    def call(self, values):
+        return values * 2.0
+
+    def compute_output_shape(self, shape):
+        return shape
+"""
+SAVE = """
+import warnings, {keras} as keras
+from {name}.layers import Doubled
+warnings.simplefilter("ignore")
+inputs = keras.Input((24, 24, 3))
+x = Doubled()(keras.layers.Conv2D(4, 3, name="last")(inputs))
+x = keras.layers.Dense(3, "softmax")(keras.layers.GlobalAveragePooling2D()(x))
+keras.Model(inputs, x).save("{name}.h5")
+"""
+
+
+@pytest.mark.tensorflow
+@pytest.mark.parametrize(
+    ("name", "keras", "made", "stays"),
+    [
+        ("doubled_2", "tensorflow.keras", "from its graph", False),
+        ("doubled_3", "keras", "layer by layer", True),
+    ],
+)
+def test_layers_of_ones_own_are_found_in_the_modules_that_are_named(
+    name: str, keras: str, made: str, stays: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a module for Keras 2 `tf.keras` is Keras 2, whatever TensorFlow takes it for."""
+    package = tmp_path / name
+    package.mkdir()
+    (package / "layers.py").write_text(LAYERS.format(keras=keras))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    environment = {**os.environ, "TF_USE_LEGACY_KERAS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    program = SAVE.format(keras=keras, name=name)
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, check=True, timeout=120)
+    source, output = tmp_path / f"{name}.h5", tmp_path / "new.keras"
+    with pytest.raises(
+        NetworkIncompatible, match=r"it has 'Doubled', which is no part of Keras: .*as in --import my_package"
+    ):
+        convert.convert(Request(source, output), allow_code=True)
+    with pytest.raises(
+        NetworkIncompatible, match=r"needs no_such \(--import\), which cannot be imported: Mod"
+    ):
+        convert.convert(Request(source, output, imports=("no_such",)), allow_code=True)
+    done = convert.convert(Request(source, output, imports=(f"{name}.layers",)), allow_code=True)
+    assert (done["problem"], done["classes"]) == ("", 3)
+    assert done["rebuilt"].startswith(made)
+    lines = "\n".join(convert.registry_lines(done, output))
+    assert (f'imports = ["{name}.layers"]' in lines) == stays

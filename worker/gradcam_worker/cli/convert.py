@@ -31,6 +31,13 @@ def _check_output(_: click.Context, option: click.Parameter, path: Path) -> Path
     help="Let code that IN holds run in the child process: trust whoever made it.",
 )
 @click.option(
+    "--import",
+    "imports",
+    multiple=True,
+    metavar="MODULE",
+    help="A module that you have installed, and that defines layers of IN; more than once for more.",
+)
+@click.option(
     "--input-size",
     nargs=2,
     type=click.IntRange(8, 8192),
@@ -63,6 +70,7 @@ def convert(
     output: Path,
     force: bool,
     allow_code: bool,
+    imports: tuple[str, ...],
     input_size: tuple[int, int] | None,
     tolerance: float,
     timeout_s: float,
@@ -86,7 +94,7 @@ def convert(
         message = f"{output} exists already: --force replaces it."
         raise NetworkIncompatible(message)
     request = conversion.Request(
-        source, output, input_size, tolerance, timeout_s, int((memory_gib or 0) * GIB), force
+        source, output, input_size, tolerance, timeout_s, int((memory_gib or 0) * GIB), force, imports
     )
     try:
         converted = conversion.convert(request, allow_code=allow_code)

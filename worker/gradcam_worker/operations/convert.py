@@ -5,6 +5,7 @@ The child is limited in time and memory, and ends with its parent. Its answer is
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -39,6 +40,7 @@ class Request:
     timeout_s: float = TIMEOUT_S
     memory_bytes: int = 0  # 0: by the size of the file
     force: bool = False  # replace an existing file
+    imports: tuple[str, ...] = ()  # modules that define layers of the model
 
 
 class NeedsConsent(Exception):
@@ -85,6 +87,7 @@ def _run_child(request: Request, folder: Path, *, allow_code: bool) -> dict[str,
         "input_size": request.input_size,
         "tolerance": request.tolerance,
         "allow_code": allow_code,
+        "imports": request.imports,
         "memory_bytes": limit,
     }
     environment = {
@@ -171,6 +174,7 @@ def registry_lines(converted: dict[str, Any], output: Path) -> list[str]:
         f"preprocessing = {preprocessing}",
         f"input_size = [{height}, {width}]",
         *([f"sizing = {_inline(photos['sizing'])}"] if photos else []),
+        *([f"imports = {json.dumps(converted['imports'])}"] if converted.get("imports") else []),
     ]
 
 
@@ -217,7 +221,12 @@ def _answer(order: dict[str, Any]) -> dict[str, Any]:
 
     path, folder = Path(order["path"]), Path(order["folder"])
     try:
-        reason = formats.code_in(path, formats.recognise(path))
+        form = formats.recognise(path)
+        if not formats.keras_version(path, form).startswith("3"):
+            os.environ["TF_USE_LEGACY_KERAS"] = (
+                "1"  # read when TensorFlow is imported, for `order["imports"]`
+            )
+        reason = formats.code_in(path, form)
         if reason and not order["allow_code"]:
             return {"consent": reason}
         from gradcam_worker.gradcam.conversion.convert import convert as convert_file
@@ -229,6 +238,7 @@ def _answer(order: dict[str, Any]) -> dict[str, Any]:
             input_size=(size[0], size[1]) if size else None,
             tolerance=order["tolerance"],
             allow_code=order["allow_code"],
+            imports=order["imports"],
         )
         return {"converted": asdict(converted)}
     except Refused as error:

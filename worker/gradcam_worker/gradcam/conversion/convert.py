@@ -1,6 +1,7 @@
 """Converts one file: opens the old model, makes a new one, compares them, and writes the new one."""
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from gradcam_worker.gradcam.conversion.check import Checked
 from gradcam_worker.gradcam.conversion.sources import Rebuild, Source
 from gradcam_worker.gradcam.files.model_file import Refused
 from gradcam_worker.gradcam.files.weights import WeightsFile, file_sha256
+from gradcam_worker.gradcam.models import own_layers
 from gradcam_worker.gradcam.models.loading import load_network
 from gradcam_worker.text.visible import abridged
 
@@ -42,6 +44,7 @@ class Converted:
         classes: Their number.
         problem: Why it cannot be explained; empty if it can be.
         photos: What is done to photos before, as keys of the registry; None: it is not known.
+        imports: Modules that workers import before they load the new file, as layers of it are defined there.
     """
 
     source: str
@@ -61,6 +64,7 @@ class Converted:
     classes: int = 0
     problem: str = ""
     photos: dict[str, Any] | None = None
+    imports: tuple[str, ...] = ()
 
 
 def convert(
@@ -70,6 +74,7 @@ def convert(
     input_size: tuple[int, int] | None = None,
     tolerance: float = TOLERANCE,
     allow_code: bool = False,
+    imports: Sequence[str] = (),
 ) -> Converted:
     """Convert a file. Call it in a process of its own: whatever is in the file is loaded by other libraries.
 
@@ -79,6 +84,7 @@ def convert(
         input_size: (height, width) of a model that takes images of any size.
         tolerance: The largest difference that the check accepts, as a share of the range of the outputs.
         allow_code: Whether code in the file may run.
+        imports: Modules that define layers of the model, which the operator has installed.
 
     Returns:
         What was written.
@@ -94,11 +100,16 @@ def convert(
     with tempfile.TemporaryDirectory(prefix="gradcam-convert-") as temporary:
         folder = Path(temporary)
         try:
-            source = sources.open_source(path, form, folder, input_size, allow_code=allow_code)
+            source = sources.open_source(
+                path, form, folder, input_size, allow_code=allow_code, imports=imports
+            )
         except (Refused, MissingExtra):
             raise
+        except own_layers.NotImported as error:
+            message = f"needs {error.module} (--import), which cannot be imported: {error}"
+            raise Refused(message) from error
         except Exception as error:  # whatever the libraries raise for such a file
-            message = f"cannot be loaded: {_told(error)}"
+            message = f"cannot be loaded: {_why_not_loaded(error, imports)}"
             raise Refused(message) from error
         _check_size(source, input_size)
         failures = []
@@ -110,7 +121,8 @@ def convert(
                 failures.append((rebuild, error))
             else:
                 passed_over = _told(failures[0][1]) if failures else ""
-                return _describe(source, rebuild, output, checked, passed_over)
+                kept = tuple(imports) if rebuild.own else ()
+                return _describe(source, rebuild, output, checked, passed_over, kept)
     raise _refusal(failures)
 
 
@@ -126,7 +138,7 @@ def _check_size(source: Source, input_size: tuple[int, int] | None) -> None:
 def _make(source: Source, rebuild: Rebuild, output: Path, tolerance: float) -> Checked:
     """Write a new model, load it as workers do, and compare it with the old one."""
     rebuild.build().save(output)
-    model = keras.saving.load_model(output, compile=False, safe_mode=True)
+    model = keras.saving.load_model(output, dict(rebuild.own), compile=False, safe_mode=True)
     return check.compare(source, model, tolerance)
 
 
@@ -139,12 +151,27 @@ def _refusal(failures: list[tuple[Rebuild, Exception]]) -> Refused:
     return Refused(f"cannot be rebuilt: {reasons}")
 
 
+def _why_not_loaded(error: Exception, imports: Sequence[str]) -> str:
+    if not (match := own_layers.NOT_FOUND.search(str(error))):
+        return _told(error)
+    where = f" nor defined in {', '.join(imports)}" if imports else ""
+    return (
+        f"it has {match[1]!r}, which is no part of Keras{where}: install the package that defines it, and "
+        "name its module, as in --import my_package.layers"
+    )
+
+
 def _told(error: Exception) -> str:
     return abridged(str(error)) or type(error).__name__
 
 
 def _describe(
-    source: Source, rebuild: Rebuild, output: Path, checked: Checked, passed_over: str
+    source: Source,
+    rebuild: Rebuild,
+    output: Path,
+    checked: Checked,
+    passed_over: str,
+    imports: tuple[str, ...],
 ) -> Converted:
     """Load the new file as a worker does, to tell what is explained."""
     images = [spec.shape for spec in source.inputs if len(spec.shape) == IMAGE_RANK]
@@ -163,6 +190,7 @@ def _describe(
         input_size=(height, width) if images else None,
         channels=channels,
         photos=_photos(source),
+        imports=imports,
     )
     if not images:
         return replace(converted, problem="its input is no image")
@@ -172,6 +200,7 @@ def _describe(
         preprocessing=_any_preprocessing(channels),
         labels=(),
         file=ModelFile(str(output), sha256),
+        imports=imports,
     )
     try:
         network: Any = load_network(row, file=WeightsFile(output, sha256), forward="tensorflow")

@@ -81,6 +81,17 @@ def _recognise_archive(path: Path) -> Format:
     raise Refused(message)
 
 
+def keras_version(path: Path, form: Format) -> str:
+    """The version of Keras that saved a file; empty: one before 2, or no file of layers.
+
+    Raises:
+        Refused: The file is damaged.
+    """
+    if form == "hdf5":
+        return hdf5_attribute(path, "keras_version")
+    return model_file.keras_version(path) if form == "keras" else ""
+
+
 def code_in(path: Path, form: Format) -> str | None:
     """What in a file could run code when it is loaded.
 

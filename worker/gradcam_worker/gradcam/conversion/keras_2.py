@@ -3,12 +3,13 @@
 import ast
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from gradcam_worker import extras
 from gradcam_worker.gradcam.backend import keras
+from gradcam_worker.gradcam.models import own_layers
 
 UNKNOWN_KEYS = re.compile(r"Unrecognized keyword arguments passed to (\w+): (\{[^{}]*\})")
 MAX_CORRECTIONS = 32  # classes with settings that Keras 3 does not know
@@ -28,23 +29,27 @@ ARITHMETIC: dict[
 }
 
 
-def load(path: Path, *, allow_code: bool) -> Any:
+def load(path: Path, *, allow_code: bool, imports: Sequence[str] = ()) -> Any:
     """Load a file or folder of Keras 2.
 
     Args:
         path: HDF5, a `.keras` file, or the folder of a SavedModel.
         allow_code: Whether lambda layers in a `.keras` file are loaded. In the other two they always are.
+        imports: Modules that define layers of it; for `tf.keras` to be Keras 2 in them, TF_USE_LEGACY_KERAS
+            has to be 1 before TensorFlow is imported.
 
     Returns:
         A model of tf_keras.
 
     Raises:
         MissingExtra: tf_keras is not installed.
+        NotImported: A module cannot be imported.
         Exception: Whatever tf_keras raises for it.
     """
     with extras.required("Converting a model of Keras 2", "convert", extras.WORKER):
         import tf_keras
-    return tf_keras.models.load_model(path, compile=False, safe_mode=not allow_code)
+    own = own_layers.defined_in(imports, callable)
+    return tf_keras.models.load_model(path, own, compile=False, safe_mode=not allow_code)
 
 
 def to_keras_3(model: Any, folder: Path) -> Any:

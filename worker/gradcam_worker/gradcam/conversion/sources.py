@@ -1,8 +1,8 @@
 """Opens the old model: what it computes, and the ways in which a Keras 3 model can be made of it."""
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 from gradcam_worker.gradcam.backend import keras
 from gradcam_worker.gradcam.conversion import formats, keras_2, tflite_file, tflite_layers
 from gradcam_worker.gradcam.conversion.formats import Format
-from gradcam_worker.gradcam.files import model_file
 from gradcam_worker.gradcam.files.model_file import Refused
-from gradcam_worker.gradcam.models import hub_preset
+from gradcam_worker.gradcam.models import hub_preset, own_layers
 from gradcam_worker.gradcam.models.hub_preset import PresetInput
 
 Arrays = Sequence[NDArray[Any]]
@@ -37,6 +36,7 @@ class Rebuild:
 
     description: str  # as the rest of a sentence that begins with the file
     build: Callable[[], Any]
+    own: Mapping[str, type] = field(default_factory=dict)  # layers of other packages that stay in the model
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,13 @@ class Source:
 
 
 def open_source(
-    path: Path, form: Format, folder: Path, input_size: tuple[int, int] | None, *, allow_code: bool
+    path: Path,
+    form: Format,
+    folder: Path,
+    input_size: tuple[int, int] | None,
+    *,
+    allow_code: bool,
+    imports: Sequence[str] = (),
 ) -> Source:
     """Load a model as its own format is loaded.
 
@@ -63,6 +69,7 @@ def open_source(
         folder: For files in between.
         input_size: (height, width) of a model that takes images of any size.
         allow_code: Whether code in it may run.
+        imports: Modules that define layers of it.
 
     Returns:
         The model.
@@ -80,18 +87,16 @@ def open_source(
         return _open_saved_model(path, folder, input_size)
     if form == "frozen_graph":
         return _open_frozen_graph(path, input_size)
-    if form == "hdf5":
-        version, name = formats.hdf5_attribute(path, "keras_version"), "a.h5"
-    else:
-        version, name = model_file.keras_version(path), "a.keras"
+    version = formats.keras_version(path, form)
+    kind, name = ("HDF5", "a.h5") if form == "hdf5" else (".keras", "a.keras")
     link = folder / name  # the format is chosen by the ending
     link.symlink_to(path.absolute())
-    kind = "HDF5" if form == "hdf5" else ".keras"
     if version.startswith("3"):
-        model = keras.saving.load_model(link, compile=False, safe_mode=not allow_code)
-        layers = Rebuild(LAYERS, lambda: model)
+        own = own_layers.parts_of_models(imports)
+        model = keras.saving.load_model(link, own, compile=False, safe_mode=not allow_code)
+        layers = Rebuild(LAYERS, lambda: model, own)
     else:
-        model = keras_2.load(link, allow_code=allow_code)
+        model = keras_2.load(link, allow_code=allow_code, imports=imports)
         layers = Rebuild(LAYERS, lambda: keras_2.to_keras_3(model, folder))
     return _of_keras(f"Keras {version or 'before 2'}, {kind}", model, layers, input_size)
 

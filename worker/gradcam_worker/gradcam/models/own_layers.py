@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from gradcam_worker import extras
@@ -11,9 +12,19 @@ from gradcam_worker.gradcam.backend import keras
 from gradcam_worker.gradcam.catalog import NetworkRow
 from gradcam_worker.text.visible import ending
 
-NOT_FOUND = re.compile(r"Could not locate (?:class|function) '([^']{1,200})'")
+# Of Keras 3, and of Keras 2.
+NOT_FOUND = re.compile(r"(?:Could not locate (?:class|function)|Unknown [a-z ]{1,40}:) '([^']{1,200})'")
 HUB = re.compile(r"parent module keras_hub[.\w]* cannot be imported")
 MAX_CONFIGURATION = 60  # characters of a configuration that a message keeps
+
+
+class NotImported(Exception):
+    """A module cannot be imported, for a reason whose end is the message."""
+
+    def __init__(self, module: str, reason: str) -> None:
+        """`module` is its name."""
+        super().__init__(reason)
+        self.module = module
 
 
 def import_modules(row: NetworkRow) -> dict[str, type]:
@@ -29,24 +40,50 @@ def import_modules(row: NetworkRow) -> dict[str, type]:
     Raises:
         NetworkIncompatible: A module cannot be imported.
     """
+    try:
+        return parts_of_models(row.imports)
+    except NotImported as error:
+        message = f"{row.name} needs {error.module} (imports in its table), which cannot be imported: {error}"
+        raise NetworkIncompatible(message) from error
+
+
+def parts_of_models(modules: Sequence[str]) -> dict[str, type]:
+    """Import modules, and find the layers and other parts of models that they define, by class name.
+
+    Raises NotImported.
+    """
+    return defined_in(modules, _is_part_of_models)
+
+
+def defined_in(modules: Sequence[str], is_wanted: Callable[[Any], bool]) -> dict[str, Any]:
+    """Import modules, and find what they or their packages define, and not only import.
+
+    Args:
+        modules: Their names.
+        is_wanted: What is looked for.
+
+    Returns:
+        Members of the modules, by name.
+
+    Raises:
+        NotImported: A module cannot be imported.
+    """
     importlib.invalidate_caches()  # a package may have been installed since
-    found: dict[str, type] = {}
-    for name in row.imports:
+    packages, found = {name.partition(".")[0] for name in modules}, dict[str, Any]()
+    for name in modules:
         try:
             module = importlib.import_module(name)
         except (Exception, SystemExit) as error:  # a module's own code
-            reason = ending(f"{type(error).__name__}: {error}")
-            message = f"{row.name} needs {name} (imports in its table), which cannot be imported: {reason}"
-            raise NetworkIncompatible(message) from error
+            raise NotImported(name, ending(f"{type(error).__name__}: {error}")) from error
         found |= {
             member: value
             for member, value in vars(module).items()
-            if inspect.isclass(value) and _is_part_of_models(value) and _is_own(value, row)
+            if is_wanted(value) and str(getattr(value, "__module__", "")).partition(".")[0] in packages
         }
     return found
 
 
-def _is_part_of_models(value: type) -> bool:
+def _is_part_of_models(value: Any) -> bool:
     kinds: tuple[Any, ...] = (
         keras.Operation,  # layers and models
         keras.Initializer,
@@ -54,13 +91,7 @@ def _is_part_of_models(value: type) -> bool:
         keras.constraints.Constraint,
         keras.dtype_policies.DTypePolicy,
     )
-    return issubclass(value, kinds)
-
-
-def _is_own(value: type, row: NetworkRow) -> bool:
-    """Whether a class is defined in the packages that the registry names, and not only imported there."""
-    packages = {name.partition(".")[0] for name in row.imports}
-    return value.__module__.partition(".")[0] in packages
+    return inspect.isclass(value) and issubclass(value, kinds)
 
 
 def why_not_loaded(error: Exception, row: NetworkRow) -> str:
