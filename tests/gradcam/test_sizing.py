@@ -154,6 +154,7 @@ class TestRefused:
             ({"fit": "crop", "color": (114,)}, "color belongs to fit = \"letterbox\", not to 'crop'"),
             ({"fit": "letterbox", "color": (256,)}, "color is [256]: it must be one level from 0 to 255"),
             ({"fit": "letterbox", "color": ()}, "color is []"),
+            ({"grey": "bgr"}, "grey is 'bgr': it must be one of true, false, tf, tf_bgr"),
             ({"recompress": 100}, "recompress is 100: it must be the quality of a JPEG, from 1 to 95"),
         ],
     )
@@ -197,6 +198,7 @@ class TestPresets:
         assert Sizing("lanczos", "crop", short_side=256).describe() == "lanczos, short side 256, centre crop"
         squashed = Sizing("lanczos4", "crop", size=(256, 300), grey=True)
         assert squashed.describe() == "grey, lanczos4, squash to 256 x 300, centre crop"
+        assert Sizing("bilinear_tf", grey="tf_bgr").describe() == "grey of tf_bgr, bilinear_tf, squash"
         assert Sizing("skimage", recompress=75).describe() == "skimage, JPEG 75, squash"
 
     def test_two_that_differ_are_described_differently(self) -> None:

@@ -165,6 +165,21 @@ def open_nsfw(model: Path, photo: Path) -> Array:
     return onnx_model(model)(pixels - floats([104, 117, 123]))
 
 
+def pet(model: Path, photo: Path) -> Array:
+    """OpenCV's order of colours, which TensorFlow takes for RGB as it makes it grey; one probability."""
+    import tensorflow as tf
+
+    grey = tf.image.rgb_to_grayscale(cv2.imread(str(photo)))
+    [probability] = keras_model(model)(tf.image.resize(grey, (256, 256)) / 255)
+    return np.asarray([1 - probability, probability])
+
+
+def anime(model: Path, photo: Path) -> Array:
+    """By torchvision's `Resize((224, 224))` of a photo, which is Pillow's."""
+    pixels = floats(rgb(photo).resize((224, 224), Image.Resampling.BILINEAR)) / 255
+    return softmax(onnx_model(model)(((pixels - MEAN) / DEVIATION).transpose(2, 0, 1)))
+
+
 TUMOURS = 'labels = ["glioma", "meningioma", "notumor", "pituitary"]'
 EXPRESSIONS = """labels = ["angry", "disgust", "fear", "happy", "sad", "surprise", "neutral"]
 preprocessing = { range = [-1, 1], channels = "grey" }
@@ -276,6 +291,25 @@ preprocessing = { mean = [104, 117, 123], channels = "bgr" }
 sizing = { resize = "bilinear_antialias", fit = "crop", size = [256, 256], recompress = 75 }
 input_size = [224, 224]""",
         open_nsfw,
+    ),
+    "pet": Public(
+        "catsordogs==0.0.9",
+        "catsordogs/model.h5",
+        """labels = ["cat", "dog"]
+preprocessing = { range = [0, 1], channels = "grey" }
+sizing = { resize = "bilinear_tf", grey = "tf_bgr" }
+input_size = [256, 256]""",
+        pet,
+        convert=(),
+    ),
+    "anime": Public(
+        "anime-or-not==0.0.7",
+        "anime_or_not/*.onnx",
+        """labels = ["not anime", "anime"]
+preprocessing = "torch"
+sizing = { resize = "bilinear_antialias" }
+input_size = [224, 224]""",
+        anime,
     ),
 }
 

@@ -145,6 +145,17 @@ class TestSquash:
         assert made.dtype == np.float32
         assert_array_equal(made, pixels)
 
+    @pytest.mark.tensorflow
+    @pytest.mark.parametrize(("grey", "order"), [("tf", 1), ("tf_bgr", -1)])
+    def test_a_photo_is_made_grey_as_tensorflow_does_it(self, grey: Any, order: int, photo: Pixels) -> None:
+        import tensorflow as tf
+
+        expected = tf.image.rgb_to_grayscale(photo[..., ::order]).numpy()
+        made = to_input(photo, (photo.shape[0], photo.shape[1]), Sizing("nearest", grey=grey))
+        differences = np.abs(made - expected.astype(int))
+        assert differences.max() <= 1
+        assert (differences > 0).mean() < 1e-3  # OpenCV's levels: .36
+
     @pytest.mark.parametrize("sizing", [*SIZINGS.values(), Sizing(fit="letterbox")], ids=str)
     def test_a_photo_that_is_made_grey_first_is_one_grey_channel_three_times(
         self, sizing: Sizing, photo: Pixels

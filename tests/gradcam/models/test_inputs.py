@@ -116,7 +116,6 @@ class TestInputs:
         )
         explained = explain_image(network, photos / "coffee.jpg", classes=[0, 1], method=method)
         assert (explained.raw_max > explained.raw_min).all()
-        assert not explained.incomplete
         pixels = to_input(explained.picture, (ROWS, COLUMNS), network.facts.sizing)
         assert pixels.dtype == np.float32
         [first, _] = measure(network.scores, pixels, explained, METRICS)

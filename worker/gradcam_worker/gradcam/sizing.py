@@ -26,6 +26,7 @@ Resize = Literal[
     "skimage",
 ]
 Fit = Literal["squash", "crop", "letterbox"]
+Grey = Literal["tf", "tf_bgr"]
 Size = tuple[int, int]  # (height, width) in pixels
 
 MAX_SHORT_SIDE = 16_384  # in pixels
@@ -61,8 +62,10 @@ class Sizing:
             centre is; default: all of it.
         size: Of `crop`, instead of both: to which (height, width) the photo is resized, whatever the
             proportions, before the centre is cut out.
-        grey: Make the photo grey first, by luminance, rounded to whole levels. For networks that take grey
-            images, or three equal channels, and whose owner's code resizes what is grey already.
+        grey: Make the photo grey first, by luminance in whole levels. For networks that take grey images, or
+            three equal channels, and whose owner's code resizes what is grey already. True: rounded, as by
+            OpenCV and Pillow; `tf`: as by `tf.image.rgb_to_grayscale`; `tf_bgr`: by that from OpenCV's order
+            of channels, which it takes for red, green and blue.
         fast_jpeg: Decode JPEG by the fast transform of libjpeg, as TensorFlow does unless it is told not to.
         recompress: After the photo is resized, and before its centre is cut out, write it as JPEG of this
             quality, and read it again.
@@ -82,7 +85,7 @@ class Sizing:
     crop_fraction: float | None = None
     color: tuple[int, ...] = (0,)
     size: Size | None = None
-    grey: bool = False
+    grey: bool | Grey = False
     fast_jpeg: bool = False
     recompress: int | None = None
 
@@ -90,6 +93,10 @@ class Sizing:
         """Check the values."""
         for is_wrong, message in (
             (self.resize not in get_args(Resize), _no_choice("resize", self.resize, get_args(Resize))),
+            (
+                not isinstance(self.grey, bool) and self.grey not in get_args(Grey),
+                _no_choice("grey", self.grey, ("true", "false", *get_args(Grey))),
+            ),
             (self.fit not in get_args(Fit), _no_choice("fit", self.fit, get_args(Fit))),
             (
                 self.fit != "crop" and (self.short_side, self.crop_fraction, self.size) != (None, None, None),
@@ -160,7 +167,7 @@ class Sizing:
         }[self.fit]
         steps = (
             "fast JPEG" if self.fast_jpeg else "",
-            "grey" if self.grey else "",
+            f"grey of {self.grey}" if isinstance(self.grey, str) else "grey" if self.grey else "",
             self.resize,
             f"JPEG {self.recompress}" if self.recompress else "",
             fitted,

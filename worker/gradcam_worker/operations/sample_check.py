@@ -4,6 +4,7 @@ A network predicts as in production only if photos are resized as its owner resi
 shows in the owner's own probabilities, or else in how often the network is right.
 """
 
+import json
 import math
 import statistics
 from collections import Counter
@@ -396,8 +397,9 @@ def setting(sizing: Sizing) -> str:
     if presets:
         return f'sizing = "{presets[0]}"'
     fitted = f', fit = "crop", crop_fraction = {sizing.crop_fraction}' if sizing.crop_fraction else ""
-    flags = [f", {key} = true" for key in ("grey", "fast_jpeg") if getattr(sizing, key)]
-    return f'sizing = {{ resize = "{sizing.resize}"{fitted}{"".join(flags)} }}'
+    given = {key: getattr(sizing, key) for key in ("grey", "fast_jpeg")}
+    flags = "".join(f", {key} = {json.dumps(value)}" for key, value in given.items() if value)
+    return f'sizing = {{ resize = "{sizing.resize}"{fitted}{flags} }}'
 
 
 def _facts(result: SampleReport, everything: Sample) -> dict[str, Any]:

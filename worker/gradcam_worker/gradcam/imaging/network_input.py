@@ -15,7 +15,9 @@ from gradcam_worker.gradcam.catalog import Preprocessing
 from gradcam_worker.gradcam.decoding.decode import decode
 from gradcam_worker.gradcam.imaging.resize import MAX_OPENCV_CHANNELS, Pixels, fit
 from gradcam_worker.gradcam.network import InputPixels
-from gradcam_worker.gradcam.sizing import Size, Sizing
+from gradcam_worker.gradcam.sizing import Grey, Layout, Size, Sizing
+
+Window = tuple[slice, slice]  # rows and columns
 
 PILLOW_FILTERS = {
     "bilinear_antialias": Image.Resampling.BILINEAR,
@@ -28,6 +30,7 @@ OPENCV_FILTERS = {
     "lanczos4": cv2.INTER_LANCZOS4,
 }
 SKIMAGE_TRUNCATION = 4.0  # of the Gaussian, in standard deviations: that of SciPy
+TENSORFLOW_LUMINANCE = (0.2989, 0.587, 0.114)  # of red, green and blue
 TENSORFLOW_CORNERS = {"bilinear_tf": 0.5, "bilinear_tf1": 0.0}
 MAX_RESIZED_PIXELS = 2**24  # of which a centre is cut out: a photo of 1 x 60,000 pixels would have billions
 STRIP_PIXELS = 2**16  # computed in float32 at a time, which takes 4 MB for a photo
@@ -50,17 +53,49 @@ def to_input(pixels: Pixels, input_size: Size, sizing: Sizing) -> InputPixels:
             centre is cut out.
     """
     if sizing.grey:
-        grey = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)[..., np.newaxis]
+        grey = _to_grey(pixels, sizing.grey)[..., np.newaxis]
         alike = to_input(grey, input_size, replace(sizing, grey=False, color=sizing.color[:1]))
         return np.repeat(alike, pixels.shape[2], axis=2)
     layout = sizing.layout((pixels.shape[0], pixels.shape[1]), input_size)
     _check_size(pixels, layout.resized)
-    resized = _resize(pixels, layout.resized, sizing)
-    if sizing.recompress is not None:
-        resized = _recompress(resized, sizing.recompress)
+    window, place = _window(layout, input_size)
+    if sizing.recompress is None:
+        part = _resize(pixels, layout.resized, sizing, window)
+    else:
+        whole = _resize(pixels, layout.resized, sizing, (slice(None), slice(None)))
+        part = _recompress(whole, sizing.recompress)[window]
     if layout.resized == input_size:
-        return resized
-    return _cut(resized, input_size, layout.top, layout.left, sizing)
+        return part
+    canvas = np.empty((*input_size, pixels.shape[2]), part.dtype)
+    canvas[:] = sizing.color
+    canvas[place] = part
+    return canvas
+
+
+def _window(layout: Layout, size: Size) -> tuple[Window, Window]:
+    """The part of the resized image that is in the input, and where it lies there."""
+    offsets = layout.top, layout.left
+    rows, columns = (
+        slice(max(offset, 0), min(offset + side, length))
+        for offset, side, length in zip(offsets, size, layout.resized, strict=True)
+    )
+    down, across = (
+        slice(max(-offset, 0), min(length - offset, side))
+        for offset, side, length in zip(offsets, size, layout.resized, strict=True)
+    )
+    return (rows, columns), (down, across)
+
+
+def _to_grey(pixels: Pixels, how: bool | Grey) -> Pixels:  # as in `Sizing.grey`
+    """The luminance of a photo, (height, width)."""
+    if how is True:
+        return np.asarray(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), np.uint8)
+    weights = np.array(TENSORFLOW_LUMINANCE, np.float32)[:: -1 if how == "tf_bgr" else 1]
+    grey, step = np.empty(pixels.shape[:2], np.uint8), max(STRIP_PIXELS // pixels.shape[1], 1)
+    for first in range(0, len(pixels), step):
+        rows = slice(first, first + step)
+        grey[rows] = pixels[rows] / np.float32(255) @ weights * np.float32(255.5)  # and cut off
+    return grey
 
 
 def _check_size(pixels: Pixels, resized: Size) -> None:
@@ -82,16 +117,17 @@ def _recompress(pixels: InputPixels, quality: int) -> Pixels:
     return decode(file.getvalue()).pixels[..., : levels.shape[2]]
 
 
-def _resize(pixels: Pixels, size: Size, sizing: Sizing) -> InputPixels:
-    if sizing.resize == "area":
-        return fit(pixels, size)
+def _resize(pixels: Pixels, size: Size, sizing: Sizing, window: Window) -> InputPixels:
+    """A window of the resized image. Where it has fractions of levels, no more than that is computed."""
     if pixels.shape[:2] == size:
-        return pixels.astype(np.float32 if sizing.is_fractional else np.uint8)
+        return pixels[window].astype(np.float32 if sizing.is_fractional else np.uint8)
     if sizing.resize == "skimage":
-        return _resize_as_scikit_image(pixels, size)
+        return _resize_as_scikit_image(pixels, size, window)
     if sizing.resize in TENSORFLOW_CORNERS:
-        return _resize_as_tensorflow(pixels, size, TENSORFLOW_CORNERS[sizing.resize])
-    return _resize_to_whole_levels(pixels, size, sizing)
+        return _resize_as_tensorflow(pixels, size, TENSORFLOW_CORNERS[sizing.resize], window)
+    if sizing.resize == "area":
+        return fit(pixels, size)[window]
+    return _resize_to_whole_levels(pixels, size, sizing)[window]
 
 
 def _resize_to_whole_levels(pixels: Pixels, size: Size, sizing: Sizing) -> Pixels:
@@ -120,19 +156,19 @@ def _nearest(length: int, resized: int) -> NDArray[np.int32]:
     return chosen.reshape(-1)
 
 
-def _resize_as_tensorflow(pixels: Pixels, size: Size, corner: float) -> NDArray[np.float32]:
+def _resize_as_tensorflow(pixels: Pixels, size: Size, corner: float, window: Window) -> NDArray[np.float32]:
     """Interpolate between four pixels as TensorFlow does, in its arithmetic.
 
     `corner` is where in a pixel its position is: 0.5, its centre, or 0 as in TensorFlow 1. OpenCV's levels
     are 0.1 too low on average.
     """
     (top, bottom, down), (left, right, across) = (
-        _between(length, resized, np.float32(corner))
-        for length, resized in zip(pixels.shape[:2], size, strict=True)
+        _between(length, resized, np.float32(corner), part)
+        for length, resized, part in zip(pixels.shape[:2], size, window, strict=True)
     )
-    resized = np.empty((*size, pixels.shape[2]), np.float32)
-    step = max(STRIP_PIXELS // size[1], 1)
-    for first in range(0, size[0], step):
+    resized = np.empty((len(top), len(left), pixels.shape[2]), np.float32)
+    step = max(STRIP_PIXELS // len(left), 1)
+    for first in range(0, len(top), step):
         rows = slice(first, first + step)
         upper, lower = (
             _blend(strip[:, left], strip[:, right], across[:, np.newaxis])
@@ -142,7 +178,7 @@ def _resize_as_tensorflow(pixels: Pixels, size: Size, corner: float) -> NDArray[
     return resized
 
 
-def _resize_as_scikit_image(pixels: Pixels, size: Size) -> NDArray[np.float32]:
+def _resize_as_scikit_image(pixels: Pixels, size: Size, window: Window) -> NDArray[np.float32]:
     """Blur what is shrunk, then interpolate between four pixels, as `skimage.transform.resize` does.
 
     Outside the image both continue it as in a mirror that stands on its outermost pixels.
@@ -150,9 +186,10 @@ def _resize_as_scikit_image(pixels: Pixels, size: Size) -> NDArray[np.float32]:
     factors = [length / resized for length, resized in zip(pixels.shape[:2], size, strict=True)]
     down, across = (_gaussian(max(0.0, (factor - 1) / 2)) for factor in factors)
     (top, below), (left, right) = (
-        _split((np.arange(length) + 0.5) * factor + 0.5) for length, factor in zip(size, factors, strict=True)
+        _split((np.arange(length)[part] + 0.5) * factor + 0.5)
+        for length, factor, part in zip(size, factors, window, strict=True)
     )
-    resized = np.empty((*size, pixels.shape[2]), np.float32)
+    resized = np.empty((len(top), len(left), pixels.shape[2]), np.float32)
     for channel in range(pixels.shape[2]):
         levels = pixels[..., channel].astype(np.float32)
         blurred = cv2.sepFilter2D(levels, cv2.CV_32F, across, down, borderType=cv2.BORDER_REFLECT_101)
@@ -180,11 +217,11 @@ def _gaussian(deviation: float) -> NDArray[np.float32]:
 
 
 def _between(
-    length: int, resized: int, corner: np.float32
+    length: int, resized: int, corner: np.float32, part: slice
 ) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.float32]]:
-    """Between which two pixels of a side each resized one lies, and how far from the first."""
+    """Between which two pixels of a side each resized one of a part lies, and how far from the first."""
     scale = np.float32(length) / np.float32(resized)
-    places = (np.arange(resized, dtype=np.float32) + corner) * scale - corner
+    places = (np.arange(resized, dtype=np.float32)[part] + corner) * scale - corner
     before = np.floor(places)
     first = np.maximum(before, 0).astype(np.intp)
     second = np.minimum(before + 1, length - 1).astype(np.intp)
@@ -194,21 +231,6 @@ def _between(
 def _blend(first: Any, second: Any, share: NDArray[np.float32]) -> NDArray[np.float32]:
     start = first.astype(np.float32)
     return np.asarray(start + (second - start) * share, np.float32)
-
-
-def _cut(resized: InputPixels, size: Size, top: int, left: int, sizing: Sizing) -> InputPixels:
-    """Cut the input out of the resized image, and fill what lies outside it."""
-    canvas = np.empty((*size, resized.shape[2]), resized.dtype)
-    canvas[:] = sizing.color
-    rows, columns = (
-        (
-            slice(max(offset, 0), min(offset + side, length)),
-            slice(max(-offset, 0), min(length - offset, side)),
-        )
-        for offset, side, length in zip((top, left), size, resized.shape[:2], strict=True)
-    )
-    canvas[rows[1], columns[1]] = resized[rows[0], columns[0]]
-    return canvas
 
 
 def preprocess(pixels: Any, preprocessing: Preprocessing, ops: Any) -> Any:

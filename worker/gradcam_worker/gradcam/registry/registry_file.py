@@ -37,7 +37,7 @@ from gradcam_worker.gradcam.catalog import (
 )
 from gradcam_worker.gradcam.files import model_file
 from gradcam_worker.gradcam.network_inputs import Encoding, InputKind, InputValue, NetworkInput
-from gradcam_worker.gradcam.sizing import MAX_LEVEL, Fit, Resize, Sizing, find_sizing
+from gradcam_worker.gradcam.sizing import MAX_LEVEL, Fit, Grey, Resize, Sizing, find_sizing
 from gradcam_worker.text.similar_names import nearest
 from gradcam_worker.text.urls import has_credentials, without_user
 
@@ -187,7 +187,7 @@ class SizingTable(Table):
     crop_fraction: float | None = None
     color: Annotated[tuple[Level, ...], BeforeValidator(_as_list), Field(min_length=1)] = (0,)
     size: tuple[StrictInt, StrictInt] | None = None
-    grey: StrictBool = False
+    grey: StrictBool | Grey = False
     fast_jpeg: StrictBool = False
     recompress: StrictInt | None = None
 
