@@ -1,11 +1,14 @@
 """What importing costs, seen from a fresh interpreter."""
 
+import importlib
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 import gradcam_worker
+from gradcam_worker import extras
 
 HEAVY = {"numpy", "cv2", "boto3", "botocore", "obstore", "PIL", "httpcore", "httpx", "keras", "tensorflow"}
 HEAVY |= {"sqlalchemy", "alembic", "psycopg", "standardwebhooks"}
@@ -76,3 +79,27 @@ def test_opencv_gets_its_pixel_limit_whichever_module_comes_first() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert int(done.stdout) == 2**28
+
+
+def test_a_command_loads_tensorflow_without_what_it_never_uses() -> None:
+    statements = (
+        "from gradcam_worker import extras; extras.run_as_command(); import gradcam_worker.gradcam.backend"
+    )
+    assert loaded_by(statements) & {"tensorflow", "jax", "pandas", "scipy", "sklearn"} == {"tensorflow"}
+
+
+def test_what_is_hidden_is_there_again_afterwards_and_for_other_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    with extras.hidden_in_commands("colorsys"):
+        importlib.import_module("colorsys")  # this is no command: nothing is hidden
+    monkeypatch.delitem(sys.modules, "colorsys")
+    monkeypatch.setattr(extras, "_is_command", True)
+    with extras.hidden_in_commands("colorsys"), ThreadPoolExecutor(1) as other:
+        with pytest.raises(ModuleNotFoundError, match="colorsys"):
+            importlib.import_module("colorsys")
+        assert other.submit(importlib.import_module, "colorsys").result()
+        assert importlib.import_module("colorsys"), "imported already"
+    monkeypatch.delitem(sys.modules, "colorsys")
+    assert importlib.import_module("colorsys")

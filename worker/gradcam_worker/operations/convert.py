@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from gradcam_worker import extras
 from gradcam_worker.errors import InternalError, MissingExtra, NetworkIncompatible
 from gradcam_worker.operations import console
 from gradcam_worker.resilience.budget import limit_memory
@@ -253,6 +254,7 @@ def _answer(order: dict[str, Any]) -> dict[str, Any]:
 
 def _main() -> int:
     order = json.loads(sys.argv[1])
+    extras.run_as_command()
     limit_memory(order["memory_bytes"])
     answer = json.dumps(_answer(order))
     partial = Path(order["folder"]) / "answer"
