@@ -53,6 +53,7 @@ CONFIG = json.dumps({"class_name": "Functional", "config": {}})
             "looks like a folder, a SavedModel: convert it with `gradcam convert saved NAME.keras`",
         ),
         ("saved/", "looks like a folder, a SavedModel: convert it with `gradcam convert saved NAME.keras`"),
+        ("a.mlmodel", "is of Core ML, which cannot be converted back"),
         ("a.json", "keras.models.model_from_json(open('a.json').read())"),
         ("a.keras.zip", "is an archive: unpack it"),
         ("a.tar.gz", "is compressed: unpack it"),
@@ -62,6 +63,13 @@ CONFIG = json.dumps({"class_name": "Functional", "config": {}})
 )
 def test_another_ending_is_refused_with_the_line_that_converts_it(name: str, conversion: str) -> None:
     assert conversion in refusal_by_ending(name)
+
+
+def test_a_folder_of_tensorflow_js_is_refused_with_the_line_that_converts_it(tmp_path: Path) -> None:
+    folder = tmp_path / "web"
+    folder.mkdir()
+    (folder / "model.json").write_text('{"format": "layers-model", "weightsManifest": []}')
+    assert "--output_format=keras web/model.json NAME.h5`" in str(model_file.refusal_of_folder(folder))
 
 
 def test_only_a_model_that_is_at_hand_can_be_saved_again() -> None:
@@ -83,7 +91,12 @@ def test_only_a_model_that_is_at_hand_can_be_saved_again() -> None:
         ),
         (b'["cats", "dogs"]', "is JSON without a network"),
         (b"\x1c\0\0\0TFL3\0", "is of TensorFlow Lite: convert it with `gradcam convert model.keras NAME"),
-        (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", "is a pickle"),
+        (b"\x80\x04}.", "is a pickle"),
+        (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", "is of PyTorch"),  # before 1.6
+        (
+            b'{"modelTopology": {"class_name": "Sequential"}, "weightsManifest": []}',
+            "--output_format=keras model.keras NAME.h5`, then `gradcam convert NAME.h5 NAME.keras`",
+        ),
         (struct.pack("<Q", 300) + b'{"__metadata__":{}', "holds arrays without their network"),
         (b"\x08\x07\x12\x07pytorch", "is of ONNX"),
         (b"\x1f\x8b\x08", "is compressed"),

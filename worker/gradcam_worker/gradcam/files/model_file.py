@@ -46,6 +46,12 @@ TORCH = (
     "torch.onnx.export(model, image, 'NAME.onnx', dynamo=False), then convert that with "
     + FROM_ONNX.format("NAME.onnx", "made/NAME_float32.tflite")
 )
+OLD_TORCH = b"l\xfc\x9cF\xf9 j\xa8P\x19"  # the number with which the pickles of PyTorch before 1.6 begin
+TENSORFLOW_JS = (
+    "is of TensorFlow.js: convert it with `tensorflowjs_converter --input_format=tfjs_layers_model "
+    "--output_format=keras {0} NAME.h5`, then "
+    + BY_CONVERSION.format("NAME.h5").removeprefix("convert it with ")
+)
 # Why such a file is refused, and how to convert it; {0}: its name, quoted for a shell; {1}: what onnx2tf
 # makes of it; {2}: its name.
 BY_ENDING = {
@@ -62,9 +68,12 @@ BY_ENDING = {
     + BY_SCORES.format("x.onnx"),
     ".pt": TORCH,
     ".pth": TORCH,
+    ".mlmodel": "is of Core ML, which cannot be converted back: take the model that it was made of, of Keras "
+    "by model.save('NAME.keras'), of PyTorch by torch.onnx.export(model, image, 'NAME.onnx', dynamo=False)",
     ".ckpt": f"is a checkpoint, weights without their network: build it, load them, and {SAVE}",
     ".safetensors": f"holds arrays without their network: {REBUILD}",
     ".npz": f"holds arrays without their network: {REBUILD}",
+    ".tfjs": TENSORFLOW_JS,  # no ending: such a file is called model.json
     ".json": "holds an architecture without weights: "
     f"model = keras.models.model_from_json(open({{2!r}}).read()), model.load_weights(...), and {SAVE}",
     ".zip": "is an archive: unpack it, and name the .keras file that is in it",
@@ -145,10 +154,13 @@ def refusal_by_content(path: Path, name: str) -> str | None:
         return "is a pointer of git-lfs, not the file itself: fetch that with `git lfs pull`"
     if text.startswith(PAGE_STARTS):
         return "is a web page, an error or a login perhaps, not a model: download the file itself"
-    if text.startswith((b"{", b'["')) and b'"class_name"' not in text:
+    is_json = text.startswith((b"{", b'["'))
+    if is_json and b'"class_name"' not in text and not _is_of_tensorflow_js(path):
         return NO_NETWORK
     for ending, starts in (
+        (".tfjs", text.startswith(b"{") and _is_of_tensorflow_js(path)),
         (".json", text.startswith(b"{")),
+        (".pt", OLD_TORCH in head),
         (".tflite", head[4:8] == b"TFL3"),
         (".pkl", head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05"),
         (".safetensors", head[8:10] == b'{"' and int.from_bytes(head[:8], "little") < MAX_CONFIG_BYTES),
@@ -159,6 +171,11 @@ def refusal_by_content(path: Path, name: str) -> str | None:
         if starts:
             return refusal(ending, name)
     return None
+
+
+def _is_of_tensorflow_js(path: Path) -> bool:
+    """Whether a JSON file lists the files of its weights."""
+    return path.stat().st_size <= MAX_CONFIG_BYTES and b'"weightsManifest"' in path.read_bytes()
 
 
 def is_preset(folder: Path) -> bool:
@@ -181,6 +198,8 @@ def refusal_of_folder(path: Path) -> str | None:
     """
     if (path / "saved_model.pb").is_file():
         return f"is a folder, {SAVED_MODEL.format(shlex.quote(path.name))}"
+    if (path / "model.json").is_file() and _is_of_tensorflow_js(path / "model.json"):
+        return refusal(".tfjs", f"{path.name}/model.json")
     if is_preset(path):
         return f"is a preset of keras-hub: convert it with `{CONVERT.format(shlex.quote(path.name))}`"
     if (path / "config.json").is_file() and (path / "model.weights.h5").is_file():
