@@ -26,6 +26,7 @@ from gradcam_worker.gradcam.imaging.resize import fit
 from gradcam_worker.gradcam.network import Method
 
 PAGE = ROOT / "docs" / "reference" / "networks.md"
+WEIGHTS_PAGE = ROOT / "docs" / "explanation" / "agreement.md"
 PHOTO = DATA / "photos" / "astronaut.jpg"
 SEED = 0
 HEADINGS = ("network", "input", "preprocessing", "target layer", "map", "parameters", "finite", "non-zero")
@@ -87,7 +88,7 @@ def look(row: NetworkRow) -> Seen:
 @click.argument("names", metavar="[NAME]...", nargs=-1)
 @click.option("--weights", "weighs", is_flag=True, help="Compare the ways in which weights come, instead.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, nothing else.")
-@click.option("--write", "writes", is_flag=True, help=f"Write the table into {PAGE.name}: of all networks.")
+@click.option("--write", "writes", is_flag=True, help="Write the table into its page: of all networks.")
 def main(names: tuple[str, ...], *, weighs: bool, as_json: bool, writes: bool) -> None:
     """Build the networks that are named, or all (minutes), and explain a photo with each.
 
@@ -102,17 +103,17 @@ def main(names: tuple[str, ...], *, weighs: bool, as_json: bool, writes: bool) -
     if weighs:
         results = [told(weigh(row)) for row in rows if not row.shipped]
         text = table(weights.HEADINGS, [one.cells for one in results])
-        title, wrong_is = "Weights", "Another graph or other logits"
+        page, title, wrong_is = WEIGHTS_PAGE, "Weights of the catalog", "Another graph or other logits"
         wrong = [one.network for one in results if not one.agrees]
     else:
         results = [look(row) for row in rows]
         text = table(HEADINGS, [one.cells for one in results])
-        title, wrong_is = "The catalog", "Not as their rows say, or dark"
+        page, title, wrong_is = PAGE, "The catalog", "Not as their rows say, or dark"
         wrong = [one.network for one in results if not one.fits_its_row]
     click.echo(json.dumps([asdict(one) for one in results], indent=2) if as_json else text)
     if writes:
         made_with = measured(f"with {written(versions(('keras', 'tensorflow')))}")
-        write(PAGE, title, f"{text}\n\n{made_with}")
+        write(page, title, f"{text}\n\n{made_with}")
     if wrong:
         click.echo(f"{wrong_is}: {', '.join(wrong)}.", err=True)
         sys.exit(1)
