@@ -23,6 +23,7 @@ import redis
 import trustme
 from pydantic import SecretStr
 
+from gradcam_worker import extras
 from gradcam_worker.gradcam.classes import DATA
 from gradcam_worker.gradcam.files.weights import file_sha256
 from gradcam_worker.operations import servers
@@ -198,6 +199,12 @@ def _shared_boto3_data() -> Iterator[None]:
 
         patch.setattr(botocore.session, "create_loader", create_sharing_loader)
         yield
+
+
+@pytest.fixture(autouse=True)
+def _is_no_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Import TensorFlow as a user's program does, also after a test that runs a command in this process."""
+    monkeypatch.setattr(extras, "_is_command", False)
 
 
 @pytest.fixture(autouse=True)

@@ -720,11 +720,17 @@ def test_queues_in_another_database_are_published_to_apart(settings: Settings) -
     assert [one["headers"]["id"] for one in waiting(settings)] == [job_id]
 
 
-def test_a_queue_that_cannot_be_written_to_loses_no_job(settings: Settings) -> None:
+def test_a_queue_that_cannot_be_written_to_loses_no_job_and_is_told(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(calls, "REDIS_RETRIES", replace(calls.REDIS_RETRIES, total_s=0))
     server = redis.Redis.from_url(settings.broker_url)
     server.set(f"{settings.key_prefix}{publisher.INTERACTIVE}\x06\x163", "no list", ex=60)
     client = GradcamClient(settings=settings)
-    assert client.status(client.submit(**FIELDS)).status == "queued"
+    with caplog.at_level("WARNING"):
+        assert client.status(client.submit(**FIELDS)).status == "queued"
+    assert "publish_failed" in caplog.text
+    assert "WRONGTYPE" in caplog.text
 
 
 def test_more_threads_than_connections_wait_for_their_turn(

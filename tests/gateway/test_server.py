@@ -4,6 +4,7 @@ import asyncio
 import json
 import socket
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -11,11 +12,10 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-import uvicorn
 
 from gradcam_worker.gateway import server
 from gradcam_worker.gateway.app import create_app
-from gradcam_worker.gateway.http_protocol import MAX_HEAD_BYTES, LimitedHttpProtocol
+from gradcam_worker.gateway.http_protocol import MAX_HEAD_BYTES, PIECE_BYTES
 from gradcam_worker.operations import servers
 from gradcam_worker.settings import Settings
 
@@ -31,12 +31,10 @@ def gateway(ports: tuple[int, int]) -> Iterator[Any]:
     port, metrics_port = ports
     settings = Settings(broker_url=f"redis://127.0.0.1:{servers.free_port()}/0", metrics_port=metrics_port)
     app = create_app(settings)
-    config = uvicorn.Config(
-        app, host="127.0.0.1", port=port, log_config=None, lifespan="on", ws="none", http=LimitedHttpProtocol
-    )
-    serving = server._Server(config, app.state.gateway.open_requests.closing)
+    serving = server._make_server(app)
     server._serve_metrics(settings, app.state.gateway, serving)
-    thread = threading.Thread(target=serving.run, daemon=True)
+    listener = server._listen("127.0.0.1", port)
+    thread = threading.Thread(target=serving.run, args=([listener],), daemon=True)
     thread.start()
     while not serving.started:
         assert thread.is_alive()
@@ -84,6 +82,7 @@ def test_one_whose_event_loop_hangs_does_not_live(
 
 
 LONG = b"a" * (MAX_HEAD_BYTES + 300_000)  # whatever is read at a time
+CHUNKED = b"POST /v1/jobs HTTP/1.1\r\nHost: here\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
 @pytest.mark.parametrize(
@@ -92,9 +91,12 @@ LONG = b"a" * (MAX_HEAD_BYTES + 300_000)  # whatever is read at a time
         b"GET /live?" + LONG,
         b"GET /live HTTP/1.1\r\nHost: here\r\nX-Long: " + LONG,
         b"GET /live HTTP/1.1\r\nHost: here\r\n" + b"X-Many: a\r\n" * (MAX_HEAD_BYTES // 6),
+        CHUNKED + b"1;extension=" + LONG,
+        CHUNKED + b"1\r\n \r\n0\r\nX-Trailer: " + LONG,
+        CHUNKED + b"1\r\n \r\n0\r\n" + b"X-Trailer: a\r\n" * (MAX_HEAD_BYTES // 6),
         b"POST /v1/jobs HTTP/1.1\r\nHost: here\r\nContent-Length: 2\r\n\r\n{}GET /live?" + LONG,
     ],
-    ids=["address", "one header", "many headers", "of a second request"],
+    ids=["address", "header", "many headers", "extension", "trailer", "many trailers", "second request"],
 )
 def test_a_head_without_end_is_refused(gateway: Any, ports: tuple[int, int], head: bytes) -> None:
     assert gateway.started
@@ -109,13 +111,26 @@ def test_a_head_without_end_is_refused(gateway: Any, ports: tuple[int, int], hea
     assert ask(ports[1], "/live")[0] == 200
 
 
-def test_the_body_does_not_count_as_head(gateway: Any, ports: tuple[int, int]) -> None:
+@pytest.mark.parametrize("in_first_packet", [20, 10_000])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_the_body_does_not_count_as_head(
+    gateway: Any, ports: tuple[int, int], in_first_packet: int, chunked: bool
+) -> None:
     assert gateway.started
-    body = b" " * (2 * MAX_HEAD_BYTES)
-    head = f"POST /v1/jobs HTTP/1.1\r\nHost: here\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    body = b" " * (3 * MAX_HEAD_BYTES + PIECE_BYTES)
+    head = b"POST /v1/jobs HTTP/1.1\r\nHost: here\r\nConnection: close\r\nX-Token: " + b"a" * 12_000
+    if chunked:
+        head += b"\r\nTransfer-Encoding: chunked\r\n\r\n"
+        body = b"%x;a=b\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+    else:
+        head += b"\r\nContent-Length: %d\r\n\r\n" % len(body)
+    request = head + body
     with socket.create_connection(("127.0.0.1", ports[0]), timeout=30) as caller:
-        for part in (head.encode(), body[:MAX_HEAD_BYTES], body[MAX_HEAD_BYTES:]):
-            caller.sendall(part)
+        caller.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        caller.sendall(request[:in_first_packet])
+        time.sleep(0.05)  # so that the rest of the head comes together with the body
+        with suppress(ConnectionError):
+            caller.sendall(request[in_first_packet:])
         with caller.makefile("rb") as answer:
             assert b"401" in answer.readline()
 

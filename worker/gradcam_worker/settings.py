@@ -682,6 +682,11 @@ class Settings(BaseSettings):
         """The ledger's URL."""
         return self.ledger_url or self.broker_url
 
+    @property
+    def has_one_server(self) -> bool:
+        """Whether queues and ledger are in one server: a job can be entered and published in one step."""
+        return self.ledger == self.broker_url
+
     def redis_tls(self, text: str) -> dict[str, Any]:
         """Return redis-py's TLS options for a URL: verify the server. Empty for a URL without TLS."""
         if not text.casefold().startswith(("rediss:", "sentinels:")):

@@ -49,9 +49,6 @@ class Publisher:
     would share them, and they outlive a fork.
     """
 
-    is_in_ledger: bool
-    """Whether the queues are in the ledger's server: jobs can be entered and published in one step."""
-
     def __init__(
         self,
         settings: Settings,
@@ -70,7 +67,6 @@ class Publisher:
         """
         self._settings, self._timeout_s, self._outage = settings, timeout_s, outage
         self._prefix = settings.key_prefix
-        self.is_in_ledger = settings.broker_url == settings.ledger
         self._clients = connect(
             settings, settings.broker_url, BrokerUnavailable, timeout_s=timeout_s, retries=0, outage=outage
         )

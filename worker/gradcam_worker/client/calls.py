@@ -222,7 +222,7 @@ class ClientCalls:
         """Enter jobs in the ledger: see `Ledger.enter_many`. It is idempotent."""
         queues = self._publish
         write_message = (
-            queues.write_message if isinstance(queues, Publisher) and queues.is_in_ledger else None
+            queues.write_message if isinstance(queues, Publisher) and self._settings.has_one_server else None
         )
         submit = _TrackingDoubt(
             lambda: awaited(

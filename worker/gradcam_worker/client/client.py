@@ -89,7 +89,7 @@ class GradcamClient:
             settings, timeout_s=TIMEOUT_S, retries=0, outage=outages.ledger
         )
         # One server has one outage: most jobs are published in the step in which they are entered.
-        of_queues = outages.ledger if settings.broker_url == settings.ledger else outages.broker
+        of_queues = outages.ledger if settings.has_one_server else outages.broker
         queues = publish or Publisher(settings, timeout_s=TIMEOUT_S, outage=of_queues)
         self.calls = ClientCalls(settings, ledger, queues, objects or results.SettingsObjects(settings))
         self.waiter = JobWaiter(ledger)
@@ -120,8 +120,8 @@ class GradcamClient:
         """Enter a job in the ledger, put its message on the queue, return the job's id.
 
         Submitting the same job again (by id, or by `idempotency_key`) returns the first one's id and runs
-        nothing twice. A job that is in the ledger is accepted: if the broker is unreachable at that moment, a
-        worker publishes the message within a minute.
+        nothing twice. A job that is in the ledger is accepted: if the broker is another server, and cannot be
+        reached at that moment, a worker publishes the message within a minute.
 
         Args:
             job: a `Job`, or its fields in a dictionary; else its fields by name.

@@ -2,49 +2,55 @@
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-MAX_HEAD_BYTES = 32 * 1024  # of the address and all headers of one request
+MAX_HEAD_BYTES = (
+    32 * 1024
+)  # after the first piece of a head; the same of trailers and of extensions of a chunk
+PIECE_BYTES = 16 * 1024  # that are read at a time
 
 
 class LimitedHttpProtocol(HttpToolsProtocol):
-    """One connection. A request whose head is too large is answered 400, and the connection ends."""
+    """One connection. A request with too much that is no body is answered 400, and the connection ends.
 
-    _in_head = False
-    _head_bytes = 0  # that are known to belong to the head
-    _pending_bytes = (
-        0  # that came while the head was read: of a header that is not whole, nothing else is known
-    )
+    httptools says nothing while it collects a header, a trailer or an extension, however long: what comes
+    until it has something to say is counted.
+    """
+
+    _is_silent = False
+    _silent_bytes = 0
 
     def data_received(self, data: bytes) -> None:
-        """Read what has come."""
-        if self._in_head:
-            self._pending_bytes += len(data)
-            if self._pending_bytes > MAX_HEAD_BYTES:
+        """Read what has come, a piece at a time."""
+        for start in range(0, len(data), PIECE_BYTES):
+            piece = data[start : start + PIECE_BYTES]
+            self._is_silent = True
+            super().data_received(piece)
+            if self.transport.is_closing():
+                return
+            self._silent_bytes = self._silent_bytes + len(piece) if self._is_silent else 0
+            if self._silent_bytes > MAX_HEAD_BYTES:
                 self.send_400_response(f"The head of a request has at most {MAX_HEAD_BYTES} bytes.")
                 return
-        super().data_received(data)
 
     def on_message_begin(self) -> None:
-        """Begin to count."""
-        self._in_head, self._head_bytes, self._pending_bytes = True, 0, 0
+        """A request begins."""
+        self._is_silent = False
         super().on_message_begin()
 
-    def on_url(self, url: bytes) -> None:
-        """Count a part of the address."""
-        self._count(url)
-        super().on_url(url)
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """Count a header."""
-        self._count(name, value)
-        super().on_header(name, value)
-
     def on_headers_complete(self) -> None:
-        """Stop counting: the body has limits of its own."""
-        self._in_head = False
+        """Its head has been read."""
+        self._is_silent = False
         super().on_headers_complete()
 
-    def _count(self, *parts: bytes) -> None:
-        self._head_bytes += sum(map(len, parts))
-        if self._head_bytes > MAX_HEAD_BYTES:
-            message = "The head is too large."
-            raise ValueError(message)  # within httptools, which reports it: the answer is 400
+    def on_chunk_header(self) -> None:
+        """The size of a chunk has been read."""
+        self._is_silent = False
+
+    def on_body(self, body: bytes) -> None:
+        """A part of the body has been read; it has limits of its own."""
+        self._is_silent = False
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """All of the request has been read."""
+        self._is_silent = False
+        super().on_message_complete()

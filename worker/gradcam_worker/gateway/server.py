@@ -9,6 +9,7 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
 
 from gradcam_worker.client.async_client import AsyncGradcamClient
 from gradcam_worker.client.client import GradcamClient
@@ -83,19 +84,7 @@ def run(settings: Settings, host: str, port: int) -> int:
     client = GradcamClient(settings=settings, outages=Outages())
     access = Access(settings, loopback=is_this_machine(host), outage=client.outages.ledger)
     app = create_app(settings, client=AsyncGradcamClient(client=client), access=access)
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=SHUTDOWN_S,
-        timeout_keep_alive=IDLE_S,
-        http=LimitedHttpProtocol,
-        lifespan="on",
-        ws="none",
-    )
-    server = _Server(config, app.state.gateway.open_requests.closing)
+    server = _make_server(app)
 
     def stop(*_: object) -> None:
         """Stop after a signal before uvicorn handles it, or after: it raises the signal again."""
@@ -114,6 +103,23 @@ def run(settings: Settings, host: str, port: int) -> int:
     checks.loop.request_stop()
     log.info("gateway_stopped")
     return 0 if server.started else 1
+
+
+def _make_server(app: FastAPI) -> _Server:
+    """The server of an app of `create_app`."""
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=SHUTDOWN_S,
+        timeout_keep_alive=IDLE_S,
+        http=LimitedHttpProtocol,
+        lifespan="on",
+        ws="none",
+    )
+    return _Server(config, app.state.gateway.open_requests.closing)
 
 
 def _serve_metrics(settings: Settings, gateway: Gateway, server: _Server) -> None:

@@ -106,7 +106,7 @@ class Entry:
     webhooks: tuple[Webhook, ...] = ()
     tenant: Tenant = NOBODY
     network: str = ""  # that a job asks for
-    message: "QueuedMessage | None" = None  # to be published in the step in which the job is entered
+    message: QueuedMessage | None = None  # to be published in the step in which the job is entered
 
     def belongs_to(self, tenant: str | None) -> bool:
         """Whether it is a job of this tenant; None: of any."""

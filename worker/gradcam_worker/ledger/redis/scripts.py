@@ -26,15 +26,13 @@ class NewJob(NamedTuple):
     created_us: int
     lists: str  # their names, a line each; empty: a shard, which is in none
     share: str  # of its tenant, a number
-    queue: (
-        str  # the Redis key of the queue's list; empty: another server has it, or the caller publishes later
-    )
+    queue: str  # the Redis key of a queue in this server; empty: nothing is published
     message: str  # for this queue
 
 
 @dataclass(kw_only=True)
 class CreateJobs(LuaScript[list[list[str]]], file="create_jobs"):
-    """Enter jobs. Returns a list for each: the existing fingerprint, job, document and tenant, or nothing."""
+    """Enter jobs. Returns a list for each: see the script."""
 
     retention_ms: int
     keyed_retention_ms: int

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import date
 from functools import partial
 from typing import Any
@@ -35,6 +36,7 @@ WORKER_TTL_LEASES = 3  # a worker that has renewed no lease for so many lease du
 MAX_DEAD_LETTERS_LISTED = 10_000
 MAX_SCANNED_JOBS = 1000  # for one page of a list: a few milliseconds of the server's time
 EPOCH = date(1970, 1, 1)
+PUBLISHED = ("published",)  # what the script says of a new job whose message is in its queue
 
 
 class RedisLedger(Ledger):
@@ -322,9 +324,14 @@ def _entry_of(fingerprint: str, job: str, text: str, route: str, tenant: str | N
 
 
 def _existing_or_new(entry: Entry, *existing: str) -> Entry:
-    """The existing entry, from its fingerprint, job, document and tenant; the new one if there is none."""
-    if not existing:
+    """The existing entry, from its fingerprint, job, document and tenant; the new one if there is none.
+
+    A new one whose message was not published has none.
+    """
+    if existing == PUBLISHED:
         return entry
+    if not existing:
+        return replace(entry, message=None)
     fingerprint, job, text, tenant = existing
     document = StatusDocument.model_validate_json(text)
     return Entry(fingerprint, job, entry.idempotency_key, document, tenant=Tenant(tenant))

@@ -1,6 +1,7 @@
--- Enter jobs, in order, and publish those that come with a message. Returns for each {} if it is new, else the
--- existing fingerprint, job, document and tenant. Stops at the first whose id or idempotency key belongs to a
--- different job, or whose id belongs to another tenant's: the jobs after it are not entered.
+-- Enter jobs, in order, and publish those that come with a message. Returns for each {} if it is new,
+-- {'published'} if its message is in the queue, too, else the existing fingerprint, job, document and tenant.
+-- Stops at the first whose id or idempotency key belongs to a different job, or whose id belongs to another
+-- tenant's: the jobs after it are not entered.
 -- include: records
 local prefix = ARGV[1]
 local retention_ms = tonumber(ARGV[2])
@@ -39,8 +40,7 @@ local function enter(new)
   end
   if new.status == 'queued' then pcall(join_turns, new.route, new.tenant, new.job_id, now, new.share) end
   record_event(new.job_id, new.webhooks, new.event, new.document, retention_ms)
-  -- A message that cannot be written is one that was lost: the reaper writes it again.
-  if new.queue ~= '' then pcall(redis.call, 'LPUSH', new.queue, new.message) end
+  return new.queue ~= '' and pcall(redis.call, 'LPUSH', new.queue, new.message)
 end
 
 local reply, entered = {}, {}
@@ -58,8 +58,7 @@ for _, new in ipairs(jobs) do
     -- WAIT asks for what its own connection has written, and another one may have entered this job just now.
     if replicated then redis.call('HSET', prefix .. 'job:' .. owner, 'fingerprint', held[1]) end
   else
-    reply[#reply + 1] = {}
-    enter(new)
+    reply[#reply + 1] = enter(new) and {'published'} or {}
     entered[#entered + 1] = new
   end
 end
