@@ -14,11 +14,13 @@ from redis.client import Pipeline
 
 from gradcam_worker.errors import (
     AttemptFenced,
+    DeviceOccupied,
     GradcamError,
     ImageFetchFailed,
     ImageNotFound,
     JobTimeout,
     LedgerUnavailable,
+    OutputNotAllowed,
     StorageUnavailable,
     UnknownJob,
     WeightsUnavailable,
@@ -28,7 +30,7 @@ from gradcam_worker.execution.attempt import Progress
 from gradcam_worker.execution.handler import Disposition, JobHandler, _ProgressWriter
 from gradcam_worker.execution.leases import LeaseManager
 from gradcam_worker.images import fetch
-from gradcam_worker.ledger.ledger import Tenant
+from gradcam_worker.ledger.ledger import Tenant, device_s_of
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.resilience.circuit_breaker import CircuitBreaker
 from gradcam_worker.resilience.server_activity import ServerActivity
@@ -202,6 +204,39 @@ def test_whatever_a_job_raises_it_gets_a_final_state_and_its_lease_is_released(
     assert not handler.leases.jobs()
     with handler.gate.enter(job.id) as free:
         assert free
+
+
+def test_only_a_jobs_own_passes_count_as_its_use_of_the_device(harness: Harness) -> None:
+    class FullStore(MemoryStore):
+        def put_many(self, *_: Any, **__: Any) -> list[str]:
+            raise OutputNotAllowed
+
+    unexplained, unstored = make_job(method={"layer": "no such"}), make_job(metrics=["deletion"])
+    harness.handle(payload(unexplained))
+    harness.store = FullStore()
+    harness.handle(payload(unstored))
+    waited, computed = harness.read(unexplained), harness.read(unstored)
+    assert (waited.error and waited.error.stage, waited.metrics["device_s"]) == ("explain", 0)
+    assert computed.error
+    assert (computed.error.stage, device_s_of(computed)) == ("upload", computed.metrics["device_s"])
+    stages_s = computed.metrics["explain_s"] + computed.metrics["measure_s"]
+    assert 0 < device_s_of(computed) < stages_s
+
+
+def test_no_attempt_counts_while_others_have_the_devices_memory_for_a_bounded_time(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gradcam_worker.execution.handler.OCCUPIED_ATTEMPTS", 4)
+    harness.images["s3://in/a.png"] = DeviceOccupied("23.8 GiB are elsewhere")
+    job = make_job(max_attempts=2)
+    assert harness.handle(payload(job)) == Disposition.RETRY
+    assert [harness.handle_retry(job) for _ in range(2)] == [Disposition.RETRY] * 2
+    document = harness.read(job)
+    assert (document.status, document.error and document.error.code) == ("retrying", "device_occupied")
+    assert (document.attempt, document.max_attempts) == (3, 5)
+    monkeypatch.setattr("gradcam_worker.execution.handler.OCCUPIED_ATTEMPTS", 0)
+    assert [harness.handle_retry(job) for _ in range(2)] == [Disposition.RETRY, Disposition.FINISHED]
+    assert harness.read(job).status == "failed"
 
 
 def test_a_retryable_error_schedules_a_retry_with_a_growing_backoff(harness: Harness) -> None:

@@ -308,7 +308,7 @@ def test_only_the_requested_artifacts_are_written() -> None:
 def test_every_stage_is_timed() -> None:
     _, _, context = run(make_job())
     stages = {"fetch_s", "decode_s", "load_s", "explain_s", "render_s", "upload_s", "batch_wait_s"}
-    assert context.metrics.keys() == {*stages, "batch_size"}
+    assert context.measured().keys() == {*stages, "batch_size", "device_s"}
     assert all(value >= 0 for value in context.metrics.values())
 
 

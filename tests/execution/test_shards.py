@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from gradcam_worker.artifacts import dataset
 from gradcam_worker.errors import (
     AttemptFenced,
+    DeviceOccupied,
     DeviceOutOfMemory,
     GradcamError,
     ImageFetchFailed,
@@ -752,6 +753,7 @@ class FaultyNetwork(TinyNetwork):
 
     before: Callable[[int], None] = lambda _: None  # called with the number of batches so far
     max_images: int = 1000  # that fit into its memory
+    is_occupied: bool = False  # the rest of its memory is with other processes
     raises: bool = False  # on white images; else their scores are NaN
     batches: int = 0
     sizes: list[int] = field(default_factory=list)
@@ -764,7 +766,7 @@ class FaultyNetwork(TinyNetwork):
         self.before(self.batches)
         if len(pixels) > self.max_images:
             message = f"No memory for {len(pixels)} images."
-            raise DeviceOutOfMemory(message)
+            raise (DeviceOccupied if self.is_occupied else DeviceOutOfMemory)(message)
         white = pixels.min(axis=(1, 2, 3)) > 250
         if self.raises and white.any():
             message = "white"
@@ -789,6 +791,13 @@ def test_an_image_that_the_network_cannot_process_fails_alone(raises: bool, code
     healthy.run()
     others = [record for record in healthy.table.to_pylist() if record["row"] != FIRST + 5]
     assert [record for record in harness.table.to_pylist() if not record["error"]] == others
+
+
+def test_no_row_is_written_as_failed_because_others_have_the_devices_memory() -> None:
+    harness = Harness(network=FaultyNetwork(max_images=0, is_occupied=True))
+    with pytest.raises(DeviceOccupied, match=r"11 of 11 images failed .*: No memory for 1 images"):
+        harness.run()
+    assert not harness.store.objects
 
 
 def test_a_batch_that_does_not_fit_into_memory_is_made_smaller_and_no_row_fails() -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from gradcam_worker.errors import DeviceOutOfMemory, NetworkIncompatible
+from gradcam_worker.errors import DeviceOccupied, NetworkIncompatible
 
 pytestmark = pytest.mark.tensorflow
 
@@ -82,7 +82,7 @@ def test_a_network_that_finds_no_memory_is_not_incompatible_and_the_error_says_w
 
     monkeypatch.setattr(device_memory, "_pynvml", lambda: driver(free=GIB // 4))
     monkeypatch.setattr(keras.Model, "load_weights", full)
-    with pytest.raises(DeviceOutOfMemory) as raised:
+    with pytest.raises(DeviceOccupied) as raised:
         load_network("efficientnet_lite0", forward="tensorflow")
     assert str(raised.value) == (
         "No device memory for the network efficientnet_lite0: 0.2 of 24.0 GiB of the GPU are free, 0.0 are "

@@ -123,7 +123,9 @@ def test_an_explanation_is_the_same_across_the_border(path: Path) -> None:
             assert isinstance(one, Explanation)
             assert isinstance(other, Explanation)
             assert_equal(one, other)
-        measured = remote.measure(network, RED, explain(remote), ["deletion"], Deadline(WAIT_S))
+        deadline = Deadline(WAIT_S)
+        measured = remote.measure(network, RED, explain(remote), ["deletion"], deadline)
+        assert 0 < deadline.device_s < WAIT_S
         expected = here.measure(here.load(ROW), RED, explain(here), ["deletion"], Deadline(WAIT_S))
         assert measured.metrics == expected.metrics
         assert network.labels == here.load(ROW).labels

@@ -170,11 +170,11 @@ def test_a_page_is_a_bounded_amount_of_work(
 
 
 def test_the_time_on_the_device_is_counted_for_each_tenant_and_day(ledger: Ledger, job: Job) -> None:
-    metrics = {"explain_s": 3.0, "batch_size": 2}
+    metrics = {"explain_s": 3.0, "device_s": 1.5}
     finish(ledger, enter(ledger, job, ACME), "succeeded", metrics=metrics)
-    finish(ledger, enter(ledger, job, ACME), "succeeded", metrics={"explain_s": 0.25})
+    finish(ledger, enter(ledger, job, ACME), "failed", metrics={"explain_s": 9.0, "device_s": 0.25})
     for _ in range(4):  # shares of a fast device's pass
-        finish(ledger, enter(ledger, job, OTHER), "succeeded", metrics={"explain_s": 0.016, "batch_size": 64})
+        finish(ledger, enter(ledger, job, OTHER), "succeeded", metrics={"device_s": 0.00025})
     ledger.cancel(enter(ledger, job, ACME))
     enter(ledger, job, ACME)
     finish(ledger, enter(ledger, job), "succeeded", metrics=metrics)

@@ -70,6 +70,7 @@
     │   └── ServerBusy                 server_busy               raised
     ├── WorkerError
     │   ├── DeviceOutOfMemory          device_out_of_memory      retried
+    │   ├── DeviceOccupied             device_occupied           retried
     │   ├── WorkerLost                 worker_lost               retried
     │   ├── NetworkCrashed             network_crashed           fails
     │   ├── EngineUnavailable          engine_unavailable        retried
@@ -661,6 +662,16 @@ class DeviceOutOfMemory(WorkerError, RetryableError):
 
     code = "device_out_of_memory"
     public_message = "There was not enough memory for this request. Please ask for less, or try again later."
+
+
+class DeviceOccupied(WorkerError, RetryableError):
+    """Other processes have so much of the device's memory that there was no room."""
+
+    code = "device_occupied"
+    public_message = "There is too little room for this request just now. Please try again later."
+
+
+NO_DEVICE_MEMORY = (DeviceOutOfMemory, DeviceOccupied)
 
 
 class WorkerLost(WorkerError, RetryableError):

@@ -183,7 +183,9 @@ def bottleneck(idle: float, cores: Mapping[str, float], stages: Mapping[str, flo
         return f"the processor: {total:.2f} of {available} cores busy ({most})"
     if cores["worker"] > FULL:
         return f"the worker's interpreter lock: it used {cores['worker']:.2f} cores"
-    waits = {name: spent for name, spent in stages.items() if name not in {"queue_s", "batch_size"}}
+    waits = {
+        name: spent for name, spent in stages.items() if name not in {"queue_s", "batch_size", "device_s"}
+    }
     slowest = max(waits, key=lambda name: waits[name])
     return f"waiting: {total:.2f} of {available} cores busy, {slowest} {1e3 * waits[slowest]:.0f} ms a job"
 

@@ -68,6 +68,10 @@ class JobContext:
     progressed: Callable[[], None] = lambda: None  # reports that the job is not stuck
     storage_fails: Callable[[], bool] = lambda: False  # whether the storage is why reads have failed
 
+    def measured(self) -> dict[str, float]:
+        """How long each stage took, and for how long the device was used, in seconds."""
+        return {**self.metrics, "device_s": round(self.deadline.device_s, 6)}
+
     @contextmanager
     def enter_stage(self, stage: str) -> Iterator[None]:
         """Report a stage, and measure how long the block takes.

@@ -19,6 +19,7 @@ from pydantic import AwareDatetime, TypeAdapter
 
 from gradcam_worker.errors import (
     AttemptFenced,
+    DeviceOccupied,
     GradcamError,
     IdempotencyConflict,
     ImageFetchFailed,
@@ -59,6 +60,9 @@ log = EventLogger("gradcam")
 
 WRITE_PROGRESS_INTERVAL_S = 0.5  # a shorter stage is not worth a request to the ledger
 TURN_PAUSE_S = 0.01  # before the ledger is asked again whose turn it is
+# So many attempts that found the device's memory with other processes do not count: a quarter of an hour
+# with the pauses of the default settings. Not more: memory that this process keeps may be taken for theirs.
+OCCUPIED_ATTEMPTS = 20
 WRITE_PATIENCE_S = 30  # time to keep trying to write a final state or a checkpoint
 # Errors that storage may cause by its silence, besides those that name it.
 SILENCE_ERRORS = (ImageFetchFailed, JobTimeout)
@@ -355,7 +359,7 @@ class JobHandler:
                 return self._end_with_error(work, progress_writer.close(), context, error)
             self.breaker.succeeded()
             latest = progress_writer.close()
-            metrics = {**latest.metrics, **context.metrics, **result.metrics}
+            metrics = {**latest.metrics, **context.measured(), **result.metrics}
             self._finish(work, latest, status="succeeded", **{**vars(result), "metrics": metrics})
             if isinstance(work, Shard):
                 failed = sum(result.rows.failed.values()) if result.rows else 0
@@ -387,16 +391,19 @@ class JobHandler:
             self._hand_back(document, error)
         tracing.annotate(error)
         problem = Problem.of(error, stage=context.current_stage, attempt=document.attempt)
-        changes: dict[str, Any] = {"error": problem, "metrics": {**document.metrics, **context.metrics}}
+        changes: dict[str, Any] = {"error": problem, "metrics": {**document.metrics, **context.measured()}}
         if isinstance(error, JobCanceled):
             self._finish(work, document, status="canceled", **changes)
             return Disposition.FINISHED
-        if not error.retryable or document.attempt >= document.max_attempts:
+        is_not_counted = isinstance(error, DeviceOccupied) and document.attempt < OCCUPIED_ATTEMPTS
+        if not error.retryable or (document.attempt >= document.max_attempts and not is_not_counted):
             self._finish(work, document, status="failed", **changes)
             return Disposition.FINISHED
         delay_s = self._backoff_s(document.attempt)
         log.warning("job_retry_scheduled", delay_s=delay_s, error=error)
         changes["queued_at"] = utc_now()
+        if is_not_counted:
+            changes["max_attempts"] = document.max_attempts + 1
         with tracing.span("write"):
             written = self.ledger.postpone(document, delay_s=delay_s, patience_s=WRITE_PATIENCE_S, **changes)
         _report_end(written)
@@ -432,9 +439,7 @@ class JobHandler:
         if isinstance(work, Job):
             age_s = ((written.completed_at or utc_now()) - written.created_at).total_seconds()
             network = self._known_network(work.network)
-            # What a failed job has measured is how long its stages took, waiting included.
-            device_s = device_s_of(written) if written.status == "succeeded" else 0.0
-            ended = EndedJob(network, work.priority, written.status, max(age_s, 0), device_s)
+            ended = EndedJob(network, work.priority, written.status, max(age_s, 0), device_s_of(written))
             self.observer.job_ended(ended)
 
     def _known_network(self, name: str) -> str | None:

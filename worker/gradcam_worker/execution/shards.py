@@ -25,7 +25,8 @@ from gradcam_worker.artifacts import dataset
 from gradcam_worker.artifacts.dataset import Outcome, Summary
 from gradcam_worker.artifacts.earlier_rows import EarlierRows, find_earlier_rows
 from gradcam_worker.errors import (
-    DeviceOutOfMemory,
+    NO_DEVICE_MEMORY,
+    DeviceOccupied,
     GradcamError,
     ImageFetchFailed,
     InternalError,
@@ -283,6 +284,7 @@ class _ShardRun:
         last one.
 
         Raises:
+            DeviceOccupied: Other processes have the device's memory.
             ImageFetchFailed: More than half of the images cannot be fetched at present.
             InternalError: More than half of the rows failed with another transient error.
             StorageUnavailable: The storage is why rows failed.
@@ -291,6 +293,7 @@ class _ShardRun:
         compute = self._compute_alone if self.context.after_crash else self._compute_pipelined
         compute(indexes, outcomes)
         transient = self._transient(indexes, outcomes)
+        self._check_device(transient, len(indexes))
         if 2 * len(transient) > len(indexes) and not self.context.is_last_attempt:
             first: Any = next(iter(transient.values()))
             kind = ImageFetchFailed if first.code == ImageFetchFailed.code else InternalError
@@ -299,8 +302,16 @@ class _ShardRun:
             self._check_storage(transient, len(indexes))
             time.sleep(min(RETRY_ROWS_AFTER_S, self.context.deadline.left_s()))
             compute([*transient], outcomes)
-            self._check_storage(self._transient(transient, outcomes), len(indexes))
+            transient = self._transient(transient, outcomes)
+            self._check_device(transient, len(indexes))
+            self._check_storage(transient, len(indexes))
         return outcomes
+
+    def _check_device(self, transient: Mapping[int, Outcome], rows: int) -> None:
+        """Raise DeviceOccupied where that is why rows have failed: they must not be written as failed."""
+        codes = {outcome.code for outcome in transient.values() if isinstance(outcome, Problem)}
+        if DeviceOccupied.code in codes:
+            raise DeviceOccupied(_describe(transient, rows))
 
     def _check_storage(self, transient: Mapping[int, Outcome], rows: int) -> None:
         """Raise StorageUnavailable where that is why rows have failed: they must not be written as failed."""
@@ -461,7 +472,7 @@ class _ShardRun:
         except SHARD_ERRORS:
             raise
         except BaseException as error:  # noqa: BLE001  # a custom layer may raise anything
-            out_of_memory = isinstance(error, DeviceOutOfMemory) and size > 1
+            out_of_memory = isinstance(error, NO_DEVICE_MEMORY) and size > 1
             if out_of_memory:
                 size //= 2
                 parts = _groups(images, size)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from gradcam_worker.errors import DeviceOutOfMemory
+from gradcam_worker.errors import NO_DEVICE_MEMORY, DeviceOccupied, DeviceOutOfMemory
 from gradcam_worker.gradcam import backend
 
 GIB = 2**30
@@ -96,17 +96,18 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 @contextmanager
 def explained(use: str) -> Iterator[None]:
-    """Raise DeviceOutOfMemory for a backend's own error that means that its memory is full.
+    """Raise an error of ours for a backend's own that means that the memory of its device is full.
 
     Args:
         use: What the memory is needed for: `a pass over arrays of (32, 224, 224, 3)`.
 
     Raises:
         DeviceOutOfMemory: There was no memory. The message says how much of a GPU is free.
+        DeviceOccupied: There was none, and other processes have more of it than this one.
     """
     try:
         yield
-    except DeviceOutOfMemory:
+    except NO_DEVICE_MEMORY:
         raise
     except Exception as error:
         memory = read_gpu_memory()
@@ -115,6 +116,6 @@ def explained(use: str) -> Iterator[None]:
         message = f"No device memory for {use}"
         if memory and memory.others > memory.own:
             message += f": {memory}. Other processes use this GPU: `nvidia-smi` on its host names them."
-        else:
-            message += f": {memory}." if memory else "."
+            raise DeviceOccupied(message) from error
+        message += f": {memory}." if memory else "."
         raise DeviceOutOfMemory(message) from error

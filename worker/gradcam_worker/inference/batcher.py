@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from gradcam_worker.errors import DeviceOutOfMemory, GradcamError, InternalError, PermanentError
+from gradcam_worker.errors import NO_DEVICE_MEMORY, GradcamError, InternalError, PermanentError
 from gradcam_worker.gradcam.explain import pad_selections, selections_of
 from gradcam_worker.gradcam.network import InputPixels, Method, Network
 from gradcam_worker.gradcam.network import begin as begin_network
@@ -238,6 +238,7 @@ class Batcher:
         if request.error is not None:
             raise request.error
         response: InferenceResponse = request.response
+        request.deadline.used_device(response.device_s)
         return response
 
     def submit(
@@ -367,7 +368,7 @@ class Batcher:
         half = 0 if isinstance(error, PermanentError) else len(batch) // 2
         with self._changed:
             queue = self._queues.get(batch[0].key)
-            if queue and half and isinstance(error, DeviceOutOfMemory):
+            if queue and half and isinstance(error, NO_DEVICE_MEMORY):
                 queue.max_batch_size = min(queue.max_batch_size, (len(batch) + 1) // 2)
             if half:
                 self._retries += [batch[:half], batch[half:]]

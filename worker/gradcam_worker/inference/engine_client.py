@@ -163,6 +163,11 @@ class Answer:
     computed_s: float
     batch_size: int
 
+    @property
+    def device_s(self) -> float:
+        """The request's equal share of the time that the device computed."""
+        return self.computed_s / self.batch_size
+
 
 class EngineClient:
     """Sends requests to the engine process, and waits for the answers."""
@@ -348,6 +353,7 @@ class EngineClient:
             )
 
         answer: Answer = self._ask(message, deadline, pixels, submitted, values)
+        deadline.used_device(answer.device_s)
         return answer
 
     def infer_many(
@@ -372,7 +378,7 @@ class EngineClient:
                     network, each, rows, part, deadline, images=images, bulk=True, alone=alone, values=values
                 ).computed
 
-            score = partial(self._scores_of_each, network, values, deadline)
+            score = partial(self._score, network, values=values, deadline=deadline, bulk=True)
             selected = pad_selections(of_each)
             computed = integrated.integrate(compute, score, pixels, selected, method, network.facts.head)
             return extract_each(network, computed, of_each, method)
@@ -381,20 +387,24 @@ class EngineClient:
         )
         return extract_each(network, answer.computed, of_each, method)
 
-    def _scores_of_each(
+    def _score(
         self,
         network: RemoteNetwork,
+        pixels: InputPixels,
         values: NDArray[np.float32] | None,
         deadline: Deadline,
-        pixels: InputPixels,
+        *,
+        bulk: bool,
     ) -> NDArray[np.float32]:
-        """`scores` of a shard's images, each with its own values of further inputs (n, width)."""
-        scores: NDArray[np.float32] = self._ask(
-            lambda number, offset: Score(number, network.key, offset, len(pixels), bulk=True, alone=False),
+        """`scores` of images with their own values of further inputs each (n, width)."""
+        scores: NDArray[np.float32]
+        scores, computed_s = self._ask(
+            lambda number, offset: Score(number, network.key, offset, len(pixels), bulk, alone=False),
             deadline,
             pixels,
             values=values,
         )
+        deadline.used_device(computed_s)
         return scores
 
     def scores(
@@ -407,13 +417,7 @@ class EngineClient:
         values: NDArray[np.float32] | None = None,
     ) -> NDArray[np.float32]:
         """See `InferenceClient.scores`."""
-        scores: NDArray[np.float32] = self._ask(
-            lambda number, offset: Score(number, network.key, offset, len(pixels), bulk, alone=False),
-            deadline,
-            pixels,
-            values=repeat_values(values, len(pixels)),
-        )
-        return scores
+        return self._score(network, pixels, repeat_values(values, len(pixels)), deadline, bulk=bulk)
 
     def measure(
         self,
@@ -598,7 +602,8 @@ class EngineClient:
         if isinstance(message, Results):
             self._distribute(message, body)
         elif isinstance(message, Scored):
-            self._complete(message.request, messages.split_body(message.arrays, body)[0])
+            scores = messages.split_body(message.arrays, body)[0]
+            self._complete(message.request, (scores, message.computed_s))
         elif isinstance(message, Loaded):
             self._complete(message.request, message)
         elif isinstance(message, Failed):

@@ -589,7 +589,7 @@ def _answer(
     first_request, first = together[0]
     if not isinstance(computed, Computed):
         arrays: tuple[np.ndarray[Any, Any], ...] = (np.ascontiguousarray(computed, np.float32),)
-        return Scored(first_request.number, messages.describe_arrays(arrays)), arrays
+        return Scored(first_request.number, messages.describe_arrays(arrays), first.computed_s), arrays
     if len(together) == len(computed.scores) or first_request.images > 1:
         rows: Any = slice(None)
     else:

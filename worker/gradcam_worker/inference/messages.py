@@ -149,6 +149,7 @@ class Scored:
 
     request: int
     arrays: tuple[tuple[str, tuple[int, ...]], ...]
+    computed_s: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from gradcam_worker.errors import DeviceOutOfMemory, GradcamError, NetworkIncompatible, PermanentError
+from gradcam_worker.errors import NO_DEVICE_MEMORY, GradcamError, NetworkIncompatible, PermanentError
 from gradcam_worker.gradcam.catalog import NetworkRow
 from gradcam_worker.gradcam.explain import (
     Explanation,
@@ -339,7 +339,7 @@ class ModelCache:
             try:
                 # Twice: the first batch of a size includes tracing.
                 took_s = min(self._time_batch(network, size), self._time_batch(network, size))
-            except DeviceOutOfMemory:
+            except NO_DEVICE_MEMORY:
                 break
             except Exception as error:  # noqa: BLE001  # jobs of this network will get the error themselves
                 log.warning("network_warm_up_failed", network=network.facts.name, error=error)

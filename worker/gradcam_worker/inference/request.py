@@ -34,6 +34,11 @@ class InferenceResponse:
     computed_s: float
     batch_size: int
 
+    @property
+    def device_s(self) -> float:
+        """The caller's equal share of the time that the device computed."""
+        return self.computed_s / self.batch_size
+
 
 @dataclass(frozen=True)
 class InferenceResult:

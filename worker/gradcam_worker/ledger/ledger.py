@@ -847,19 +847,15 @@ def latest_days(days: int) -> list[date]:
 
 
 def device_s_of(document: StatusDocument) -> float:
-    """How long a job has used the device: its equal share of the pass that it was computed in.
-
-    A method that scores many masked images has passes of its own: their time, with the waiting between them.
-    Time of earlier attempts, and for metrics, is not included.
+    """How long the latest attempt at a job has used the device, however it ended.
 
     Args:
         document: The final document.
 
     Returns:
-        Seconds; 0 for a job that was not computed.
+        Seconds: its equal shares of the passes that it was computed in; 0 for a job that was not computed.
     """
-    metrics = document.metrics
-    return metrics.get("explain_s", 0) / max(metrics.get("batch_size", 1), 1)
+    return document.metrics.get("device_s", 0.0)
 
 
 def _make_entry(work: Work, tenant: Tenant, write_message: MessageWriter | None) -> Entry:

@@ -96,7 +96,7 @@ METRICS = (
     MetricDefinition(
         "counter",
         "network_device_seconds_total",
-        "Seconds of the device that those that succeeded used: each its equal share of its pass.",
+        "Seconds of the device that they used: each its equal shares of its passes.",
         {"network": ANY},
     ),
     MetricDefinition(

@@ -1,4 +1,4 @@
-"""The deadline of a job, which can be extended and cancelled."""
+"""The time of a job: its deadline, which can be extended and cancelled, and what it used of the device."""
 
 import math
 import threading
@@ -21,6 +21,21 @@ class Deadline:
         self._lock = threading.Lock()
         self._lease_end_s = math.inf
         self._cancelled: GradcamError | None = None
+        self._device_s = 0.0
+
+    @property
+    def device_s(self) -> float:
+        """Seconds for which the job has used the device."""
+        return self._device_s
+
+    def used_device(self, seconds: float) -> None:
+        """Note that a pass of the job is complete.
+
+        Args:
+            seconds: How long the device computed it: the job's share, if it was shared.
+        """
+        with self._lock:
+            self._device_s += seconds
 
     def give_back(self, since_s: float, until_s: float) -> None:
         """Move the deadline, by time that was lost without the job's fault. No time is given back twice.

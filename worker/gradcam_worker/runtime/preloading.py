@@ -4,7 +4,7 @@ import errno
 import gc
 import time
 
-from gradcam_worker.errors import DeviceOutOfMemory, InvalidSettings, PermanentError, WeightsUnavailable
+from gradcam_worker.errors import NO_DEVICE_MEMORY, InvalidSettings, PermanentError, WeightsUnavailable
 from gradcam_worker.gradcam.registry.registry import Registry
 from gradcam_worker.inference.model_cache import ModelCache
 from gradcam_worker.observability.health import Health
@@ -38,7 +38,7 @@ def preload(settings: Settings, model_cache: ModelCache, health: Health) -> None
     while remaining:
         try:
             model_cache.warm_up(networks.find(remaining[0]))
-        except (PermanentError, WeightsUnavailable, DeviceOutOfMemory) as error:
+        except (PermanentError, WeightsUnavailable, *NO_DEVICE_MEMORY) as error:
             cause = error.__cause__
             no_file = isinstance(cause, OSError) and cause.errno in MISSING_FILE_ERRNOS
             if isinstance(error, PermanentError) or no_file:
