@@ -308,6 +308,26 @@ def test_damage_is_refused_from_the_limit_on(photo: Image.Image) -> None:
         decode(less, Limits(max_damage=0))
 
 
+def test_the_colours_of_a_small_file_that_claims_many_pixels_are_not_converted(
+    photo: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = encode(photo.resize((96, 96)).convert("CMYK"))
+    at = small.find(b"\xff\xc0") + 5
+    claims_many = small[:at] + (2000).to_bytes(2, "big") * 2 + small[at + 4 :]
+    converted: list[NDArray[np.uint8]] = []
+
+    def convert(inks: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        converted.append(inks)
+        return inks[..., :3]
+
+    monkeypatch.setattr("gradcam_worker.gradcam.decoding.decode._from_cmyk", convert)
+    with pytest.raises(ImageDecodeFailed, match=r"9\d\.\d% of the image is missing"):
+        decode(claims_many)
+    assert not converted
+    decode(claims_many, ANY_DAMAGE)
+    assert len(converted) == 1
+
+
 def test_an_image_that_lacks_nothing_is_decoded_whatever_the_limit(photo: Image.Image) -> None:
     for cut in (encode(photo, quality=85)[:-2], encode(textured("RGB")[0], "PNG")[:-1]):
         damage = decode(cut, Limits(max_damage=0)).damage

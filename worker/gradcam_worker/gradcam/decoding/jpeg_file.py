@@ -264,13 +264,22 @@ def measure_damage(
         return Damage(1, "it was transferred as text, in which each line feed has become two bytes")
     match = _EXTRANEOUS.search(complaint)
     extraneous = int(match[1]) / len(data) if match else 0.0
-    grey = (decoded == GREY).all(axis=2)
+    grey = ~_differs(decoded, GREY)
     missing = _reduce_blocks(grey, np.all)
     share = max(float(missing.mean()), extraneous, _missing_coefficients(data), _missing_intervals(data))
     if share < DECISIVE_SHARE:
-        changed = (decoded != decode_with_junk()).any(axis=2)
-        share = max(float((missing | _reduce_blocks(changed, np.any)).mean()), share)
+        changed = _reduce_blocks(_differs(decoded, decode_with_junk()), np.any)
+        share = max(float((missing | changed).mean()), share)
     return Damage(min(share, 1), complaint.removeprefix("Corrupt JPEG data: "))
+
+
+def _differs(pixels: Pixels, others: Pixels | int) -> NDArray[np.bool_]:
+    """Which pixels (height, width) differ in any channel; by channel, which is four times as fast."""
+    others = np.broadcast_to(np.asarray(others, np.uint8), pixels.shape)
+    differs = np.zeros(pixels.shape[:2], np.bool_)
+    for channel in range(pixels.shape[2]):
+        differs |= pixels[..., channel] != others[..., channel]
+    return differs
 
 
 def _reduce_blocks(mask: NDArray[np.bool_], reduce: Callable[..., Any]) -> NDArray[np.bool_]:
