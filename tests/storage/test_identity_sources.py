@@ -96,7 +96,7 @@ def cloud(
     http_server: Any, answer: Any, no_keys: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Cloud:
     monkeypatch.delenv("AWS_EC2_METADATA_DISABLED", raising=False)
-    http_server.url("/results/cams/a.txt", answer(200, headers={"ETag": '"1"'}))
+    http_server.url("/results/cams/a.txt", answer(200, headers={"ETag": '"0123456789abcdef"'}))
     return Cloud(http_server, answer, tmp_path, monkeypatch)
 
 

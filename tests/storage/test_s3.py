@@ -248,7 +248,7 @@ def raw() -> Iterator[Callable[[Callable[[socket.socket], object]], Raw]]:
 
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\nLast-Modified: Mon, 02 Jan 2006 15:04:05 GMT\r\n"
-HEAD += b'ETag: "a"\r\n\r\n'
+HEAD += b'ETag: "0123456789abcdef"\r\n\r\n'
 
 
 def retries(seconds: float, deadline: Deadline = NO_DEADLINE) -> Retries:
@@ -323,7 +323,9 @@ class TestFaults:
                 caller, _ = listener.accept()
                 with caller:
                     caller.recv(65_536)
-                    caller.sendall(b'HTTP/1.1 200 OK\r\nContent-Length: 0\r\nETag: "a"\r\n\r\n')
+                    caller.sendall(
+                        b'HTTP/1.1 200 OK\r\nContent-Length: 0\r\nETag: "0123456789abcdef"\r\n\r\n'
+                    )
                     putting.result(20)
 
     @pytest.mark.parametrize("answers", ["silence", "a drip", "half"])
@@ -640,7 +642,7 @@ class TestChecksums:
                 sent = http_server.headers[-1]
                 good = {"content-md5", "x-amz-checksum-sha256"} & sent.keys()
                 guarded.status, guarded.body = (200, b"") if good else (400, refusal)
-                guarded.headers = {"etag": '"a"'}
+                guarded.headers = {"etag": '"0123456789abcdef"'}
 
             guarded.before = look
             for number in range(3):
@@ -795,7 +797,10 @@ class TestActivity:
 
     def test_a_refusal_a_missing_or_a_large_object_is_an_answer(self, http_server: Any, answer: Any) -> None:
         s3 = local(http_server)
-        dated = {"last-modified": "Mon, 02 Jan 2006 15:04:05 GMT", "etag": '"a"'}
+        dated = {
+            "last-modified": "Mon, 02 Jan 2006 15:04:05 GMT",
+            "etag": '"0123456789abcdef"',
+        }
         http_server.url("/photos/large.jpg", answer(200, b"x" * 20, dated))
         http_server.url("/photos/denied.jpg", answer(403, page("AccessDenied")))
         http_server.url("/photos/none.jpg", answer(404, page("NoSuchKey")))
@@ -812,6 +817,6 @@ class TestActivity:
                 s3.put("own", "a", b"data", "text/plain", retries(0.2))
             assert s3.writes.has_failed, code
             assert s3.reads.silent_s == 0
-            http_server.url("/own/a", answer(200, b"", {"etag": '"a"'}))
+            http_server.url("/own/a", answer(200, b"", {"etag": '"0123456789abcdef"'}))
             s3.put("own", "a", b"data", "text/plain", retries(5))
             assert (s3.writes.silent_s, s3.writes.has_failed) == (0, False)

@@ -115,7 +115,7 @@ def test_each_request_carries_what_it_needs_and_without_settings_nothing(
     http_server: Any, answer: Any
 ) -> None:
     for key in (BY_OBSTORE, BY_BOTO3):
-        http_server.url(f"/own/{key}", answer(200, b"", {"etag": '"a"'}))
+        http_server.url(f"/own/{key}", answer(200, b"", {"etag": '"0123456789abcdef"'}))
     listing = b"<ListBucketResult></ListBucketResult>"
     http_server.url("/own?list-type=2&prefix=&encoding-type=url", answer(200, listing))
     for options in (ALL, {}):

@@ -53,7 +53,17 @@ S3_ANSWERS = {
     "proxy-403": (http_answer(403, PAGE, "text/html"), "HTTP 403 from something that does not answer as S3"),
     "proxy-407": (http_answer(407, PAGE, "text/html"), "HTTP 407 from something that does not answer as S3"),
     "proxy-404": (http_answer(404, PAGE, "text/html"), "HTTP 404 from something that does not answer as S3"),
-    "login-page": (http_answer(200, PAGE, "text/html"), "HTTP 200 from something that does not answer as S3"),
+    **{
+        f"login-page{name}": (
+            http_answer(200, PAGE, f"text/html{headers}"),
+            "HTTP 200 from something that does not answer as S3",
+        )
+        for name, headers in {
+            "": "",
+            "-of-a-file": '\r\nETag: "2d-432a5e4a73a80"\r\nLast-Modified: Mon, 02 Jan 2006 15:04:05 GMT',
+            "-of-an-app": '\r\nETag: W/"d41d8cd98f00b204e9800998ecf8427e"',
+        }.items()
+    },
 }
 STS_REFUSAL = b"<ErrorResponse><Error><Code>%s</Code><Message>Not this time</Message></Error></ErrorResponse>"
 SOURCES: dict[str, tuple[str, int, bytes, str]] = {

@@ -41,12 +41,14 @@ from gradcam_worker.settings import Settings
 from gradcam_worker.storage import credentials
 from gradcam_worker.storage.s3_errors import (
     S3_ERRORS,
+    ForeignAnswer,
     InvalidBucket,
     InvalidListing,
     check_answer,
     check_page,
     is_answer,
     is_permanent,
+    is_s3_etag,
     read_error,
     requires_checksum,
 )
@@ -73,7 +75,7 @@ class ObstorePanicked(Exception):
     """Obstore panicked, and did not do what it was called for."""
 
 
-OBSTORE_ERRORS = (obstore.exceptions.BaseError, ObstorePanicked, OSError, ValueError)
+OBSTORE_ERRORS = (obstore.exceptions.BaseError, ForeignAnswer, ObstorePanicked, OSError, ValueError)
 # A store that is restarted is available again within `total_s`. After that the job is requeued, which frees
 # its thread.
 STORAGE = RetryPolicy(
@@ -238,7 +240,10 @@ class S3:
             if self._storage_class:
                 attributes["Storage-Class"] = self._storage_class
             store, tags = self._for_obstore(bucket, key), self._tags or None
-            store.put(key, data, attributes=attributes, tags=tags, use_multipart=False)
+            etag = store.put(key, data, attributes=attributes, tags=tags, use_multipart=False)["e_tag"]
+            if not is_s3_etag(etag):
+                message = f"the ETag {etag} is not as S3's: boto3 shows the answer's type"
+                raise ForeignAnswer(message)
 
         def with_boto3() -> None:
             request = {"Bucket": bucket, "Key": key, "Body": data, "ContentType": media_type, **self._writing}
@@ -286,7 +291,7 @@ class S3:
         def with_obstore() -> bytes:
             response = self._for_obstore(bucket, key).get(key)
             size = response.meta["size"]
-            check_page(response.attributes.get("Content-Type"), is_of_s3=response.meta["e_tag"] is not None)
+            check_page(response.attributes.get("Content-Type"), response.meta["e_tag"])
             check(size)
             if size <= READ_AT_ONCE_BYTES:
                 return bytes(response.bytes())
@@ -394,7 +399,8 @@ class S3:
     def remove(self, bucket: str, key: str) -> None:
         """Delete an object if it exists. Raises one of S3_ERRORS."""
         self._check(bucket)
-        REQUEST.call(partial(self.client.delete_object, Bucket=bucket, Key=key, **self._reading))
+        request = partial(self.client.delete_object, Bucket=bucket, Key=key, **self._reading)
+        REQUEST.call(lambda: check_answer(request()))
 
     def read_image(self, bucket: str, key: str, max_bytes: int, deadline: Deadline) -> bytes:
         """Read an object; stop as soon as it turns out to be too large or too slow.

@@ -57,7 +57,10 @@ IDENTITY_CODES = {
 PASSING_CODES = {"ExpiredToken", "RequestTimeTooSkewed", "TokenRefreshRequired"}  # of those
 # Codes for an invalid key or bucket name.
 INVALID_NAME_CODES = ("InvalidBucketName", "InvalidObjectName", "InvalidURI", "KeyTooLong")
-S3_HEADERS = {"x-amz-request-id", "x-amz-id-2"}  # an S3 server sends at least one of them
+S3_HEADERS = {"x-amz-request-id", "x-amz-id-2", "x-guploader-uploadid"}  # of Amazon, most others, and Google
+# Of an object: a checksum, perhaps with the number of its parts. Web servers build theirs otherwise.
+S3_ETAG = re.compile(r'"?(0x)?[0-9a-f]{15,}(-\d+)?"?', re.IGNORECASE)
+NO_CONTENT = 204
 # Errors of a source of keys that is temporarily unavailable.
 KEY_SOURCE_ERRORS = (NotConnected, CredentialRetrievalError, HTTPClientError, OSError)
 READ = "s3:GetObject"
@@ -192,17 +195,24 @@ def requires_checksum(error: ClientError) -> bool:
 def check_answer(answer: Mapping[str, Any]) -> None:
     """Raise ForeignAnswer if boto3's answer is a page of HTML, and nothing in it is of an S3 server.
 
-    Else an object would count as written, or a bucket as empty.
+    Else an object would count as written or as removed, or a bucket as empty.
     """
-    headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {})
-    check_page(headers.get("content-type"), is_of_s3=bool({"etag", *S3_HEADERS} & set(headers)))
+    metadata = answer.get("ResponseMetadata", {})
+    headers = metadata.get("HTTPHeaders", {})
+    if metadata.get("HTTPStatusCode") != NO_CONTENT and not S3_HEADERS & set(headers):
+        check_page(headers.get("content-type"), headers.get("etag"))
 
 
-def check_page(content_type: str | None, *, is_of_s3: bool) -> None:
-    """Raise ForeignAnswer for a page of HTML in which nothing is of an S3 server."""
-    if str(content_type).startswith("text/html") and not is_of_s3:
+def check_page(content_type: str | None, etag: str | None) -> None:
+    """Raise ForeignAnswer for a page of HTML that has no ETag as S3 servers send it."""
+    if str(content_type).startswith("text/html") and not is_s3_etag(etag):
         message = "HTTP 200 from something that does not answer as S3 does, a proxy perhaps"
         raise ForeignAnswer(message)
+
+
+def is_s3_etag(etag: str | None) -> bool:
+    """Return whether an ETag has the form that S3 servers give it."""
+    return S3_ETAG.fullmatch(etag or "") is not None
 
 
 def describe(error: BaseException) -> str:
