@@ -264,7 +264,7 @@ def test_every_job_is_read_however_many_have_one_score(
 
 def test_all_webhooks_of_a_job_are_looked_for() -> None:
     (at_most,) = (one.max_length for one in Job.model_fields["webhooks"].metadata)
-    assert f"local MAX_WEBHOOKS = {at_most}\n" in ExportJobs.source()
+    assert f"local MAX_WEBHOOKS = {at_most}\n" in ExportJobs.source
 
 
 def test_what_has_ended_too_long_ago_is_left_out(

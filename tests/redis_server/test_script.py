@@ -1,5 +1,6 @@
 """Each Lua script and its typed call say the same."""
 
+import importlib
 import re
 import subprocess
 import sys
@@ -91,7 +92,7 @@ def test_the_arguments_of_a_script_are_the_fields_of_its_call(call: type[LuaScri
 
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
 def test_every_argument_of_a_script_is_used(call: type[LuaScript[Any]]) -> None:
-    text = re.sub("--.*", "", call.source())
+    text = re.sub("--.*", "", call.source)
     for one in declared(call.path):
         assert len(re.findall(rf"\b{one.name}\b", text)) > 1, one
         for field in one.form.split() if " " in one.form else ():
@@ -111,7 +112,7 @@ def test_every_lua_file_is_a_call_or_included_and_no_lua_stands_in_python() -> N
 def test_the_server_can_compile_a_script(call: type[LuaScript[Any]], settings: Settings) -> None:
     server = RedisServer(settings)
     try:
-        assert server.redis.script_load(call.source())
+        assert server.redis.script_load(call.source)
     finally:
         server.close()
 
@@ -152,14 +153,30 @@ def test_the_scripts_are_found_in_a_package_that_is_imported_from_a_zip_file(tmp
         "for module in map(importlib.import_module, modules):\n"
         "    assert module.__file__.startswith(archive), module\n"
         "for call in LuaScript.__subclasses__():\n"
-        "    print(call.__name__, len(call.source()))\n"
+        "    print(call.__name__, len(call.source))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", program, archive, *modules], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    expected = {f"{call.__name__} {len(call.source())}" for call in CALLS if call.__module__ in modules}
+    expected = {f"{call.__name__} {len(call.source)}" for call in CALLS if call.__module__ in modules}
     assert set(done.stdout.splitlines()) == expected
+
+
+def test_a_script_is_the_one_that_was_there_when_its_call_was_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "upgraded/lua").mkdir(parents=True)
+    (tmp_path / "upgraded/__init__.py").touch()
+    (tmp_path / "upgraded/calls.py").write_text(
+        "from gradcam_worker.redis_server.script import LuaScript\n"
+        "class Upgraded(LuaScript, file='upgraded'): pass\n"
+    )
+    (tmp_path / "upgraded/lua/upgraded.lua").write_text("return 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    calls = importlib.import_module("upgraded.calls")
+    (tmp_path / "upgraded/lua/upgraded.lua").write_text("return 2\n")
+    assert calls.Upgraded.source == "return 1\n"
 
 
 class Pair(NamedTuple):
@@ -168,8 +185,8 @@ class Pair(NamedTuple):
 
 
 @dataclass(kw_only=True)
-class Example(LuaScript[int], file="example"):
-    __module__ = script.__name__  # a script lies in a package
+class Example(LuaScript[int], file="prune"):
+    __module__ = scripts.__name__  # a script lies in a package
 
     key: Key
     keys_of_all: Sequence[Key]
@@ -192,6 +209,6 @@ def test_a_call_encodes_its_fields_in_order() -> None:
         no=False,
         pairs=[Pair("a", 1), Pair("b", 2)],
     )
-    assert call.path == PACKAGE / "redis_server" / "lua" / "example.lua"
+    assert call.path == PACKAGE / "ledger/redis/lua/prune.lua"
     assert call.keys() == ["k", "l", "m"]
     assert call.arguments() == ["t", 3, "", "1", "", "a", 1, "b", 2]

@@ -316,7 +316,7 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
 
     def _load_receive(self) -> str:
         try:
-            return str(bytes_to_str(self._create_client().script_load(Receive.source())))
+            return str(bytes_to_str(self._create_client().script_load(Receive.source)))
         except redis.exceptions.NoPermissionError as error:
             log.warning(
                 "receive_script_not_permitted",

@@ -222,7 +222,7 @@ class RedisClients:
                 REPLICATED_S. The script may then have changed something nevertheless.
         """
         client = await self._find_client()
-        keys, sha = script.keys(), client.register_script(script.source()).sha
+        keys, sha = script.keys(), client.register_script(script.source).sha
         with self._reporting():
             with self.translate_errors():
                 for last in (False, True):
@@ -232,7 +232,7 @@ class RedisClients:
                     result, count = await _received(pipeline.execute(raise_on_error=False))
                     if last or not isinstance(result, redis.exceptions.NoScriptError):
                         break
-                    await _received(client.script_load(script.source()))
+                    await _received(client.script_load(script.source))
                 for reply in (result, count):
                     if isinstance(reply, Exception):
                         raise reply
@@ -247,7 +247,7 @@ class RedisClients:
     def _call(self, client: Any, script: LuaScript[Any], prefix: str) -> Any:
         script_class = type(script)
         if script_class not in self._scripts:
-            self._scripts[script_class] = client.register_script(script_class.source())
+            self._scripts[script_class] = client.register_script(script_class.source)
         arguments = [prefix, *script.arguments()]
         return self._scripts[script_class](keys=script.keys(), args=arguments, client=client)
 

@@ -45,15 +45,17 @@ class LuaScript(Generic[Result]):
     folder: ClassVar[Traversable]  # a Path, unless the package is imported from a zip file
     path: ClassVar[Traversable]
 
+    source: ClassVar[str]  # the text of the script, with everything that it includes
+
     def __init_subclass__(cls, *, file: str) -> None:
-        """`file`: the name of the script's file, without its extension."""
+        """Read the script now: later its file may be that of another version, which is being installed.
+
+        Args:
+            file: The name of the script's file, without its extension.
+        """
         cls.folder = resources.files(cls.__module__.rpartition(".")[0]) / "lua"
         cls.path = cls.folder / f"{file}.lua"
-
-    @classmethod
-    def source(cls) -> str:
-        """The text of the script, with everything that it includes."""
-        return _load(cls)  # type: ignore[arg-type]  # hashable: a class
+        cls.source = load(cls.folder, cls.path)
 
     def keys(self) -> list[str]:
         """The script's KEYS."""
@@ -76,11 +78,6 @@ class LuaScript(Generic[Result]):
                 for item in value:
                     encoded += [item] if isinstance(item, str) else map(_encode, item)
         return encoded
-
-
-@cache
-def _load(script: type[LuaScript[Any]]) -> str:
-    return load(script.folder, script.path)
 
 
 def load(folder: Traversable, path: Traversable) -> str:
