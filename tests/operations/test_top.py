@@ -20,6 +20,7 @@ from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.observability.queue_depths import QueueDepths, TenantUse
 from gradcam_worker.operations import console as terminal
 from gradcam_worker.operations import top
+from gradcam_worker.redis_server.client import RedisClients
 from gradcam_worker.schemas.job import Priority
 from gradcam_worker.schemas.status import Problem, WorkerRef
 from gradcam_worker.schemas.work import ROUTES
@@ -103,6 +104,27 @@ def test_a_snapshot_has_queues_workers_throughput_errors_and_backfills(settings:
         assert [facts["output"] for facts in snapshot.backfills] == ["s3://results/cats"]
     kept = ledger.server.redis.keys(f"{settings.key_prefix}ended:*")
     assert {0 < ledger.server.redis.pttl(key) <= 900_000 for key in kept} == {True}, "counts expire"
+
+
+def test_what_is_wrong_with_redis_is_shown_below_the_head(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = {"maxmemory_policy": "allkeys-lru", "maxmemory": 1000, "used_memory": 900, "aof_enabled": 1}
+    monkeypatch.setattr(RedisClients, "read_info", lambda _: info)
+    dashboard = top.Dashboard(settings)
+    snapshot = dashboard.snapshot()
+    assert [(one["check"], one["severity"]) for one in snapshot.redis] == [
+        ("eviction", "error"),
+        ("memory", "warning"),
+    ]
+    lines = rendered_lines(replace(EMPTY, redis=snapshot.redis), monkeypatch, HEIGHT)
+    shown = " ".join(" ".join(lines[2:8]).split())
+    assert "when that is full it evicts accepted jobs. Set maxmemory-policy noeviction" in shown
+    assert "uses 90% of maxmemory 1,000: when that is full it accepts no jobs." in shown
+    monkeypatch.setattr(RedisClients, "read_info", lambda _: {})
+    assert dashboard.snapshot().redis == snapshot.redis, "they are not made for each screen"
+    assert not top.Dashboard(settings).snapshot().redis
+    assert "maxmemory" not in " ".join(rendered_lines(EMPTY, monkeypatch))
 
 
 def test_the_previous_minute_counts_in_proportion_to_its_part_of_the_last_60_seconds() -> None:

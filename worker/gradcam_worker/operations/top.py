@@ -25,6 +25,7 @@ from gradcam_worker.ledger.redis import stats
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.observability.queue_depths import QueueDepths, TenantUse
 from gradcam_worker.operations import console
+from gradcam_worker.redis_server.server_checks import ServerMonitor
 from gradcam_worker.schemas.status import StatusDocument
 from gradcam_worker.schemas.work import ROUTE, ROUTES
 from gradcam_worker.settings import Settings
@@ -32,6 +33,7 @@ from gradcam_worker.text.urls import without_secrets
 from gradcam_worker.text.visible import counted
 
 REFRESH_INTERVAL_S = 1.0
+REDIS_INTERVAL_S, REDIS_TIMEOUT_S = 10.0, 1.0  # of the checks of Redis, which must not hold up the screen
 MINUTE_MS, HOUR_MS = 60_000, 3_600_000
 MAX_DEAD_LETTERS = 500  # of the last hour, read to count their error codes
 STATES = ("succeeded", "failed", "canceled", "expired")
@@ -54,6 +56,7 @@ class Snapshot:
     at: str  # ISO 8601, by the ledger's clock
     place: str  # URL of the ledger, without its password
     depths: QueueDepths
+    redis: tuple[Mapping[str, str], ...] = ()  # failing checks of the servers: check, severity, detail, fix
     parked: int = 0  # recipients with undelivered events that no worker retries
     ended: Mapping[str, int] = field(default_factory=dict)  # jobs of about the last 60 s, by state
     shards_ended: Mapping[str, int] = field(default_factory=dict)
@@ -72,6 +75,9 @@ class Dashboard:
         self._backfills = RedisBackfillRegistry(self._ledger.server)
         self._ledger_url, self._lease_s = without_secrets(settings.ledger), settings.lease_s
         self._codes: dict[str, str] = {}  # job id -> error code, of dead letters
+        self._monitor = ServerMonitor(settings, timeout_s=REDIS_TIMEOUT_S)
+        self._redis: tuple[Mapping[str, str], ...] = ()
+        self._redis_due_s = 0.0  # monotonic time
 
     def snapshot(self) -> Snapshot:
         """Read the present state. Raises LedgerUnavailable."""
@@ -100,6 +106,7 @@ class Dashboard:
             at=datetime.fromtimestamp(now_ms / 1000, UTC).isoformat(timespec="seconds"),
             place=self._ledger_url,
             depths=stats.read_depths(server, self._lease_s),
+            redis=self._check_redis(),
             parked=parked,
             ended=jobs,
             shards_ended=shards,
@@ -110,6 +117,17 @@ class Dashboard:
             ),
             backfills=tuple(self._backfills.running()),
         )
+
+    def _check_redis(self) -> tuple[Mapping[str, str], ...]:
+        """What is wrong with the servers of broker and ledger: see `redis_server.server_checks`."""
+        if time.monotonic() >= self._redis_due_s:
+            self._redis = tuple(
+                {"check": one.name, "severity": one.severity, "detail": one.detail, "fix": one.fix}
+                for one in self._monitor.read_checks()
+                if not one.well
+            )
+            self._redis_due_s = time.monotonic() + REDIS_INTERVAL_S
+        return self._redis
 
     def _count_codes(self, letters: Sequence[str]) -> dict[str, int]:
         """Count dead letters by error code, the most frequent first."""
@@ -223,8 +241,9 @@ def render(snapshot: Snapshot, *, height: int | None = None) -> RenderableType:
     """
     head = Text.assemble(("gradcam top", "bold"), f" · {snapshot.at[11:19]} UTC · {snapshot.place}")
     head.truncate(console.out.width, overflow="ellipsis")  # a URL of Sentinels is long
-    parts: list[RenderableType] = [head, "", _counts(snapshot), ""]
-    lines = 4 + 1 + len(ROUTES)
+    notes = [_redis_note(check) for check in snapshot.redis]
+    parts: list[RenderableType] = [head, *notes, "", _counts(snapshot), ""]
+    lines = 4 + 1 + len(ROUTES) + NOTE_LINES * len(notes)
     if snapshot.errors:
         parts += [_errors(snapshot), ""]
         lines += 2 + min(len(snapshot.errors), MAX_CODES)
@@ -238,6 +257,17 @@ def render(snapshot: Snapshot, *, height: int | None = None) -> RenderableType:
     max_lines = None if height is None else max(height - lines - FREE_LINES, 2)
     parts.append(_workers(snapshot.workers, max_lines))
     return Group(*parts)
+
+
+def _redis_note(check: Mapping[str, str]) -> Text:
+    style = "red" if check["severity"] == "error" else "yellow"
+    return _at_most(NOTE_LINES, console.plain(f"{check['detail']} {check['fix']}", style))
+
+
+def _at_most(lines: int, note: Text) -> Text:
+    """Shorten a note, which wraps between words."""
+    note.truncate(lines * (console.out.width - WRAP_MARGIN), overflow="ellipsis")
+    return note
 
 
 def _counts(snapshot: Snapshot) -> Table:
@@ -369,9 +399,8 @@ def _workers(workers: Sequence[Mapping[str, Any]], max_lines: int | None) -> Ren
         batch = f"{row.batch:.1f}" if row.batch else ""
         label, device = console.plain(row.label), console.plain(row.device)
         table.add_row(label, device, uptime, str(row.running), batch, style="red" if row.trouble else "")
-    notes = [console.plain(f"{row.name} is paused: {row.trouble}", "red") for row in shown if row.trouble]
-    for note in notes:
-        note.truncate(NOTE_LINES * (console.out.width - WRAP_MARGIN), overflow="ellipsis")
+    paused_notes = (f"{row.name} is paused: {row.trouble}" for row in shown if row.trouble)
+    notes = [_at_most(NOTE_LINES, console.plain(note, "red")) for note in paused_notes]
     hidden = len(workers) - sum(row.is_worker for row in shown)
     rest = [Text(f"... and {hidden} more.", "dim")] if hidden else []
     return Group(table, *rest, *(notes if max_lines is None else notes[:MAX_NOTES]))
