@@ -443,9 +443,9 @@ def test_a_ledger_that_is_away_is_waited_for_and_that_is_said(harness: Harness, 
 
 def test_of_a_long_outage_an_operator_hears_every_half_minute(monkeypatch: pytest.MonkeyPatch) -> None:
     now, said = [0.0], list[str]()
-    monkeypatch.setattr("gradcam_worker.backfill.outages.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("gradcam_worker.resilience.outages.time.monotonic", lambda: now[0])
     monkeypatch.setattr("gradcam_worker.backfill.outages.time.sleep", lambda _: None)
-    log = outages.OutageLog(said.append)
+    log = outages.PatientCalls(said.append)
 
     def step() -> None:
         if now[0] < 70:

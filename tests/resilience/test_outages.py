@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from gradcam_worker.errors import BrokerUnavailable, LedgerUnavailable
-from gradcam_worker.resilience.outages import LOG_INTERVAL_S, RECOVERED_AFTER_S, Outage, Outages
+from gradcam_worker.resilience.outages import RECOVERED_AFTER_S, TOLD_EVERY_S, Outage, Outages
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_an_outage_is_a_line_at_its_start_one_each_half_minute_and_one_at_its_en
         == 'server_still_unreachable server=broker outage_s=30 failures=301 reason="nothing is received"'
     )
     assert caplog.messages[-1] == "server_reachable_again server=broker outage_s=70 failures=700"
-    now[0] += LOG_INTERVAL_S
+    now[0] += TOLD_EVERY_S
     one.failed("nothing is received")
     assert caplog.messages[-1] == 'server_unreachable server=broker reason="nothing is received"'
 

@@ -809,6 +809,15 @@ class TestActivity:
                 s3.read_image("photos", f"{name}.jpg", 10, Deadline(5))
             assert (s3.reads.silent_s, s3.reads.has_failed) == (0, False), name
 
+    def test_an_outage_is_told_once_not_with_each_call(
+        self, free_port: int, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        s3 = S3(Settings(s3_endpoint_url=f"http://127.0.0.1:{free_port}", **KEYS))
+        for name in ("a", "b", "c"):
+            with caplog.at_level("INFO", "gradcam"), pytest.raises(S3_ERRORS):
+                s3.put("own", name, b"data", "text/plain", retries(0.6))
+        assert [line.partition(" ")[0] for line in caplog.messages] == ["obstore_failed"]
+
     def test_a_server_that_fails_or_knows_no_keys_is_silent(self, http_server: Any, answer: Any) -> None:
         s3 = local(http_server)
         for status, code in ((503, "SlowDown"), (403, "InvalidAccessKeyId")):

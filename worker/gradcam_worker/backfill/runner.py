@@ -20,7 +20,7 @@ from typing import Any
 
 from gradcam_worker.backfill.inflight import FATAL_CODES, InFlight, InFlightShard, with_derived_id
 from gradcam_worker.backfill.options import RunOptions
-from gradcam_worker.backfill.outages import OutageLog
+from gradcam_worker.backfill.outages import PatientCalls
 from gradcam_worker.backfill.output import DatasetDir, WeightsCheck
 from gradcam_worker.backfill.plan import Plan
 from gradcam_worker.backfill.progress import Progress, RateMeter, describe_trouble
@@ -90,7 +90,7 @@ class BackfillRunner:
         self._output, self._ledger, self._publish, self._registry = output, ledger, publish, registry
         self._options, self._shards_per_worker = options, shards_per_worker
         self._on_progress, self._warn = on_progress, warn
-        self._outages = OutageLog(warn)
+        self._calls = PatientCalls(warn)
         self.in_flight = InFlight(ledger, output.has_shard, self._renew_lease, warn, tenant)
         self._to_submit: deque[InFlightShard] = deque()  # before further shards of the input
         self._held: list[tuple[InFlightShard, set[str]]] = []  # with the keys of shards that they wait for
@@ -143,7 +143,7 @@ class BackfillRunner:
             while not self._is_finished():
                 self._check_lease()
                 before = len(self._shard_keys), self._shards_ended
-                self._outages.call_ledger(lambda: self._step(prefetched))
+                self._calls.call_ledger(lambda: self._step(prefetched))
                 self._report_progress()
                 self._check_failures()
                 changed = before != (len(self._shard_keys), self._shards_ended)
@@ -165,7 +165,7 @@ class BackfillRunner:
             self._count_workers()
             return self.in_flight.cancel_others(ids)
 
-        while ids and not self._outages.call_ledger(ended):
+        while ids and not self._calls.call_ledger(ended):
             self._check_lease()
             self._report_progress()
             time.sleep(MIN_POLL_INTERVAL_S)
@@ -190,7 +190,7 @@ class BackfillRunner:
         self._poll()
 
     def _count_workers(self) -> None:
-        if self._outages.unavailable or time.monotonic() - self._workers_counted_s >= WORKER_COUNT_INTERVAL_S:
+        if self._calls.unavailable or time.monotonic() - self._workers_counted_s >= WORKER_COUNT_INTERVAL_S:
             workers = self._ledger.find_workers()
             trouble = describe_trouble(workers.values())
             if bool(trouble) != bool(self.progress.trouble):
@@ -318,7 +318,7 @@ class BackfillRunner:
         if self._options.rate:
             earliest_s = max(self._next_submit_s, time.monotonic())
             self._next_submit_s = earliest_s + len(shard.rows) / self._options.rate
-        self._outages.call_broker(lambda: self._publish(shard.id))
+        self._calls.call_broker(lambda: self._publish(shard.id))
 
     def _renew_lease(self) -> None:
         """Store the ids in flight; the registry must have an id before it is submitted."""

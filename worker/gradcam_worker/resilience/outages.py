@@ -1,34 +1,88 @@
-"""Logs the start and the end of an outage of a server, and every half minute that it lasts."""
+"""Tells the start and the end of an outage of a server, and every half minute that it lasts."""
 
 import threading
 import time
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from gradcam_worker.errors import BrokerUnavailable
 from gradcam_worker.text.log_events import EventLogger
 
 log = EventLogger("gradcam")
 
-LOG_INTERVAL_S = 30.0
+TOLD_EVERY_S = 30.0
 RECOVERED_AFTER_S = 3.0  # without a failure: several threads use a server, and not all of them fail at once
+
+
+class OutageReport(Protocol):
+    """Where an outage is told. `server` is its name, `reason` what is not done, and the error."""
+
+    def began(self, server: str, reason: str) -> None:
+        """Calls fail."""
+        ...
+
+    def lasts(self, server: str, reason: str, outage_s: float, failures: int) -> None:
+        """They still do, after so many seconds and failures."""
+        ...
+
+    def ended(self, server: str, outage_s: float, failures: int) -> None:
+        """The server answered, after so many seconds and failures."""
+        ...
+
+
+class OutageEvents:
+    """Tells outages in the log."""
+
+    def began(self, server: str, reason: str) -> None:
+        """See `OutageReport.began`."""
+        log.warning("server_unreachable", server=server, reason=reason)
+
+    def lasts(self, server: str, reason: str, outage_s: float, failures: int) -> None:
+        """See `OutageReport.lasts`."""
+        log.warning(
+            "server_still_unreachable",
+            server=server,
+            outage_s=round(outage_s),
+            failures=failures,
+            reason=reason,
+        )
+
+    def ended(self, server: str, outage_s: float, failures: int) -> None:
+        """See `OutageReport.ended`."""
+        log.warning("server_reachable_again", server=server, outage_s=round(outage_s), failures=failures)
 
 
 class Outage:
     """The failed calls to one server, from all threads of a process."""
 
-    def __init__(self, server: str, *, quiet_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        server: str,
+        *,
+        quiet_s: float = 0.0,
+        recovered_after_s: float | None = None,
+        report: OutageReport | None = None,
+    ) -> None:
         """No call has failed yet.
 
         Args:
-            server: Its name in log lines.
-            quiet_s: An outage is logged when it has lasted for so long; a shorter one is not.
+            server: Its name.
+            quiet_s: An outage is told when it has lasted for so long; a shorter one is not.
+            recovered_after_s: An outage has ended after so long without a failure; None: RECOVERED_AFTER_S.
+            report: Where it is told; None: in the log.
         """
-        self._server, self._quiet_s = server, quiet_s
+        self._server, self._quiet_s, self._report = server, quiet_s, report or OutageEvents()
+        self._recovered_after_s = recovered_after_s
         self._lock = threading.Lock()
         self._started_s: float | None = None
-        self._logged_s: float | None = None  # in this outage
+        self._told_s: float | None = None  # in this outage
         self._failed_s = self._answered_s = 0.0  # the last failure, and the first answer since
         self._failures = 0
+
+    @property
+    def ongoing(self) -> bool:
+        """Whether there is one."""
+        return self._started_s is not None
 
     def failed(self, reason: str) -> None:
         """Report that the server could not be used.
@@ -44,18 +98,12 @@ class Outage:
             self._failures += 1
             if self._started_s is None:
                 self._started_s = now_s
-            if self._logged_s is None and now_s - self._started_s >= self._quiet_s:
-                self._logged_s = now_s
-                log.warning("server_unreachable", server=self._server, reason=reason)
-            elif self._logged_s is not None and now_s - self._logged_s >= LOG_INTERVAL_S:
-                self._logged_s = now_s
-                log.warning(
-                    "server_still_unreachable",
-                    server=self._server,
-                    outage_s=round(now_s - self._started_s),
-                    failures=self._failures,
-                    reason=reason,
-                )
+            if self._told_s is None and now_s - self._started_s >= self._quiet_s:
+                self._told_s = now_s
+                self._report.began(self._server, reason)
+            elif self._told_s is not None and now_s - self._told_s >= TOLD_EVERY_S:
+                self._told_s = now_s
+                self._report.lasts(self._server, reason, now_s - self._started_s, self._failures)
             else:
                 log.debug("server_call_failed", server=self._server, reason=reason)
 
@@ -72,17 +120,13 @@ class Outage:
 
     def _is_over(self, now_s: float) -> bool:
         """Whether there was an outage, which ended with the first answer."""
-        return self._started_s is not None and now_s - self._failed_s >= RECOVERED_AFTER_S
+        after_s = RECOVERED_AFTER_S if self._recovered_after_s is None else self._recovered_after_s
+        return self._started_s is not None and now_s - self._failed_s >= after_s
 
     def _end(self) -> None:
-        if self._started_s is not None and self._logged_s is not None:
-            log.warning(
-                "server_reachable_again",
-                server=self._server,
-                outage_s=round(self._answered_s - self._started_s),
-                failures=self._failures,
-            )
-        self._started_s, self._logged_s, self._failures = None, None, 0
+        if self._started_s is not None and self._told_s is not None:
+            self._report.ended(self._server, self._answered_s - self._started_s, self._failures)
+        self._started_s, self._told_s, self._failures = None, None, 0
 
 
 @dataclass(frozen=True)

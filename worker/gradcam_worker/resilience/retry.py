@@ -149,9 +149,13 @@ class Retries:
                 if tried_out or self._policy.hopeless(error):
                     self.raise_if_cancelled()
                     raise
-                self.record_failure(error)
-                if not isinstance(error, RedisUnavailable):  # it is logged as an outage, with its length
+                if isinstance(error, RedisUnavailable):
+                    pass  # it is logged as an outage, with its length
+                elif self._failure:  # a failure of this work has been told
+                    log.debug("call_retry_scheduled", delay_s=pause_s, error=error)
+                else:
                     log.info("call_retry_scheduled", delay_s=pause_s, error=error)
+                self.record_failure(error)
                 await pause(pause_s)
 
     def wait_for(self, calls: Sequence["Future[T]"], doing: str) -> list[T]:

@@ -475,12 +475,17 @@ def _try_both(
 ) -> T:
     """Try obstore once, then boto3 as often as `retries` allows."""
     retries.check(f"storage, {uri}")
+    is_told = activity.has_failed  # since the last answer
     try:
         with activity.request():
             return _without_panic(with_obstore)
     except OBSTORE_ERRORS as error:
         if not isinstance(error, FileNotFoundError):  # it is common
-            log.info("obstore_failed", uri=uri, error=str(error).partition("\n")[0], reason="boto3 retries")
+            first_line = str(error).partition("\n")[0]
+            if is_told:
+                log.debug("obstore_failed", uri=uri, error=first_line, reason="boto3 retries")
+            else:
+                log.info("obstore_failed", uri=uri, error=first_line, reason="boto3 retries")
             if not isinstance(error, ValueError):  # raised before a request was sent
                 retries.record_failure(error)
     if not retries.left_s():
