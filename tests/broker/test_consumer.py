@@ -36,7 +36,7 @@ from gradcam_worker.broker.consumer import (
     ThreadPool,
 )
 from gradcam_worker.broker.envelope import INSPECTIONS, check_job
-from gradcam_worker.broker.transport import REPLY_TTL_MS, Channel, RateLimitedCount
+from gradcam_worker.broker.transport import REPLY_TTL_MS, Channel
 from gradcam_worker.errors import InvalidJob, LedgerUnavailable
 from gradcam_worker.resilience.outages import Outages
 from gradcam_worker.resilience.stall import StallDetector
@@ -44,6 +44,7 @@ from gradcam_worker.runtime import worker_process
 from gradcam_worker.schemas import strict_json
 from gradcam_worker.schemas.ids import new_id
 from gradcam_worker.settings import Settings
+from gradcam_worker.text.log_events import RateLimitedCount
 
 WAIT_S = 30
 JOB = {"image": "s3://in/a.png", "network": "vgg16", "target": {"top_n": 1}}

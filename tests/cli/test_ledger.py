@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import io
 import json
+import signal
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import redis
 
 from gradcam_worker.cli.exit_codes import ExitCode
 from gradcam_worker.cli.main import main
+from gradcam_worker.errors import LedgerUnavailable
 from gradcam_worker.ledger.ledger import Tenant
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.operations import servers
@@ -61,6 +63,27 @@ def test_what_was_lost_is_imported_again(
     assert admin.llen("gradcam:gradcam.interactive\x06\x163") == 3
     assert main(["ledger", "import", str(file)]) == 0
     assert "Not used: 3 that the ledger has" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "fault", [LedgerUnavailable("Gone."), KeyboardInterrupt()], ids=["outage", "stopped"]
+)
+def test_an_export_that_is_cut_off_leaves_no_file(
+    fault: BaseException, environment: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut_off(_: object) -> Iterator[dict[str, int]]:
+        yield {"jobs": 0}
+        if isinstance(fault, KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        raise fault
+
+    (tmp_path / "ledger.jsonl").write_text("of yesterday")
+    monkeypatch.setattr("gradcam_worker.cli.ledger.export_ledger", cut_off)
+    assert main(["ledger", "export", str(tmp_path / "ledger.jsonl")]) in {
+        ExitCode.UNREACHABLE,
+        ExitCode.INTERRUPTED,
+    }
+    assert [(one.name, one.read_text()) for one in tmp_path.iterdir()] == [("ledger.jsonl", "of yesterday")]
 
 
 def test_an_export_passes_through_a_pipe(

@@ -7,6 +7,7 @@ import json
 import math
 import random
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -260,6 +261,27 @@ class TestRendered:
             f"{values} does not open 169.254.170.23:80/TCP",
             f"{values} opens 169.254.170.2:80/TCP",
         ]
+
+    def test_names_may_be_looked_up_at_addresses_alone(self) -> None:
+        values = "networkPolicy.dns=null,networkPolicy.dnsAddresses={10.96.0.11/32}"
+        opened = rendered("cpu", values)
+        assert list(egress.findings(rendered("cpu"), {values: (opened, "")})) == []
+
+    def test_the_notes_name_the_hosts_that_the_chart_makes(self) -> None:
+        def said(*sets: str) -> str:
+            values = [part for one in sets for part in ("--set", f"gateway.{one}")]
+            given: list[str | Path] = ["-f", CHART / "ci/everything.yaml", *values]
+            shown = tools.run("helm", "install", "it", CHART, "--dry-run=client", *given).stdout
+            (line,) = (one for one in shown.splitlines() if one.startswith("The HTTP API is at "))
+            hosts, _, _ = line.removeprefix("The HTTP API is at ").partition(". ")
+            return hosts.removeprefix("http://it-gradcam-gateway.default:8000")
+
+        assert said("httpRoute.enabled=false") == ", https://api.example.com"
+        assert said("httpRoute.enabled=false", "ingress.tlsSecret=") == ", http://api.example.com"
+        assert (
+            said("ingress.enabled=false", "httpRoute.hostnames={route.example.com}") == ", route.example.com"
+        )
+        assert said("ingress.enabled=false", "httpRoute.enabled=false") == ""
 
     def test_a_tag_is_a_version_and_each_has_the_image_of_its_device(self) -> None:
         documents = rendered("everything")

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import socket
 import threading
 import time
@@ -141,3 +142,19 @@ def test_every_address_is_those_of_ipv6_and_of_ipv4() -> None:
         for host in ("::1", "127.0.0.1"):
             with socket.create_connection((host, listener.getsockname()[1])):
                 pass
+
+
+def test_requests_that_cannot_be_read_are_a_line_a_minute(caplog: pytest.LogCaptureFixture) -> None:
+    uvicorns = logging.getLogger("uvicorn.error")
+    counted = server.UnreadableRequests()
+    uvicorns.addFilter(counted)
+    try:
+        for _ in range(100):
+            uvicorns.warning("Invalid HTTP request received.")
+        uvicorns.error("Exception in ASGI application")
+    finally:
+        uvicorns.removeFilter(counted)
+    assert caplog.messages == [
+        'requests_unreadable requests=1 reason="Invalid HTTP request received."',
+        "Exception in ASGI application",
+    ]

@@ -1,4 +1,5 @@
 import json
+import platform
 import re
 import warnings
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from gradcam_worker.operations.doctor import (
     _check_storage,
     _check_weights,
     _check_workers,
+    _find_workers,
     _run_check,
     run_checks,
 )
@@ -50,7 +52,7 @@ def test_a_worker_with_everything_is_well(settings: Settings, tmp_path: Path) ->
 def test_that_no_worker_is_alive_is_wrong_only_if_one_is_expected(
     settings: Settings, expected: int, well: bool
 ) -> None:
-    (finding,) = _check_workers(settings, expected)
+    (finding,) = _check_workers(_find_workers(settings), expected)
     assert (finding.what, finding.well) == ("workers", well)
     assert well or (finding.detail, "gradcam worker" in finding.fix) == ("0 alive, 1 expected", True)
 
@@ -60,9 +62,9 @@ def test_missing_workers_are_reported_beside_those_that_are_alive(
 ) -> None:
     well = {"device": "cpu", "since": "2026-11-01T00:00:00Z", "running": 0, "trouble": None}
     RedisLedger(settings).renew_leases("gpu-1:7", json.dumps(well), {})
-    well_by_name = {finding.what: finding.well for finding in _check_workers(settings, 2)}
+    well_by_name = {finding.what: finding.well for finding in _check_workers(_find_workers(settings), 2)}
     assert well_by_name == {"workers": False, "worker gpu-1:7": True}
-    assert all(finding.well for finding in _check_workers(settings, 1))
+    assert all(finding.well for finding in _check_workers(_find_workers(settings), 1))
     for name, value in settings.to_environment().items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("gradcam_worker.operations.doctor.importlib.util.find_spec", lambda _: None)
@@ -75,7 +77,7 @@ def test_the_health_of_running_workers_is_reported(settings: Settings) -> None:
     well = {"device": "NVIDIA H100", "since": "2026-11-01T00:00:00Z", "running": 3, "trouble": None}
     ledger.renew_leases("gpu-1:7", json.dumps(well), {})
     ledger.renew_leases("gpu-2:7", json.dumps({**well, "trouble": "The storage failed 3 times."}), {})
-    findings = {finding.what: finding for finding in _check_workers(settings, 0)}
+    findings = {finding.what: finding for finding in _check_workers(_find_workers(settings), 0)}
     assert findings["worker gpu-1:7"].well
     assert findings["worker gpu-1:7"].detail.startswith("NVIDIA H100, 3 jobs running, started 2026")
     assert not findings["worker gpu-2:7"].well
@@ -105,6 +107,16 @@ def test_a_gpu_whose_memory_others_have_is_named(tmp_path: Path, monkeypatch: py
     assert well.detail.startswith("20.0 of 24.0 GiB of the GPU are free")
     assert (full.what, full.well) == ("memory of GPU 1", False)
     assert "nvidia-smi" in full.fix
+    health = {"device": "NVIDIA L4", "trouble": None, "running": 0, "since": ""}
+    ill, on_cpu = {**health, "trouble": "It waits for memory."}, {**health, "device": "cpu"}
+    for worker in (
+        {f"{platform.node()}:a:7": ill, "elsewhere:b:7": health},
+        {f"{platform.node()}:a:7": on_cpu},
+    ):
+        assert not [*_check_gpu_memory(Settings(), worker)][1].well
+    _, filled = _check_gpu_memory(Settings(), {f"{platform.node()}:a:7": health})
+    assert filled.well
+    assert filled.detail.endswith(f"worker {platform.node()}:a:7 runs on this machine")
     assert list(_check_gpu_memory(Settings(devices="cpu"))) == []
 
 

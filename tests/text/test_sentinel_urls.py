@@ -30,6 +30,7 @@ def test_its_parts_are_the_sentinels_the_master_and_what_redis_py_needs(
         ("sentinel://a:1,b:2/0/1/2", "has the path"),
         ("sentinel://a:1,/m", "cannot be read"),
         ("sentinel://a:66000/m", "cannot be read"),
+        ("sentinel://a:1,b:0/m", "a Sentinel at port 0"),
         ("sentinel://u:p/w@a/m", "cannot be read"),
         ("sentinel://a/m?x=1", "a part behind"),
     ],

@@ -31,6 +31,7 @@ OPENED = {  # values, as `helm --set` takes them: what they must open, which is 
         Target(port, namespace="openshift-dns", protocol=one) for one in ("UDP", "TCP") for port in (53, 5353)
     ],
     "networkPolicy.dnsAddresses={10.96.0.10/32}": [Target(53, "10.96.0.10", protocol="UDP")],
+    "networkPolicy.dns=null,networkPolicy.dnsAddresses={10.96.0.11/32}": [Target(53, "10.96.0.11")],
     "networkPolicy.identity={instance-metadata}": [METADATA, Target(80, "fd00:ec2::254")],
     "networkPolicy.identity={eks-pod-identity}": [Target(80, "169.254.170.23"), Target(80, "fd00:ec2::23")],
     "networkPolicy.identity={gke-metadata}": [METADATA, Target(988, "169.254.169.252")],

@@ -1,5 +1,6 @@
 """Small networks of many architectures: their scores and maps are those of a gradient tape."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -245,6 +246,20 @@ class TestNothingToExplain:
         listed = "1 layers can .* rescaled" if rescaled else "No layer of this network can be explained"
         with pytest.raises(NetworkIncompatible, match=f"keeps rows and columns and has weights.*{listed}"):
             wrap(keras.Sequential(layers))
+
+    @pytest.mark.parametrize("name", ["conv 1", "_conv", "conv\\1", "conv:0"])
+    def test_a_layer_with_a_name_that_tensorflow_cannot_compile_is_refused(
+        self, name: str, wrap: Wrap
+    ) -> None:
+        import keras
+
+        inputs = keras.Input((ROWS, COLUMNS, 3))
+        x = keras.layers.Conv2D(4, 3, name=name)(inputs)
+        model = keras.Model(inputs, add_classifier(keras, x))
+        with pytest.raises(
+            NetworkIncompatible, match=re.escape(f"a layer with the name {name!r}, with which")
+        ):
+            wrap(model)
 
     def test_a_layer_that_does_not_lead_to_the_chosen_output_is_refused(self, wrap: Wrap) -> None:
         import keras

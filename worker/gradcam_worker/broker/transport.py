@@ -1,7 +1,6 @@
 """Kombu's Redis transport, made to keep its connections and to accept untrusted items in a queue."""
 
 import json
-import math
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +19,7 @@ from gradcam_worker.broker.queue_watch import QueueWatch
 from gradcam_worker.redis_server.script import Key, LuaScript
 from gradcam_worker.redis_server.sentinel import MasterConnection, MasterFinder, MasterTLSConnection
 from gradcam_worker.schemas import strict_json
-from gradcam_worker.text.log_events import EventLogger
+from gradcam_worker.text.log_events import EventLogger, RateLimitedCount
 
 log = EventLogger("gradcam")
 
@@ -423,27 +422,6 @@ class _QueuesWithRoom:
 
     def consume(self, count: int) -> list[str]:
         return [queue for queue in self._queues.consume(count) if self._has_room(queue)]
-
-
-class RateLimitedCount:
-    """Counts events that are logged at most once per interval."""
-
-    def __init__(self, interval_s: float) -> None:
-        """The first event is logged at once."""
-        self.interval_s, self._count, self._logged_s = interval_s, 0, -math.inf
-
-    def __call__(self) -> int:
-        """Count one event.
-
-        Returns:
-            How many events are to be logged now: this one and those since the last log line; 0: none yet.
-        """
-        self._count += 1
-        now_s = time.monotonic()
-        if now_s - self._logged_s < self.interval_s:
-            return 0
-        count, self._count, self._logged_s = self._count, 0, now_s
-        return count
 
 
 ignored_commands = RateLimitedCount(IGNORED_LOG_INTERVAL_S)  # of all connections of this process

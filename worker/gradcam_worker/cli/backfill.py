@@ -4,11 +4,9 @@ import contextlib
 import json
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -26,6 +24,7 @@ from gradcam_worker.cli.options import (
     json_option,
     with_default_target,
 )
+from gradcam_worker.cli.signals import interrupted_by_sigterm
 from gradcam_worker.errors import InvalidInput, InvalidJob, NoWorker, UnknownNetwork, UriNotAllowed
 from gradcam_worker.operations import console
 from gradcam_worker.schemas.model import describe
@@ -276,7 +275,7 @@ def run(
     policy = _policy(for_api.get("tenant"), ledger)
     may_read = policy.allows_list if policy else None
     with (
-        _interrupted_by_sigterm(),  # also while a stream is waited for
+        interrupted_by_sigterm(),  # also while a stream is waited for
         open_input(input_, settings, reading, output=dataset.uri, fixed=fixed, may_read=may_read) as opened,
     ):
         known = {"carried": opened.carried, "annotated": opened.annotated}
@@ -430,20 +429,6 @@ def _publisher(settings: Settings) -> Callable[[str], None]:
     return lambda job_id: publisher.republish([job_id], ROUTE)
 
 
-@contextmanager
-def _interrupted_by_sigterm() -> Iterator[None]:
-    """Make SIGTERM raise KeyboardInterrupt, as Ctrl-C does."""
-
-    def interrupt(_: int, __: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 @backfill.command()
 @click.argument("output")
 @json_option()
@@ -547,7 +532,7 @@ def compact(output: str, *, target_size: float, as_json: bool) -> int:
     """
     from gradcam_worker.client import backfills
 
-    with _interrupted_by_sigterm():
+    with interrupted_by_sigterm():
         merged = backfills.compact(output, Settings.from_environment(), int(target_size * MEGABYTE))
     if as_json:
         console.print_json({"output": output, **merged.facts()})

@@ -16,6 +16,7 @@ import click
 
 from gradcam_worker.broker.publisher import Publisher
 from gradcam_worker.cli.options import json_option
+from gradcam_worker.cli.signals import interrupted_by_sigterm
 from gradcam_worker.errors import InvalidExport
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.ledger.redis.transfer import ImportCounts, LedgerImport, export_ledger
@@ -49,7 +50,7 @@ def export_file(*, file: str) -> int:
     """
     server = RedisLedger(Settings.from_environment()).server
     counts: dict[str, int] = {}
-    with _write(file) as lines:
+    with interrupted_by_sigterm(), _write(file) as lines:
         for record in export_ledger(server):
             lines.write(json.dumps(record, ensure_ascii=False, separators=(",", ":")) + "\n")
             counts = record.get("end", counts)
@@ -116,7 +117,11 @@ def _write(file: str) -> Iterator[TextIO]:
             packed = gzip.GzipFile("", "wb", GZIP_LEVEL, raw) if file.endswith(".gz") else raw
             yield opened.enter_context(io.TextIOWrapper(packed, encoding="utf-8"))
         unfinished.replace(file)
-    except OSError as error:
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
         message = f"{file} cannot be written ({error})."
         raise InvalidExport(message) from error
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import logging
 import signal
 import socket
 from collections.abc import Coroutine
@@ -25,14 +26,31 @@ from gradcam_worker.observability.prometheus import CONTENT_TYPE
 from gradcam_worker.redis_server.server_checks import ServerMonitor
 from gradcam_worker.resilience.outages import Outages
 from gradcam_worker.settings import Settings
-from gradcam_worker.text.log_events import EventLogger
+from gradcam_worker.text.log_events import EventLogger, RateLimitedCount
 
 log = EventLogger("gradcam")
 
 SHUTDOWN_S = 10  # for open requests, after SIGTERM
 IDLE_S = 75  # of a connection without a request: longer than most load balancers keep it
+UNREADABLE_INTERVAL_S = 60.0  # between two lines about requests that cannot be read
 BACKLOG = 2048  # connections that wait to be accepted
 YOUNG_OBJECTS = 10_000  # between two collections: Python's 700 are those of a few requests
+
+
+class UnreadableRequests(logging.Filter):
+    """Replaces uvicorn's warnings of requests that it cannot read: anybody can send any number of these."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._count = RateLimitedCount(UNREADABLE_INTERVAL_S)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return whether uvicorn logs this record itself."""
+        if record.levelno != logging.WARNING:
+            return True
+        if count := self._count():
+            log.warning("requests_unreadable", requests=count, reason=record.getMessage())
+        return False
 
 
 class _Server(uvicorn.Server):
@@ -91,6 +109,7 @@ def run(settings: Settings, host: str, port: int) -> int:
         server.should_exit = True
 
     signal.signal(signal.SIGTERM, stop)
+    logging.getLogger("uvicorn.error").addFilter(UnreadableRequests())
     _serve_metrics(settings, app.state.gateway, server)
     gc.collect()
     gc.set_threshold(YOUNG_OBJECTS)

@@ -3,10 +3,12 @@
 import importlib.util
 import json
 import math
-from collections.abc import Callable, Iterator
+import platform
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
+from typing import Any
 
 from gradcam_worker import extras
 from gradcam_worker.errors import (
@@ -27,8 +29,8 @@ from gradcam_worker.text.visible import counted
 MILLION = 1_000_000
 MAX_CORRELATION = 0.5  # of heatmaps before and after weights are shuffled, where they still depend on them
 GPU_MEMORY_FIX = (
-    "Unless a worker of yours has loaded its networks there, end the processes that `nvidia-smi` names on "
-    "the host of this GPU. A worker waits for memory to load what GRADCAM_PRELOAD names."
+    "Unless a worker of yours elsewhere has loaded its networks there, end the processes that `nvidia-smi` "
+    "names on the host of this GPU. A worker waits for memory to load what GRADCAM_PRELOAD names."
 )
 SETTING_FIX = "Correct the setting that the message names."
 
@@ -57,7 +59,8 @@ def run_checks(settings: Settings, *, expected_workers: int = 0) -> Iterator[Fin
     yield _run_check("broker", preflight.check_broker, settings, broker_fix)
     yield _run_check("ledger", preflight.check_ledger, settings, broker_fix.replace("BROKER", "LEDGER"))
     yield from _check_redis(settings)
-    yield from _check_workers(settings, expected_workers)
+    workers = _find_workers(settings)
+    yield from _check_workers(workers, expected_workers)
     if importlib.util.find_spec("keras") is None:
         detail = "not installed: this machine can submit jobs but not run them"
         fix = f"For a worker on CPUs: {extras.how_to_install('cpu')}; on GPUs with the extra gpu."
@@ -70,7 +73,7 @@ def run_checks(settings: Settings, *, expected_workers: int = 0) -> Iterator[Fin
         settings,
         "Check the driver and the TensorFlow installation, or set GRADCAM_DEVICES.",
     )
-    yield from _check_gpu_memory(settings)
+    yield from _check_gpu_memory(settings, workers)
     yield from _check_weights(settings)
     try:
         registry = preflight.load_registry(settings)
@@ -185,19 +188,25 @@ def _run_check(what: str, check: Callable[[Settings], str], settings: Settings, 
         return Finding(what, well=False, detail=str(InternalError.of(error)), fix=fix)
 
 
-def _check_workers(settings: Settings, expected: int) -> Iterator[Finding]:
-    """Report the workers that are alive, on any machine."""
+def _find_workers(settings: Settings) -> dict[str, dict[str, Any]] | None:
+    """The health of the workers that are alive, on any machine, by name; None: nobody can tell."""
     try:
-        workers = RedisLedger(settings).find_workers()
+        found = RedisLedger(settings).find_workers()
     except LedgerUnavailable:
-        return  # the check of the ledger reports it
+        return None  # the check of the ledger reports it
+    return {name: json.loads(text) for name, text in sorted(found.items())}
+
+
+def _check_workers(workers: Mapping[str, Mapping[str, Any]] | None, expected: int) -> Iterator[Finding]:
+    """Report the workers that are alive."""
+    if workers is None:
+        return
     if len(workers) < expected:
         fix = "Start `gradcam worker` with the GRADCAM_BROKER_URL and GRADCAM_KEY_PREFIX that are set here."
         yield Finding("workers", well=False, detail=f"{len(workers)} alive, {expected} expected", fix=fix)
     elif not workers:
         yield Finding("workers", well=True, detail="none is alive")
-    for name, text in sorted(workers.items()):
-        health = json.loads(text)
+    for name, health in workers.items():
         started = datetime.fromisoformat(health["since"]).astimezone(UTC)
         running = counted(health["running"], "job")
         detail = f"{health['device']}, {running} running, started {started:%Y-%m-%d %H:%M:%SZ}"
@@ -224,17 +233,29 @@ def _describe_device(settings: Settings) -> str:
     return preflight.check_device(settings) + (f", {len(processes)} processes" if len(processes) > 1 else "")
 
 
-def _check_gpu_memory(settings: Settings) -> Iterator[Finding]:
-    """Report the memory of each GPU that a worker would use, where its driver tells."""
+def _check_gpu_memory(
+    settings: Settings, workers: Mapping[str, Mapping[str, Any]] | None = None
+) -> Iterator[Finding]:
+    """Report the memory of each GPU that a worker would use, where its driver tells.
+
+    A full one is well where a worker of this machine has its networks there, and takes jobs.
+    """
     from gradcam_worker.gradcam import device_memory
 
     try:
         gpus = [device for device in devices.choose(settings) if device.is_gpu]
     except InvalidSettings:
         return  # the check of the device reports it
+    here = [
+        name
+        for name, health in (workers or {}).items()
+        if name.startswith(f"{platform.node()}:") and health["device"] != "cpu" and not health["trouble"]
+    ]
     for gpu in gpus:
         name = gpu.environment[devices.VISIBLE_GPUS]
         memory = device_memory.read_gpu_memory(name)
         detail = f"{memory} ({name})" if memory else f"its driver does not tell ({name})"
-        well = memory is None or memory.free >= device_memory.LITTLE_BYTES
+        if is_full := memory is not None and memory.free < device_memory.LITTLE_BYTES:
+            detail += f"; worker {here[0]} runs on this machine" if here else ""
+        well = not is_full or bool(here)
         yield Finding(f"memory of {gpu.name}", well=well, detail=detail, fix="" if well else GPU_MEMORY_FIX)

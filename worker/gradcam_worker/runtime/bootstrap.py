@@ -106,6 +106,8 @@ def _engine_state(inference: InferenceClient[Any], settings: Settings) -> dict[s
 
 def use_storage(stores: StorageProvider) -> None:
     """Use the storage as a job does. Raises whatever a job would meet."""
-    storage.probe(stores.open())
-    if isinstance(stores, storage.Stores):  # artifacts may go to a folder, and images come from S3
-        stores.check_identity()
+    if not isinstance(stores, storage.Stores):
+        storage.probe(stores.open())
+        return
+    storage.probe(stores.open(single_try=storage.PROBE))
+    stores.check_identity()  # artifacts may go to a folder, and images come from S3

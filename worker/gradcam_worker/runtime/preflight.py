@@ -166,7 +166,7 @@ def probe_storage(settings: Settings) -> str:
     from gradcam_worker.storage import s3  # a client may lack its libraries
     from gradcam_worker.storage import stores as storage
 
-    return storage.probe(storage.Stores(settings, s3.S3(settings)).open())
+    return storage.probe(storage.Stores(settings, s3.S3(settings)).open(single_try=storage.PROBE))
 
 
 @dataclass(frozen=True)

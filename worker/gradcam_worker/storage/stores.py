@@ -1,6 +1,5 @@
 """Where artifacts are stored: below a prefix of a bucket, or in a folder."""
 
-import copy
 import re
 import threading
 import uuid
@@ -13,7 +12,7 @@ from urllib.parse import unquote
 from gradcam_worker.errors import OutputNotAllowed, StorageUnavailable
 from gradcam_worker.observability.events import NULL_OBSERVER, Observer
 from gradcam_worker.resilience.deadline import Deadline
-from gradcam_worker.resilience.retry import Retries
+from gradcam_worker.resilience.retry import Retries, RetryPolicy
 from gradcam_worker.resilience.server_activity import ServerActivity
 from gradcam_worker.settings import Settings
 from gradcam_worker.storage.filesystem import FolderStore, Object
@@ -76,6 +75,7 @@ class S3Store:
         *,
         by_operator: bool = True,
         observer: Observer = NULL_OBSERVER,
+        single_try: RetryPolicy = SINGLE_TRY,
     ) -> None:
         """Nothing is requested yet.
 
@@ -85,10 +85,10 @@ class S3Store:
             prefix: Without a slash at either end.
             by_operator: Whether the operator chose the location, not a job.
             observer: Is told of each object that is written.
+            single_try: How long `put` and `get` try.
         """
         self._s3, self._bucket, self._prefix = s3, bucket, f"{prefix}/" if prefix else ""
-        self._by_operator, self._observer = by_operator, observer
-        self.single_try = SINGLE_TRY  # of `put` and `get`
+        self._by_operator, self._observer, self._single_try = by_operator, observer, single_try
 
     def uri(self, key: str) -> str:
         """See `Store.uri`."""
@@ -96,7 +96,7 @@ class S3Store:
 
     def put(self, key: str, data: bytes, media_type: str) -> str:
         """See `Store.put`."""
-        return self._put_all([], NO_DEADLINE, self.single_try.start(), (key, data, media_type))[0]
+        return self._put_all([], NO_DEADLINE, self._single_try.start(), (key, data, media_type))[0]
 
     def put_many(
         self, objects: Sequence[Object], deadline: Deadline, last: Object | None = None
@@ -145,7 +145,7 @@ class S3Store:
 
     def get(self, key: str) -> bytes:
         """See `Store.get`."""
-        return self._read(key, self.single_try.start())
+        return self._read(key, self._single_try.start())
 
     def get_part(self, key: str, start: int, size: int) -> tuple[bytes, int]:
         """See `Store.get_part`."""
@@ -209,8 +209,16 @@ class Stores:
         self._s3, self._observer = s3, observer
         self._reads_s3 = "s3" in settings.image_schemes
 
-    def open(self, uri: str | None = None) -> Store:
-        """Return the store at `uri`; None: at the default output. Raises OutputNotAllowed."""
+    def open(self, uri: str | None = None, *, single_try: RetryPolicy = SINGLE_TRY) -> Store:
+        """Open a store.
+
+        Args:
+            uri: Where; None: at the default output.
+            single_try: How long `put` and `get` of a store in S3 try.
+
+        Raises:
+            OutputNotAllowed: The operator does not allow this output.
+        """
         wanted = self._default if uri is None else uri.rstrip("/")
         base = max((prefix for prefix in self._allowed if _is_below(wanted, prefix)), key=len, default=None)
         if base is None or _is_ambiguous(wanted):
@@ -228,7 +236,14 @@ class Stores:
             below = unquote(rest)[len(root) :]
             return FolderStore(Path(root), below, by_operator=by_operator, observer=self._observer)
         bucket, _, prefix = rest.partition("/")
-        return S3Store(self._s3, bucket, prefix, by_operator=by_operator, observer=self._observer)
+        return S3Store(
+            self._s3,
+            bucket,
+            prefix,
+            by_operator=by_operator,
+            observer=self._observer,
+            single_try=single_try,
+        )
 
     @property
     def activities(self) -> tuple[ServerActivity, ...]:
@@ -264,11 +279,11 @@ def _is_ambiguous(uri: str) -> bool:
 
 
 def probe(store: Store) -> str:
-    """Write and read an object as a job does; return its URI. Raises StorageUnavailable."""
+    """Write and read an object as a job does; return its URI. Raises StorageUnavailable.
+
+    A store in S3 is opened with PROBE as its `single_try`.
+    """
     content = uuid.uuid4().hex.encode()
-    if isinstance(store, S3Store):
-        store = copy.copy(store)
-        store.single_try = PROBE
     uri = store.put(PROBE_KEY, content, "text/plain")
     received = store.get(PROBE_KEY)
     if received != content and not PROBE_CONTENT.fullmatch(received):  # another worker may probe, too

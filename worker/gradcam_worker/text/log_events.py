@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import re
+import time
 from collections.abc import Mapping
 
 from gradcam_worker.text.visible import visible
@@ -38,6 +39,27 @@ class EventMessage:
         return {
             name: value if _is_json_number(value) else _text(value) for name, value in self.fields.items()
         }
+
+
+class RateLimitedCount:
+    """Counts events that are logged at most once per interval."""
+
+    def __init__(self, interval_s: float) -> None:
+        """The first event is logged at once."""
+        self.interval_s, self._count, self._logged_s = interval_s, 0, -math.inf
+
+    def __call__(self) -> int:
+        """Count one event.
+
+        Returns:
+            How many events are to be logged now: this one and those since the last log line; 0: none yet.
+        """
+        self._count += 1
+        now_s = time.monotonic()
+        if now_s - self._logged_s < self.interval_s:
+            return 0
+        count, self._count, self._logged_s = self._count, 0, now_s
+        return count
 
 
 class EventLogger:

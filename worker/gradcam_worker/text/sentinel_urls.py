@@ -38,6 +38,9 @@ def parse(text: str) -> SentinelUrl:
         message = "has a host, a port, or an @ behind its hosts, that cannot be read"
         raise ValueError(message)
     sentinels = [urls.split_host(host) for host in url.host.split(",")]
+    if any(split and split[1] == 0 for split in sentinels):
+        message = "names a Sentinel at port 0"
+        raise ValueError(message)
     path = _PATH.fullmatch(url.path)
     if not path:
         message = (
@@ -49,7 +52,7 @@ def parse(text: str) -> SentinelUrl:
         raise ValueError(message)
     tls = url.scheme == "sentinels"
     user = text.partition("://")[2].partition("/")[0].rpartition("@")
-    found = tuple((host, port or DEFAULT_PORT) for host, port in filter(None, sentinels))
+    found = tuple((host, DEFAULT_PORT if port is None else port) for host, port in filter(None, sentinels))
     shown_host = url.host.split(",")[0]
     server_url = f"redis{'s' * tls}://{user[0]}{user[1]}{shown_host}/{path['database'] or 0}"
     return SentinelUrl(found, path["master"], tls, server_url)

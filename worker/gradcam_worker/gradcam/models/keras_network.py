@@ -58,6 +58,7 @@ class KerasNetwork:
         shape = (*row.input_size, row.preprocessing.input_channels)
         graph = trace_model(model, shape, renumber=row.builder is not None, image_input=row.image_input)
         load_checks.check_input(row, graph)
+        load_checks.check_names(row.name, graph)
         self._further = further_inputs.assign(row, graph)
         self._sample_values = np.array([sample_values(row.inputs)], np.float32)  # (1, width)
         self._row, self._model, self._exact_backward = row, model, exact_backward

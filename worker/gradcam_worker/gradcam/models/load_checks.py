@@ -4,6 +4,7 @@ Its steps must compute what the model computes; its head and its alignment with 
 """
 
 import math
+import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradcam_worker.errors import NetworkIncompatible
+from gradcam_worker.gradcam import backend
 from gradcam_worker.gradcam.backend import keras
 from gradcam_worker.gradcam.catalog import NetworkRow
 from gradcam_worker.gradcam.graph.alignment import Alignment
@@ -28,6 +30,8 @@ SAME = {
     "bfloat16": 0.2,
 }  # tolerance between the steps' outputs and the model's, as a share of the largest output
 BATCH_DEPENDENT = 10  # times the tolerance: rounding alone differs by less between batch sizes
+# What TensorFlow takes as the name of an operation or a scope.
+TENSORFLOW_NAME = re.compile(r"[A-Za-z0-9.][A-Za-z0-9_./>-]*")
 GREY, CONTRAST = 128, 20  # mean and standard deviation of the first sample images
 ops = keras.ops
 
@@ -188,6 +192,23 @@ def check_input(row: NetworkRow, graph: Graph) -> None:
             f"does. {WAY_OUT}."
         )
         raise NetworkIncompatible(message)
+
+
+def check_names(name: str, graph: Graph) -> None:
+    """Check that TensorFlow can compile the network: it refuses some names of layers that Keras takes.
+
+    Raises:
+        NetworkIncompatible: It cannot.
+    """
+    if backend.name() != "tensorflow":
+        return
+    for layer in (step.operation.name for step in graph.steps):
+        if not TENSORFLOW_NAME.fullmatch(layer):
+            message = (
+                f"{name} has a layer with the name {layer!r}, with which TensorFlow cannot compile it. "
+                "Name it otherwise: beginning with a letter or a digit, and with these and _ - . / > alone."
+            )
+            raise NetworkIncompatible(message)
 
 
 def check_alignment(name: str, layers: LayerIndex, target: TargetLayer, observed: Observed) -> None:
