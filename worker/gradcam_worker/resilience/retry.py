@@ -152,7 +152,7 @@ class Retries:
                 if isinstance(error, RedisUnavailable):
                     pass  # it is logged as an outage, with its length
                 elif self._failure:  # a failure of this work has been told
-                    log.debug("call_retry_scheduled", delay_s=pause_s, error=error)
+                    log.debug("call_failed_again", delay_s=pause_s, error=error)
                 else:
                     log.info("call_retry_scheduled", delay_s=pause_s, error=error)
                 self.record_failure(error)

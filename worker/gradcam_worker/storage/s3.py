@@ -308,7 +308,11 @@ class S3:
     def _get(self, bucket: str, key: str, **part: str) -> Any:
         """Boto3's answer to a request for an object. Raises one of S3_ERRORS."""
         answer = self.client.get_object(Bucket=bucket, Key=key, **self._reading, **part)
-        check_answer(answer)
+        try:
+            check_answer(answer)
+        except ForeignAnswer:
+            answer["Body"].close()
+            raise
         return answer
 
     def read_part(self, bucket: str, key: str, start: int, size: int) -> tuple[bytes, int]:
@@ -483,7 +487,7 @@ def _try_both(
         if not isinstance(error, FileNotFoundError):  # it is common
             first_line = str(error).partition("\n")[0]
             if is_told:
-                log.debug("obstore_failed", uri=uri, error=first_line, reason="boto3 retries")
+                log.debug("call_failed_again", uri=uri, error=first_line)
             else:
                 log.info("obstore_failed", uri=uri, error=first_line, reason="boto3 retries")
             if not isinstance(error, ValueError):  # raised before a request was sent
