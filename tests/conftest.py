@@ -9,6 +9,7 @@ import re
 import signal
 import socket
 import ssl
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Generator, Iterator
@@ -69,6 +70,11 @@ SLOW_COMPUTING = (
     "test_imagenet_step.py",
     "test_every_network.py",
 )
+# What uses the worker of the fixture `stage` runs where test_pages.py does: each process would start its own.
+USES_STAGE = {
+    f"tests/live/{name}.py": "tests/live/test_pages.py"
+    for name in ("test_queue_doc", "test_river", "test_start")
+}
 MAX_WAITING = 2  # processes that run files of `live` and `faults`
 FOLDERS_OF_SERVERS = {"live", "faults", "devtools", "deploy"}
 
@@ -81,10 +87,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure() -> None:
     """Let Ctrl-C reach the programs that tests start, and keep TensorFlow's lines out of their logs.
 
+    Let them, and this process, keep what they compile: else each of some hundred programs does it anew.
+
     A shell without job control starts background processes with SIGINT ignored, and children inherit that.
     They inherit TensorFlow's level of logging too, which JAX lowers where it is imported before ours.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode = False
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -127,7 +137,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class FromBothEnds(LoadScopeScheduling):  # type: ignore[misc]  # xdist ships no types
         def _split_scope(self, nodeid: str) -> str:
-            return nodeid.partition("::")[0]
+            path = nodeid.partition("::")[0]
+            return USES_STAGE.get(path, path)
 
         def _reschedule(self, node: Any) -> None:
             super()._reschedule(node)

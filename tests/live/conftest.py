@@ -108,9 +108,9 @@ def make_stage(
                 retry_backoff_s=0.1,
                 retry_backoff_max_s=1,
                 threads=4,
-                preload=("efficientnet_lite0",),
+                forward="tensorflow",  # OpenVINO takes seconds to convert a network
                 shutdown_timeout_s=30,
-                **{"lease_s": 3, "lost_after_s": 5, **changes},
+                **{"lease_s": 3, "lost_after_s": 5, "preload": ("efficientnet_lite0",), **changes},
             )
             stage = Stage(settings, S3(settings), folder)
             for photo in photos.glob("*.jpg"):
@@ -122,7 +122,7 @@ def make_stage(
 
 @pytest.fixture(scope="session")
 def stage(make_stage: Callable[..., Stage]) -> Iterator[Stage]:
-    """One stage with one worker, for all tests that kill nothing."""
+    """One stage with one worker, for all tests that leave it as it was."""
     stage = make_stage("stage")
     with stage.worker("worker"):
         yield stage

@@ -10,23 +10,15 @@ import sys
 
 from devtools.faults import tiny_worker
 from gradcam_worker.gradcam.classes import ClassIndex, Label
-from gradcam_worker.observability.logs import configure_logging
-from gradcam_worker.runtime.supervisor import Supervisor
-from gradcam_worker.settings import Settings
 from gradcam_worker.testing import TinyNetwork
 
 HOSTILE: str = json.loads(os.environ["HOSTILE_TEXT"])
-
-
-def supervise() -> int:
-    """What `gradcam worker` does."""
-    settings = Settings.from_environment()
-    configure_logging(settings.log_format, settings.log_level)
-    return Supervisor(settings, (sys.executable, "-P", __file__, "work")).run()
 
 
 if __name__ == "__main__":
     TinyNetwork.labels = ClassIndex(
         (Label(0, "n1", HOSTILE), Label(1, "n2", "green"), Label(2, "n3", "\x1b[31mblue\n"))
     )
-    sys.exit(supervise() if sys.argv[1] == "supervise" else tiny_worker.work(int(sys.argv[2])))
+    sys.exit(
+        tiny_worker.supervise(__file__) if sys.argv[1] == "supervise" else tiny_worker.work(int(sys.argv[2]))
+    )

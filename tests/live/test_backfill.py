@@ -36,7 +36,7 @@ def wait_for(condition: Callable[[], object], what: str) -> None:
     end = time.monotonic() + WAIT_S
     while not condition():
         assert time.monotonic() < end, f"{what} did not happen within {WAIT_S} s"
-        time.sleep(0.05)
+        time.sleep(0.2)
 
 
 @dataclass

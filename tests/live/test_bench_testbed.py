@@ -11,7 +11,9 @@ import pytest
 
 from devtools import command, import_path
 from devtools.bench import simulated_network
+from devtools.bench.memory import KINDS
 from devtools.bench.simulated_network import Passes, SimulatedNetwork
+from gradcam_worker.runtime import devices
 
 
 def figures(name: str, *, code: int = 0) -> Any:
@@ -23,7 +25,6 @@ def figures(name: str, *, code: int = 0) -> Any:
 
 
 @pytest.mark.live
-@pytest.mark.tensorflow
 def test_the_service_bench_measures_the_ceiling_of_the_machinery() -> None:
     found = figures("service")
     assert found["jobs_per_s"]["no_time"] > 0
@@ -58,17 +59,15 @@ def test_the_fairness_bench_measures_few_jobs_alone_and_behind_a_backlog() -> No
 @pytest.mark.tensorflow
 def test_the_memory_bench_runs_every_kind_of_job_and_follows_the_resident_set() -> None:
     found = figures("memory")
-    assert sum(found["jobs"].values()) == 300
-    assert {"broken", "large", "real", "animation"} <= found["jobs"].keys()
+    assert sum(found["jobs"].values()) == 100
+    assert found["jobs"].keys() == KINDS.keys()
     assert found["resident_peak_mb"] > 100
     assert abs(found["growth"]) < 1
 
 
 @pytest.mark.tensorflow
 def test_without_an_accelerator_the_gpu_bench_says_so() -> None:
-    from gradcam_worker.gradcam import backend
-
-    if backend.device_name() != "cpu":
+    if devices.visible_gpus(os.environ):
         pytest.skip("there is one here, and it takes minutes to measure")
     assert "no accelerator" in figures("gpu", code=2)["why"]
 

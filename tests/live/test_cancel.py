@@ -21,7 +21,7 @@ from gradcam_worker.schemas.ids import new_id, utc_now
 from gradcam_worker.schemas.status import StatusDocument
 from gradcam_worker.storage.s3 import S3
 
-pytestmark = [pytest.mark.live, pytest.mark.tensorflow]
+pytestmark = [pytest.mark.live]
 
 FIELDS: dict[str, Any] = {"network": "efficientnet_lite0", "target": {"top_n": 1}}
 WAIT_S = 120  # for what happens at once, but for a busy machine
@@ -143,7 +143,7 @@ def place(
         stage.client.cancel(place.canceled)
         place.expired = place.submit(early.url, expires_at=utc_now() + timedelta(seconds=0.2))
         time.sleep(0.3)
-        with stage.worker("cancel"):
+        with stage.worker("cancel", tiny=True):
             yield place
 
 

@@ -49,6 +49,7 @@ class Development:
     def start(self) -> None:
         command = [str(PROGRAMS / "gradcam"), "dev", "gradcam-dev", "--port", str(self.port)]
         variables = {**os.environ, "TMPDIR": str(self.folder), "GRADCAM_THREADS": "4"}
+        variables["GRADCAM_FORWARD"] = "tensorflow"  # OpenVINO takes seconds to convert a network
         with self.log.open("wb") as output:
             self.process = subprocess.Popen(
                 command, cwd=self.folder, env=variables, stdout=output, stderr=output, start_new_session=True

@@ -177,14 +177,15 @@ class Desk:
             self.ids.append(job_id)
 
     def final_documents(self) -> list[StatusDocument]:
-        documents = self.ledger.read_many(self.ids)
-        for _ in range(WAIT_S * 10):
-            documents = self.ledger.read_many(self.ids)
-            if len(documents) == len(self.ids) and all(one.final for one in documents.values()):
-                return [*documents.values()]
-            time.sleep(0.1)
-        left = {one.id: one.status for one in documents.values() if not one.final}
-        return pytest.fail(f"not final: {left}; unknown: {set(self.ids) - documents.keys()}")
+        final, left = dict[str, StatusDocument](), set(self.ids)
+        for _ in range(WAIT_S * 5):
+            final |= {name: one for name, one in self.ledger.read_many([*left]).items() if one.final}
+            left -= final.keys()
+            if not left:
+                return [*final.values()]
+            time.sleep(0.2)
+        known = {name: one.status for name, one in self.ledger.read_many([*left]).items()}
+        return pytest.fail(f"not final: {known}; unknown: {left - known.keys()}")
 
 
 def hostile_payloads(

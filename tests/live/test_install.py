@@ -54,8 +54,17 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return release.build(ROOT, tmp_path_factory.mktemp("dist")).wheel
 
 
-def test_the_base_install_is_a_client_and_nothing_else(tmp_path: Path, wheel: Path, valkey: str) -> None:
+def test_the_base_install_is_a_client_and_with_the_extra_cli_it_has_the_command(
+    tmp_path: Path, wheel: Path, valkey: str
+) -> None:
     python = release.environment(tmp_path / "env", wheel)
+    check_client(python, valkey)
+    assert release.environment(tmp_path / "env", wheel, "cli") == python, "more is added to what is there"
+    check_command(python, valkey)
+
+
+def check_client(python: Path, valkey: str) -> None:
+    """A client, and nothing else."""
     listed = run([python, "-m", "pip", "list"]).stdout
     assert not {line.split()[0].lower() for line in listed.splitlines()[2:]} & OF_EXTRAS
     submitted = run([python, "-P", "-c", CLIENT], valkey)
@@ -71,10 +80,8 @@ def test_the_base_install_is_a_client_and_nothing_else(tmp_path: Path, wheel: Pa
         )
 
 
-def test_the_command_without_a_worker_submits_and_says_what_the_rest_of_it_needs(
-    tmp_path: Path, wheel: Path, valkey: str
-) -> None:
-    python = release.environment(tmp_path / "env", wheel, "cli")
+def check_command(python: Path, valkey: str) -> None:
+    """The command without a worker submits, and says what the rest of it needs."""
     listed = run([python, "-m", "pip", "list"]).stdout
     installed = {line.split()[0].lower() for line in listed.splitlines()[2:]}
     assert installed & OF_EXTRAS == {"click", "rich"}

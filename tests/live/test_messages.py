@@ -319,7 +319,7 @@ def guarded(make_stage: Callable[..., Any], encrypted: Callable[[int], Any], por
     stage.door = door.port
     changes = {"broker_url": safe_url(door.port, "worker"), "redis_ca": door.ca}
     stage.settings = stage.settings.model_copy(update=changes)
-    with stage.worker("worker"):
+    with stage.worker("worker", tiny=True):
         yield stage
 
 
@@ -329,7 +329,6 @@ def client(guarded: Any) -> GradcamClient:
 
 
 @pytest.mark.live
-@pytest.mark.tensorflow
 def test_a_job_is_submitted_worked_and_cancelled_by_two_users(
     client: GradcamClient, guarded: Any, public_server: Any, answer: Any, admin: redis.Redis
 ) -> None:
@@ -377,7 +376,6 @@ def test_a_wrong_password_is_one_error_that_does_not_show_it(port: int) -> None:
 
 
 @pytest.mark.live
-@pytest.mark.tensorflow
 def test_a_worker_survives_what_a_stranger_may_send_and_answers_where_it_can(
     client: GradcamClient, guarded: Any, port: int, admin: redis.Redis
 ) -> None:

@@ -45,7 +45,7 @@ WAIT_S = 100
 PROGRAM = Path(__file__).parent / "previous" / "previous_release.py"
 RELEASES = ("previous", "present")
 THREADS = 3
-PRIORITIES, EACH = ("high", "normal", "low", "bulk"), 8  # so many jobs of each, by either client
+PRIORITIES, EACH = ("high", "normal", "low", "bulk"), 4  # so many jobs of each, by either client
 SLOW_S = 0.3  # that each image takes: at a kill, a worker has jobs in hand
 
 
@@ -53,7 +53,7 @@ def wait_for(condition: Callable[[], object], what: str) -> None:
     end = time.monotonic() + WAIT_S
     while not condition():
         assert time.monotonic() < end, f"{what} did not happen within {WAIT_S} s"
-        time.sleep(0.02)
+        time.sleep(0.1)  # each look reads and parses every job
 
 
 @dataclass

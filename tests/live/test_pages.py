@@ -166,6 +166,7 @@ def environment(stage: Any) -> dict[str, str]:
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "GRADCAM_BROKER_URL": stage.settings.broker_url,
         "GRADCAM_S3_ENDPOINT_URL": stage.settings.s3_endpoint_url,
+        "GRADCAM_FORWARD": stage.settings.forward,
         "AWS_ACCESS_KEY_ID": stage.settings.s3_access_key_id,
         "AWS_SECRET_ACCESS_KEY": stage.settings.s3_secret_access_key.get_secret_value(),
     }

@@ -267,13 +267,11 @@ def planted(
                 stage.client.submit(**defaults, image=image, idempotency_key="k")
             except GradcamError as error:
                 told += [repr(error), str(error)]
-        wanted = {*ids.values(), *hostile.values()}
+        left = {*ids.values(), *hostile.values()}
         end = time.monotonic() + WAIT_S
-        while True:
-            documents = stage.client.statuses(wanted)
-            left = wanted - {job_id for job_id, one in documents.items() if one.status in FINAL}
-            if not left:
-                break
+        while left:
+            documents = stage.client.statuses(left)
+            left -= {job_id for job_id, one in documents.items() if one.status in FINAL}
             missing = [what for what, job_id in {**ids, **hostile}.items() if job_id in left]
             assert time.monotonic() < end, missing
             time.sleep(0.2)

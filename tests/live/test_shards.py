@@ -16,7 +16,6 @@ import cv2
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import redis
 
 from devtools.faults import tiny_worker
 from gradcam_worker.backfill.registry import RedisBackfillRegistry
@@ -128,8 +127,7 @@ class Yard:
 
     def in_hand(self) -> int:
         """Messages of shards that workers hold."""
-        with redis.Redis.from_url(self.settings.broker_url) as server:
-            held: Any = server.hvals(f"{self.settings.key_prefix}unacked")
+        held: Any = self.ledger.server.redis.hvals(f"{self.settings.key_prefix}unacked")
         return sum(json.loads(one)[2] == publisher.SHARDS for one in held)
 
     def table(self, shard: Shard) -> list[dict[str, Any]]:
@@ -155,7 +153,7 @@ class Yard:
         over = threading.Event()
 
         def watch() -> None:
-            while not over.wait(0.01):
+            while not over.wait(0.03):
                 self.most = max(self.most, self.in_hand())
 
         thread = threading.Thread(target=watch)

@@ -1,10 +1,12 @@
-"""How a worker starts: soon, or not at all and with a sentence."""
+"""How a worker starts: with TensorFlow, again where it is killed, or not at all and with a sentence."""
 
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,18 +15,33 @@ from typing import Any
 import pytest
 
 from gradcam_worker.gradcam.files.weights import file_sha256
+from gradcam_worker.schemas.status import StatusDocument
 from gradcam_worker.settings import Settings
 
 pytestmark = [pytest.mark.live, pytest.mark.tensorflow]
 
 COMMAND = [sys.executable, "-P", "-m", "gradcam_worker"]
 WAIT_S = 120
+FIELDS: dict[str, Any] = {"network": "efficientnet_lite0", "target": {"top_n": 1}}
 
 
 @pytest.fixture(scope="module")
 def start(make_stage: Callable[..., Any]) -> Any:
     """Servers, and nobody who works there yet."""
     return make_stage("start")
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def pid_of(document: StatusDocument) -> int:
+    """Of the process that runs a job."""
+    assert document.worker
+    return int(document.worker.id.rpartition(":")[2])
 
 
 def said_by(settings: Settings, *arguments: str) -> str:
@@ -36,29 +53,46 @@ def said_by(settings: Settings, *arguments: str) -> str:
     return done.stdout
 
 
-def test_a_worker_soon_takes_jobs_and_is_seen_by_whoever_looks(
-    start: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
-    begun_s = time.monotonic()
-    with start.worker("first"):
-        while "worker_started" not in start.log("first"):
-            assert time.monotonic() < begun_s + WAIT_S, start.log("first")
-            time.sleep(0.02)
-        ready_s = time.monotonic() - begun_s
-        with capsys.disabled():
-            print(f"\n{ready_s:.1f} s from exec to taking jobs, efficientnet_lite0 on a CPU")  # noqa: T201
-        job_id = start.client.submit(
-            image="s3://photos/chelsea.jpg", network="efficientnet_lite0", target={"top_n": 1}
-        )
-        assert start.client.wait(job_id, WAIT_S).status == "succeeded"
-        while not (look := json.loads(said_by(start.settings, "top", "--json")))["workers"]:
-            assert time.monotonic() < begun_s + WAIT_S, "it says what it does as often as it renews leases"
-        shown = said_by(start.settings, "top", "--once")
-    assert look["ended"]["succeeded"] == 1
+def test_a_worker_takes_jobs_and_is_seen_by_whoever_looks(stage: Any) -> None:
+    job_id = stage.client.submit(image="s3://photos/chelsea.jpg", **FIELDS)
+    document = stage.client.wait(job_id, WAIT_S)
+    assert document.status == "succeeded"
+    wait_for(stage.client.workers)
+    look, shown = (
+        json.loads(said_by(stage.settings, "top", "--json")),
+        said_by(stage.settings, "top", "--once"),
+    )
+    assert look["ended"]["succeeded"] >= 1
     (worker,) = look["workers"]
-    assert (worker["device"], worker["trouble"]) == ("cpu", None)
+    assert (worker["id"], worker["device"], worker["trouble"]) == (document.worker.id, "cpu", None)
     assert worker["batch"] >= 1
     assert worker["id"] in shown
+    files = Path(f"/proc/{pid_of(document)}/maps").read_text()
+    assert "/tensorflow/" in files
+    unused = ("/jaxlib/", "/pandas/", "/scipy/", "/sklearn/")
+    assert not [name for name in unused if name in files], "what TensorFlow imports where it is installed"
+
+
+def test_a_killed_workers_job_is_run_again_by_the_next(
+    stage: Any, public_server: Any, answer: Any, photos: Path
+) -> None:
+    asked, opened = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        asked.set()
+        opened.wait(WAIT_S)
+
+    photo = (photos / "coffee.jpg").read_bytes()
+    job_id = stage.client.submit(
+        image=public_server.url("/start/held", answer(200, photo, before=hold)), **FIELDS
+    )
+    assert asked.wait(WAIT_S), "no worker took the job"
+    os.kill(pid_of(stage.client.status(job_id)), signal.SIGKILL)
+    opened.set()
+    document = stage.client.wait(job_id, WAIT_S)
+    assert (document.status, document.attempt) == ("succeeded", 2)
+    assert "exit_code=-9 " in stage.log("worker")
+    assert stage.store.get(f"{job_id}/overlay-1-967-espresso.jpg")
 
 
 def test_a_wrong_setting_stops_a_worker_at_once_with_one_sentence_and_its_name(

@@ -12,7 +12,7 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
-pytestmark = [pytest.mark.live, pytest.mark.tensorflow]
+pytestmark = [pytest.mark.live]
 
 WAIT_S = 90
 BELOW = {"claim", "fetch", "decode", "load", "explain", "render", "upload", "write", "webhook"}
@@ -72,7 +72,7 @@ def test_a_job_is_one_trace_and_its_lines_are_objects_that_name_it(
     image = public_server.url(f"/{name}.jpg", answer(200, photo))
     hook = {"url": public_server.url(f"/{name}", answer(204))}
     fields = {"network": "efficientnet_lite0", "target": {"top_n": 1}, "webhooks": [hook]}
-    with stage.worker("worker"):
+    with stage.worker("worker", tiny=True):
         with stage.client as client:
             job_id = client.submit(image=image, **fields)
             lost = client.submit(image="s3://photos/none.jpg", **fields)

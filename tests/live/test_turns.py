@@ -59,7 +59,7 @@ def wait_for(condition: Callable[[], object], what: str) -> None:
     end = time.monotonic() + WAIT_S
     while not condition():
         assert time.monotonic() < end, f"{what} did not happen within {WAIT_S} s"
-        time.sleep(0.05)
+        time.sleep(0.2)  # each look reads and parses every job
 
 
 def test_a_tenant_with_few_jobs_does_not_wait_for_another_with_many(service: Service) -> None:

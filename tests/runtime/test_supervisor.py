@@ -1,4 +1,4 @@
-"""The supervisor over small programs; over the real worker in `live/test_kill.py`."""
+"""The supervisor over small programs; over the real worker in `live/test_worst_days.py`."""
 
 import fcntl
 import os

@@ -29,7 +29,7 @@ NETWORK = "efficientnet_lite0"
 PHOTOS = 50
 LONE, BUSY = 100, 60  # jobs
 WARM_UP = 5  # jobs: the first ones open connections
-STREAM = 64  # bulk jobs that wait at any time
+STREAM, QUICK_STREAM = 64, 16  # bulk jobs that wait at any time
 JOB_PROCESSES = {0: "", 2: ", 2 job processes"}  # number -> in the figures
 REQUIRED_OVERHEAD_MS = 18
 REQUIRED_BATCH_WAIT_MS = 1
@@ -60,14 +60,14 @@ def one_job(bed: Testbed, job: Job) -> Parts:
     return parts
 
 
-def busy(bed: Testbed, count: int) -> tuple[list[Parts], float]:
+def busy(bed: Testbed, count: int, stream: int) -> tuple[list[Parts], float]:
     """One job at a time, while bulk jobs wait in a queue that never runs dry; bulk jobs per second, too."""
-    bulk, begun = bed.client.submit_many(bed.jobs(NETWORK, STREAM)), time.time()
-    while bed.ledger.count_jobs()[0] > STREAM / 2:  # they are being worked off
+    bulk, begun = bed.client.submit_many(bed.jobs(NETWORK, stream)), time.time()
+    while bed.ledger.count_jobs()[0] > stream / 2:  # they are being worked off
         time.sleep(testbed.POLL_INTERVAL_S)
     parts = []
     for job in bed.jobs(NETWORK, count, priority="high"):
-        missing = STREAM - bed.ledger.count_jobs()[0]
+        missing = stream - bed.ledger.count_jobs()[0]
         bulk += bed.client.submit_many(bed.jobs(NETWORK, max(missing, 0)))
         parts.append(one_job(bed, job))
     ended = time.time()
@@ -77,7 +77,7 @@ def busy(bed: Testbed, count: int) -> tuple[list[Parts], float]:
 
 def measure(*, quick: bool) -> dict[str, Any]:
     """All situations. `50` is the median, `99` the 99th percentile."""
-    share, photos = 10 if quick else 1, testbed.photographs(PHOTOS)
+    (share, stream), photos = (10, QUICK_STREAM) if quick else (1, STREAM), testbed.photographs(PHOTOS)
     situations, bulk_jobs_per_s = dict[str, list[Parts]](), dict[str, float]()
     for number, name in JOB_PROCESSES.items():
         if quick and number:
@@ -85,7 +85,7 @@ def measure(*, quick: bool) -> dict[str, Any]:
         with testbed.running((NETWORK,), photos, job_processes=number) as bed:
             lone_jobs = bed.jobs(NETWORK, LONE // share + WARM_UP, priority="high")
             situations[f"alone{name}"] = [one_job(bed, job) for job in lone_jobs][WARM_UP:]
-            situations[f"busy{name}"], bulk_jobs_per_s[f"busy{name}"] = busy(bed, BUSY // share)
+            situations[f"busy{name}"], bulk_jobs_per_s[f"busy{name}"] = busy(bed, BUSY // share, stream)
 
     def percentiles(jobs: list[Parts], *names: str) -> dict[str, float]:
         seconds = [sum(parts[name] for name in names) for parts in jobs]

@@ -23,7 +23,7 @@ from gradcam_worker.schemas.job import Job
 from gradcam_worker.schemas.status import FINAL
 
 TITLE = "Memory"
-JOBS, QUICK_JOBS = 10_000, 300
+JOBS, QUICK_JOBS = 10_000, 100
 TOGETHER = 2000  # jobs of each arrangement
 JOB_PROCESSES = 2
 PHOTOS = 100
@@ -66,7 +66,7 @@ def growth(times: Sequence[float], sizes: Sequence[int], quarters: Sequence[floa
 
 
 def mixed(bed: Testbed, count: int) -> Iterator[tuple[str, Job]]:
-    """Jobs of every kind in a seeded random order, each with its kind."""
+    """One job of every kind, then others in a seeded random order, each with its kind."""
     draw = Random(simulated_network.SEED)  # noqa: S311  # the same every time is what is wanted
     photo, *_ = testbed.photographs(1)
     broken = {
@@ -80,7 +80,8 @@ def mixed(bed: Testbed, count: int) -> Iterator[tuple[str, Job]]:
         "broken": [bed.store(name, data) for name, data in broken.items()],
         "large": [bed.store(name, data) for name, data in large.items()],
     }
-    for kind in draw.choices(list(KINDS), [weight for weight, _ in KINDS.values()], k=count):
+    others = draw.choices(list(KINDS), [weight for weight, _ in KINDS.values()], k=count - len(KINDS))
+    for kind in (*KINDS, *others):
         fields = {"target": {"top_n": 1}, "priority": "bulk", "max_attempts": 2, **KINDS[kind][1]}
         yield kind, Job.parse({"image": draw.choice(images.get(kind, bed.images)), **fields})
 

@@ -70,7 +70,7 @@ CASES = (
         for job_processes in (0, 2)
     ),
 )
-QUICK = (Case("no_time", 100, LIKE_A_GPU), Case("no_time", 100, {**LIKE_A_GPU, "job_processes": 2}))
+QUICK = (Case("no_time", 40, LIKE_A_GPU), Case("no_time", 40, {**LIKE_A_GPU, "job_processes": 2}))
 
 
 class EngineAlone:

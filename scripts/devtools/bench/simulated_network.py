@@ -11,6 +11,7 @@ networks get their shipped weights, else seeded random ones: speed does not depe
 device did is written to the file PASSES, a line a pass.
 """
 
+import os
 import sys
 import time
 from collections import Counter
@@ -227,10 +228,14 @@ def start_worker(
 
 def work(passes: str, ready_fd: str | None = None) -> int:
     """Run a worker, or, with `ready_fd`, one of the processes that its supervisor starts."""
-    from gradcam_worker.runtime import engine_process, worker_process
+    from gradcam_worker.runtime import devices, engine_process, worker_process
     from gradcam_worker.runtime.supervisor import Supervisor
 
     settings = Settings.from_environment()
+    if settings.preload and SECONDS.keys() >= {*settings.preload} and not devices.visible_gpus(os.environ):
+        from devtools.faults import tiny_worker
+
+        tiny_worker.do_without_keras()  # it would only say that there is a CPU
     load_row = partial(load, settings, Passes(Path(passes)))
     if ready_fd and settings.role == "engine":
         return engine_process.run(settings, int(ready_fd), load=load_row)

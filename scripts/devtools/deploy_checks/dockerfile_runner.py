@@ -11,7 +11,7 @@ What is not as in a container:
 * the system below it is this machine's; so is its Python: ours where the user may run it, else `python3`;
 * the paths of MOVED lie below the stage's folder, wherever an instruction names them;
 * `RUN useradd` makes its home and no account: its uid is the only user there is, of group 0;
-* pip asks the index, and keeps the cache, of this user.
+* pip asks the index, and keeps the cache, of this user, unless packages are copied: see `Builder`.
 """
 
 import copy
@@ -28,6 +28,7 @@ from string import Template
 from typing import Any
 
 from devtools import ROOT
+from devtools.deploy_checks import installed_packages
 from devtools.deploy_checks.dockerfile import DOCKERFILE, Instruction, Stage, allowed, stages
 
 MOVED = ("opt", "src", "srv", "dist", "cache")  # first parts of the paths that belong to an image
@@ -67,10 +68,14 @@ class Made:
 
 @dataclass
 class Builder:
-    """Carries out a Dockerfile below `folder`, as `uid` where this is root."""
+    """Carries out a Dockerfile below `folder`, as `uid` where this is root.
+
+    Where it `copies_packages`, those of this process's environment are taken; pip installs what is missing.
+    """
 
     folder: Path
     uid: int
+    copies_packages: bool = False
     stages: dict[str, Stage] = field(default_factory=lambda: stages(DOCKERFILE.read_text()))
     made: dict[str, Made] = field(default_factory=dict)
 
@@ -167,17 +172,33 @@ class Builder:
             message = f"This builder does not know this way of RUN: {instruction}"
             raise Failed(message)
         self.own(made.folder)
+        packages = installed_packages.COMMAND.match(script) if self.copies_packages else None
+        try:
+            if packages:
+                venv, extras = packages[1], packages[2].split()
+                self._shell(f"python3 -m venv --without-pip {venv}", made)
+                missing = installed_packages.copy(extras, Path(venv))
+                self.own(made.folder)
+                self._shell(f"{venv}/bin/python -m pip install -qq -c constraints.txt {missing}", made)
+                script = f"true {script[packages.end() :]}"
+            self._shell(script, made)
+        except Failed as error:
+            message = f"{instruction}\n{error}"
+            raise Failed(message) from None
+        for folder in mounted:
+            shutil.rmtree(folder)
+
+    def _shell(self, script: str, made: Made) -> None:
+        """Run a script as the user. Raises Failed."""
         environment = {**pip_configuration(), **self.environment(made), **made.arguments}
         environment.pop("PIP_NO_CACHE_DIR", None)
         shell, where = ["/bin/sh", "-c", script], made.place("")
         done = subprocess.run(
             shell, cwd=where, env=environment, check=False, capture_output=True, text=True, **self.as_user
         )
-        for folder in mounted:
-            shutil.rmtree(folder)
         if done.returncode:
             output = f"{done.stdout}{done.stderr}"[-2000:]
-            message = f"{instruction}\nended with {done.returncode}: {output}"
+            message = f"ended with {done.returncode}: {output}"
             raise Failed(message)
 
     def environment(self, made: Made) -> dict[str, str]:

@@ -64,9 +64,11 @@ class Image:
     environment: dict[str, str]
 
     @classmethod
-    def make(cls, target: str, scratch: Path, settings: dict[str, str]) -> "Image":
+    def make(
+        cls, target: str, scratch: Path, settings: dict[str, str], *, copies_packages: bool = False
+    ) -> "Image":
         """Make a target below a folder. Raises Failed."""
-        builder = Builder(scratch, UID)
+        builder = Builder(scratch, UID, copies_packages)
         builder.own(builder.folder)
         made = builder.make(target)
         environment = {**builder.environment(made), **settings}
@@ -125,11 +127,11 @@ class Image:
             yield f"After SIGTERM {name} ended with {code}, not 0. Its log ends: {tail}"
 
 
-def rehearse(target: str = "cpu") -> Outcome:
-    """Make the image and run it. Raises Failed, subprocess.TimeoutExpired."""
+def rehearse(target: str = "cpu", *, copies_packages: bool = False) -> Outcome:
+    """Make the image, see `Builder`, and run it. Raises Failed, subprocess.TimeoutExpired."""
     with tempfile.TemporaryDirectory(prefix="gradcam-rehearsal-") as scratch, _servers() as settings:
         begun = time.monotonic()
-        image = Image.make(target, Path(scratch), settings)
+        image = Image.make(target, Path(scratch), settings, copies_packages=copies_packages)
         return _run(image, time.monotonic() - begun)
 
 

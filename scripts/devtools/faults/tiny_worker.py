@@ -12,7 +12,6 @@ job processes, each has shared memory for few images, and one that has half of a
 `SUSPENDED` there kills or suspends itself, if somebody has asked for it: see `hit_in_write`.
 """
 
-import logging
 import os
 import signal
 import sys
@@ -101,11 +100,16 @@ def panicking(decode: Callable[..., Decoded]) -> Callable[..., Decoded]:
     return decode_or_panic
 
 
-def work(ready_fd: int) -> int:
-    """What `gradcam worker --unsupervised --ready-fd` does."""
+def do_without_keras() -> None:
+    """Let whoever imports the backend find `NO_KERAS`."""
     import gradcam_worker.gradcam
 
     sys.modules["gradcam_worker.gradcam.backend"] = gradcam_worker.gradcam.backend = NO_KERAS
+
+
+def work(ready_fd: int) -> int:
+    """What `gradcam worker --unsupervised --ready-fd` does."""
+    do_without_keras()
     from gradcam_worker.images import prepare
     from gradcam_worker.runtime import engine_process, worker_process
 
@@ -121,10 +125,12 @@ def work(ready_fd: int) -> int:
 
 def supervise(program: str = __file__) -> int:
     """What `gradcam worker` does; `program work FD` is the worker process."""
+    from gradcam_worker.observability.logs import configure_logging
     from gradcam_worker.runtime.supervisor import Supervisor
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    return Supervisor(Settings.from_environment(), (sys.executable, "-P", program, "work")).run()
+    settings = Settings.from_environment()
+    configure_logging(settings.log_format, settings.log_level)
+    return Supervisor(settings, (sys.executable, "-P", program, "work")).run()
 
 
 if __name__ == "__main__":
