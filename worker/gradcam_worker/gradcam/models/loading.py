@@ -4,12 +4,14 @@ import re
 import shlex
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path, PurePath
 from typing import Any
+
+import numpy as np
 
 from gradcam_worker.errors import NetworkIncompatible, WeightsUnavailable
 from gradcam_worker.gradcam import backend, catalog, device_memory
@@ -193,11 +195,12 @@ def _named(value: Any) -> str:
     return repr(value) if isinstance(value, str | PurePath | None) else f"a {kind}"
 
 
-def _build(row: NetworkRow, *, pretrained: bool = True, **options: Any) -> Any:
+def _build(row: NetworkRow, *, pretrained: bool = True, random: bool = True, **options: Any) -> Any:
     """Build the architecture of a row; for an operator's network with its input size and number of classes.
 
-    With `pretrained` the graph is that of `weights="imagenet"`, whatever `weights` are. Raises
-    NetworkIncompatible.
+    With `pretrained` the graph is that of `weights="imagenet"`, whatever `weights` are. Without `random` the
+    weights are zeros, for those that are loaded next: to draw them takes most of the time, above all on JAX.
+    Raises NetworkIncompatible.
     """
     if row.builder is None:
         message = f"{row.name} is a whole model in a file; it has no architecture to build without it."
@@ -209,10 +212,13 @@ def _build(row: NetworkRow, *, pretrained: bool = True, **options: Any) -> Any:
         options["classes"] = row.classes
         if row.head.kind:  # softmax or sigmoid: see `registry_file`
             options["classifier_activation"] = row.head.kind
-    model = getattr(import_module(module), function)(**options)
-    if pretrained and row.imagenet_scale and options.get("weights") != IMAGENET:
-        return _add_imagenet_rescaling(model, row)
-    return model
+    with nullcontext() if random else keras.StatelessScope():  # at its end, weights made in it get values
+        models = [getattr(import_module(module), function)(**options)]
+        if pretrained and row.imagenet_scale and options.get("weights") != IMAGENET:
+            models.append(_add_imagenet_rescaling(models[0], row))
+        for weight in [] if random else [weight for model in models for weight in model.weights]:
+            weight._initializer = np.zeros  # noqa: SLF001  # Keras's builders take no initializers
+    return models[-1]
 
 
 def _add_imagenet_rescaling(model: Any, row: NetworkRow) -> Any:
@@ -278,7 +284,7 @@ def _reason(error: Exception, row: NetworkRow, path: Path, name: str) -> str:
 def _build_with_weights(row: NetworkRow, path: Path, name: str) -> Any:
     """Build the architecture as it was when the weights were trained, and load them. Raises ValueError."""
     layout = model_file.check_weights(path, name)
-    model = _build(row, pretrained=_is_pretrained(row, path), weights=None)
+    model = _build(row, pretrained=_is_pretrained(row, path), random=False, weights=None)
     with (
         tempfile.TemporaryDirectory() as folder
     ):  # Keras chooses the format by the ending, not by the content
