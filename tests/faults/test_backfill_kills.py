@@ -15,8 +15,8 @@ from devtools.faults.tiny_worker import NETWORK
 from devtools.processes import family
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(400)]
-ROWS, KILLS = 3_000, 2
-WORKERS = 2
+ROWS = 1_200
+WORKERS = (2, 1, 1)  # in each run: all but the last one are killed
 SHORTEST_S, LONGEST_S = 0.5, 3.0  # between two kills
 PATIENCE_S = 300
 
@@ -37,17 +37,17 @@ def test_a_backfill_survives_that_everybody_is_killed_with_each_row_exactly_once
         source = backfill_command.write_input(cluster.folder / "input.csv", uris)
         output, log = f"{cluster.settings.output}/kills", cluster.folder / "submitter.log"
         # So slowly that no run is over before the last kill.
-        rate = f"{ROWS / (KILLS * LONGEST_S):.0f}"
-        words = backfill_command.command(source, output, NETWORK, "--shard-rows", "64", "--rate", rate)
-        for run in range(KILLS + 1):
-            for _ in range(WORKERS):
+        rate = f"{ROWS / ((len(WORKERS) - 1) * LONGEST_S):.0f}"
+        words = backfill_command.command(source, output, NETWORK, "--shard-rows", "32", "--rate", rate)
+        for run, workers in enumerate(WORKERS):
+            for _ in range(workers):
                 cluster.work()
             resumed = ["--resume"] if run else []
             with log.open("ab") as file:
                 environment = cluster.settings.environment_for_child()
                 submitter = subprocess.Popen([*words, *resumed], env=environment, stdout=file, stderr=file)
             stack.callback(submitter.kill)  # where a test fails
-            if run == KILLS:
+            if run == len(WORKERS) - 1:
                 assert submitter.wait(PATIENCE_S) == 0, log.read_text()
                 break
             time.sleep(draw.uniform(SHORTEST_S, LONGEST_S))

@@ -23,6 +23,7 @@ RUNBOOK = (Path(__file__).parents[2] / "docs" / "how-to" / "runbook.md").read_te
 CHAPTER = RUNBOOK.partition("## Redis has lost its data\n")[2].partition("\n## ")[0]
 [EXPORT, IMPORT] = re.findall(r"^ *```bash\n(.*?)^ *```", CHAPTER, re.MULTILINE | re.DOTALL)
 DONE, WAITING, LATE = range(8), range(8, 16), range(16, 20)
+DONE_BEFORE, DONE_SINCE = range(20, 28), range(28, 36)
 ROWS = 240
 PATIENCE_S = 120
 
@@ -78,9 +79,17 @@ def backfill(cluster: Cluster) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
         process.wait()
 
 
-def test_a_flushed_ledger_is_imported_and_clients_and_backfills_go_on() -> None:
-    with running_cluster("flush", seed=1) as cluster, backfill(cluster) as (process, output):
-        worker = cluster.work()
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """With a worker."""
+    with running_cluster("loss", seed=1) as cluster:
+        cluster.work()
+        yield cluster
+
+
+def test_a_flushed_ledger_is_imported_and_clients_and_backfills_go_on(cluster: Cluster) -> None:
+    (worker,) = cluster.workers
+    with backfill(cluster) as (process, output):
         done = submit(cluster, DONE)
         wait_for(lambda: ended(cluster, done), START_S, "the first jobs end")
         assert worker.process
@@ -104,22 +113,21 @@ def test_a_flushed_ledger_is_imported_and_clients_and_backfills_go_on() -> None:
         assert backfill_command.counted(cluster.settings, output, ROWS) == backfill_command.Counted(0, 0)
 
 
-def test_a_ledger_that_was_rolled_back_knows_again_what_had_ended() -> None:
-    with running_cluster("rollback", seed=1) as cluster:
-        cluster.work()
-        before = submit(cluster, DONE)
-        wait_for(lambda: ended(cluster, before), START_S, "the first jobs end")
-        files, copy = cluster.folder / "appendonlydir", cluster.folder / "snapshot"
-        shutil.copytree(files, copy)
-        since = submit(cluster, WAITING)
-        wait_for(lambda: ended(cluster, since), START_S, "the others end")
-        run(EXPORT, cluster)
-        with cluster.broker.dead():
-            shutil.rmtree(files)
-            copy.rename(files)
-        wait_for(cluster.ledger.ping, START_S, "it is back")
-        assert cluster.client.statuses(job.id for job in since) == {}
-        assert f"Not used: {len(before)} that the ledger has" in run(IMPORT, cluster)
-        assert ended(cluster, [*before, *since])
-        cluster.submit(since[0])
-        assert ended(cluster, since), "it is the same job: it does not run again"
+def test_a_ledger_that_was_rolled_back_knows_again_what_had_ended(cluster: Cluster) -> None:
+    cluster.ledger.flushall()  # of what another test has left
+    before = submit(cluster, DONE_BEFORE)
+    wait_for(lambda: ended(cluster, before), START_S, "the first jobs end")
+    files, copy = cluster.folder / "appendonlydir", cluster.folder / "snapshot"
+    shutil.copytree(files, copy)
+    since = submit(cluster, DONE_SINCE)
+    wait_for(lambda: ended(cluster, since), START_S, "the others end")
+    run(EXPORT, cluster)
+    with cluster.broker.dead():
+        shutil.rmtree(files)
+        copy.rename(files)
+    wait_for(cluster.ledger.ping, START_S, "it is back")
+    assert cluster.client.statuses(job.id for job in since) == {}
+    assert f"Not used: {len(before)} that the ledger has" in run(IMPORT, cluster)
+    assert ended(cluster, [*before, *since])
+    cluster.submit(since[0])
+    assert ended(cluster, since), "it is the same job: it does not run again"

@@ -16,7 +16,7 @@ from devtools.faults.proxy import Fault
 from devtools.faults.verdict import Verdict
 from gradcam_worker.operations import servers
 
-JOBS = 80  # before each of them
+JOBS = 40  # before each of them
 SLOTS = 16
 BUSY_WITH = 8  # jobs that run, at least, when it happens
 SLOW = Fault(latency_s=0.05)  # of the S3 server: a job takes a second

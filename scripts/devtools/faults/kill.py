@@ -16,11 +16,13 @@ from devtools.faults import undisturbed_run
 from devtools.faults.cluster import START_S, Cluster, Worker, running_cluster, suspended, wait_for
 from devtools.faults.job_stream import JobStream
 from devtools.faults.observer import JobObserver
+from devtools.faults.proxy import Fault
 from devtools.faults.verdict import Verdict
 
 JOBS_A_KILL = 15  # at least: thousands in the full form
 AHEAD = 60  # jobs that wait or run at a time
-EVERY_S = 0.06  # between two submissions
+EVERY_S = 0.2  # between two submissions
+SLOW = Fault(latency_s=0.02)  # of the S3 server: a job is longer in hand, and costs no more
 WORKERS = 2
 OF_SUPERVISORS = 0.05  # share of kills
 ZOMBIES = 0.1  # suspensions for each kill
@@ -92,7 +94,10 @@ def attack(count: int, seed: int) -> Verdict:
         for _ in range(WORKERS):
             cluster.work()
         jobs = JOBS_A_KILL * count
-        with JobStream(cluster, observer.unfinished, jobs, AHEAD, endless=True, every_s=EVERY_S) as stream:
+        with (
+            cluster.s3.proxy.suffering(SLOW),
+            JobStream(cluster, observer.unfinished, jobs, AHEAD, endless=True, every_s=EVERY_S) as stream,
+        ):
             killer = Killer(cluster, observer, random.Random(seed))  # noqa: S311  # repeatable, not secret
             begun = time.monotonic()
             while killer.done["kills"] < count and not stream.error:

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any, Self
 
 import redis
@@ -23,7 +24,7 @@ from devtools.faults.verdict import Verdict
 from gradcam_worker import errors
 
 POLL_INTERVAL_S = 0.05  # of all jobs that are not final, and of all manifests
-SLICE = 200  # final documents that are read again in each poll: none may change
+SLICE = 40  # final documents that are read again in each poll: none may change
 FINAL = frozenset({"succeeded", "failed", "canceled", "expired"})
 PATIENT = frozenset({"low", "bulk"})  # priorities that come after the others
 UNEXPECTED = "internal"  # the code of an unexpected exception: a defect of ours
@@ -142,11 +143,14 @@ class JobObserver:
 
     def documents(self) -> dict[str, Document | None]:
         """What the ledger holds of each accepted job just now, or held at its end where it may forget it."""
+        return {job_id: json.loads(text) if text else None for job_id, text in self._texts().items()}
+
+    def _texts(self) -> dict[str, str | None]:
         with self._cluster.ledger as server:
             texts = self._read(server, list(self._cluster.accepted))
         if self._forgotten:
             texts = {job_id: text or self.finals.get(job_id) for job_id, text in texts.items()}
-        return {job_id: json.loads(text) if text else None for job_id, text in texts.items()}
+        return texts
 
     def verdict(self, *, faults: int, expected: Callable[[str], Collection[str]] | None = None) -> Verdict:
         """What came of all of it; call it when all should be final.
@@ -154,7 +158,9 @@ class JobObserver:
         `expected`: job id -> what it may end as, `succeeded` or the code of its error; without it, every job
         has to succeed.
         """
-        documents = self.documents()
+        texts = self._texts()
+        self.changed.update(job_id for job_id, text in [*self.finals.items()] if text != texts[job_id])
+        documents = {job_id: json.loads(text) if text else None for job_id, text in texts.items()}
         known = {job_id: document for job_id, document in documents.items() if document}
         ends = {job_id: end_of(document) for job_id, document in known.items() if document["status"] in FINAL}
         # Jobs of a lower priority wait for as long as others are there, whether a worker died or not.
@@ -249,14 +255,15 @@ class JobObserver:
             return dict(zip(ids, pipeline.execute(), strict=True))
 
     def _poll_bucket(self) -> None:
+        paths: dict[str, Path] = {}  # to make one costs more than to ask for the file
         while not self._ended.wait(POLL_INTERVAL_S):
             for job_id in list(self._cluster.accepted):
+                path = paths.get(job_id) or paths.setdefault(job_id, self._cluster.manifest(job_id))
                 with contextlib.suppress(OSError, ValueError):  # not there; or the server is just writing it
-                    self._read_manifest(job_id)
+                    self._read_manifest(job_id, path)
             self.polls["bucket"] += 1
 
-    def _read_manifest(self, job_id: str) -> None:
-        path = self._cluster.manifest(job_id)
+    def _read_manifest(self, job_id: str, path: Path) -> None:
         changed_at = path.stat().st_mtime_ns
         if self._fresh.get(job_id) == changed_at:
             return

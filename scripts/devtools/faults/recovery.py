@@ -19,7 +19,7 @@ from gradcam_worker.broker import publisher
 from gradcam_worker.settings import Settings
 
 LOST = 5  # messages that vanish from the queue at each of them
-AHEAD = 120  # jobs that wait when it happens
+AHEAD = 60  # jobs that wait when it happens
 LATER_S = 0.3  # at most, after a worker has begun a job
 RUNS_AGAIN_S, PUBLISHED_AGAIN_S = 30.0, 60.0  # what is promised
 DRAINS_S = 180.0

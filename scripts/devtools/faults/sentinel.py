@@ -12,7 +12,7 @@ import json
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Self
 
 import redis
@@ -112,7 +112,7 @@ def attack(
 def _make(fault: str, cluster: Cluster, server: ReplicatedServer, submitter: Submitter) -> Figures:
     """Make one fault. Returns what it cost, and how soon after the promotion client and worker were back."""
     with contextlib.closing(server.master.connect()) as master:
-        _await(lambda: _succeeded(cluster, master, submitter), "a worker is at work")
+        _await(lambda: _succeeded(cluster, master, submitter, set()), "a worker is at work")
     begun_s = time.monotonic()
     time.sleep(BEFORE_S)
     fault_s = time.monotonic()
@@ -121,7 +121,7 @@ def _make(fault: str, cluster: Cluster, server: ReplicatedServer, submitter: Sub
         client_s = worker_s = math.inf
         promoted = server.master
         with contextlib.closing(promoted.connect()) as master:
-            done_before = _succeeded(cluster, master, submitter)
+            done_before = _succeeded(cluster, master, submitter, set())
 
         def back() -> bool:
             nonlocal client_s, worker_s
@@ -129,7 +129,7 @@ def _make(fault: str, cluster: Cluster, server: ReplicatedServer, submitter: Sub
             with contextlib.closing(server.master.connect()) as master:
                 if any(_statuses(cluster, master, after)):
                     client_s = min(client_s, time.monotonic())
-                if _succeeded(cluster, master, submitter) - done_before:
+                if _succeeded(cluster, master, submitter, done_before):
                     worker_s = min(worker_s, time.monotonic())
             return max(client_s, worker_s) < math.inf
 
@@ -182,8 +182,11 @@ def _statuses(cluster: Cluster, master: redis.Redis, ids: list[str]) -> list[str
         return [json.loads(text)["status"] if text else "" for text in pipeline.execute()]
 
 
-def _succeeded(cluster: Cluster, master: redis.Redis, submitter: Submitter) -> set[str]:
-    ids = [job_id for job_id, _ in submitter.accepted]
+def _succeeded(
+    cluster: Cluster, master: redis.Redis, submitter: Submitter, before: Collection[str]
+) -> set[str]:
+    """The jobs that have succeeded by what the master knows, besides those `before`."""
+    ids = [job_id for job_id, _ in submitter.accepted if job_id not in before]
     statuses = zip(ids, _statuses(cluster, master, ids), strict=True)
     return {job_id for job_id, status in statuses if status == "succeeded"}
 

@@ -9,7 +9,6 @@ from devtools.faults.verdict import Verdict
 from gradcam_worker.client.client import GradcamClient
 
 UNFINISHED = ".rclone_temp_put_"  # of an upload during which this S3 server was killed
-WORKERS = 2
 JOBS_PER_S = 5  # at least: how long the undisturbed run may take ...
 PATIENCE_S = 180.0  # ... beside this
 
@@ -24,7 +23,7 @@ def checksums(bucket: Path) -> dict[str, dict[str, str]]:
 
 
 def compare(cluster: Cluster, verdict: Verdict, jobs: int) -> None:
-    """Run the first `jobs` jobs once more, with the same ids and nothing that disturbs them.
+    """Run the first `jobs` jobs once more, in one process, with the same ids and nothing that disturbs them.
 
     The objects of the attacked run are moved away first. Counts `wrong_bytes`.
     """
@@ -32,10 +31,10 @@ def compare(cluster: Cluster, verdict: Verdict, jobs: int) -> None:
     attacked = checksums(cluster.bucket)
     with cluster.s3.dead():
         cluster.bucket.rename(cluster.folder / "attacked")
-    settings = cluster.settings.model_copy(update={"key_prefix": "undisturbed:"})
+    changes = {"key_prefix": "undisturbed:", "job_processes": 0}
+    settings = cluster.settings.model_copy(update=changes)
     client = GradcamClient(settings=settings)
-    for _ in range(WORKERS):
-        cluster.work(settings)
+    cluster.work(settings)
     ids = [client.submit(cluster.job(number)) for number in range(jobs)]
     end = time.monotonic() + PATIENCE_S + jobs / JOBS_PER_S
     for job_id in ids:
