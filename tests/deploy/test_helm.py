@@ -69,6 +69,50 @@ def as_keda(names: dict[str, int]) -> float:
     return said
 
 
+WRONG: list[tuple[tuple[Any, ...], Any, str]] = [  # in the pod of a worker: path, value, what is said of it
+    (("securityContext", "runAsUser"), 1000, "securityContext.runAsUser: 10001 was expected"),
+    (("securityContext", "runAsNonRoot"), False, "securityContext.runAsNonRoot: True was expected"),
+    (("securityContext", "seccompProfile"), {"type": "Unconfined"}, "seccompProfile: {"),
+    (("automountServiceAccountToken",), True, "automountServiceAccountToken: False was expected"),
+    (("enableServiceLinks",), True, "enableServiceLinks: False was expected"),
+    (("terminationGracePeriodSeconds",), 60, "killed after 60 s"),
+    (
+        ("containers", 0, "image"),
+        "gradcam-worker:latest",
+        "containers[0].image: 'gradcam-worker:latest'",
+    ),
+    (
+        ("containers", 0, "image"),
+        "localhost:5000/gradcam-worker",
+        "image: 'localhost:5000/gradcam-worker'",
+    ),
+    (("containers", 0, "securityContext", "readOnlyRootFilesystem"), False, "securityContext: {"),
+    (("containers", 0, "livenessProbe", "httpGet", "path"), "/ready", "path: '/live' was expected"),
+    (("containers", 0, "resources", "limits"), {}, "limits: 'memory' is a required property"),
+    (("containers", 0, "ports"), [], "containers[0].ports: "),
+]
+
+
+def with_wrong(path: tuple[Any, ...], value: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """What is rendered, and the Deployment of the worker in it, in which something is wrong."""
+    documents = rendered("cpu")
+    worker = one(documents, "Deployment", "gradcam-worker")
+    place: Any = worker["spec"]["template"]["spec"]
+    for step in path[:-1]:
+        place = place[step]
+    place[path[-1]] = value
+    return documents, worker
+
+
+@pytest.fixture(scope="module")
+def said_of_wrong(_tools: None) -> list[str]:
+    """What schemas say of each of them, one finding after the other."""
+    workers = {
+        f"wrong-{number}": [with_wrong(path, value)[1]] for number, (path, value, _) in enumerate(WRONG)
+    }
+    return re.split(r"\n(?=  /)", "\n".join(helm.by_schema(workers)))
+
+
 class TestFormula:
     def test_there_are_no_workers_only_where_nothing_waits_retries_or_runs(self) -> None:
         assert SCALER.desired(work()) == 0
@@ -348,39 +392,13 @@ class TestRendered:
             assert helm.scaler(formula, 1).slots == slots
 
     @pytest.mark.parametrize(
-        ("path", "value", "said"),
-        [
-            (("securityContext", "runAsUser"), 1000, "securityContext.runAsUser: 10001 was expected"),
-            (("securityContext", "runAsNonRoot"), False, "securityContext.runAsNonRoot: True was expected"),
-            (("securityContext", "seccompProfile"), {"type": "Unconfined"}, "seccompProfile: {"),
-            (("automountServiceAccountToken",), True, "automountServiceAccountToken: False was expected"),
-            (("enableServiceLinks",), True, "enableServiceLinks: False was expected"),
-            (("terminationGracePeriodSeconds",), 60, "killed after 60 s"),
-            (
-                ("containers", 0, "image"),
-                "gradcam-worker:latest",
-                "containers[0].image: 'gradcam-worker:latest'",
-            ),
-            (
-                ("containers", 0, "image"),
-                "localhost:5000/gradcam-worker",
-                "image: 'localhost:5000/gradcam-worker'",
-            ),
-            (("containers", 0, "securityContext", "readOnlyRootFilesystem"), False, "securityContext: {"),
-            (("containers", 0, "livenessProbe", "httpGet", "path"), "/ready", "path: '/live' was expected"),
-            (("containers", 0, "resources", "limits"), {}, "limits: 'memory' is a required property"),
-            (("containers", 0, "ports"), [], "containers[0].ports: "),
-        ],
-        ids=lambda value: re.sub(r"\W+", "-", value) if isinstance(value, str) else "",
+        "number", range(len(WRONG)), ids=[re.sub(r"\W+", "-", said) for _, _, said in WRONG]
     )
-    def test_what_is_wrong_is_found(self, path: tuple[Any, ...], value: Any, said: str) -> None:
-        documents = rendered("cpu")
-        worker = one(documents, "Deployment", "gradcam-worker")
-        place: Any = worker["spec"]["template"]["spec"]
-        for step in path[:-1]:
-            place = place[step]
-        place[path[-1]] = value
-        assert said in "\n".join([*helm.by_schema({"it": [worker]}), *helm.findings(documents)])
+    def test_what_is_wrong_is_found(self, number: int, said_of_wrong: list[str]) -> None:
+        path, value, said = WRONG[number]
+        documents, _ = with_wrong(path, value)
+        of_schemas = [each for each in said_of_wrong if f"/wrong-{number}-" in each.partition("::")[0]]
+        assert said in "\n".join([*of_schemas, *helm.findings(documents)])
 
     @pytest.mark.parametrize(
         ("kind", "name", "path", "value", "said"),

@@ -1,32 +1,26 @@
 import json
-import os
 import re
-import subprocess
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-
-from devtools import command, import_path
-
-
-def run(program: str, *arguments: str) -> Any:
-    return subprocess.run(
-        command(f"agreement.{program}", *arguments),
-        env={**os.environ, **import_path()},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+from click.testing import CliRunner
 
 
 @pytest.mark.tensorflow
 class TestAgreement:
-    def test_a_section_prints_its_figures_and_they_are_small(self) -> None:
-        done = run("report", "batch", "tape", "--json")
-        assert done.returncode == 0, done.stderr
-        document = json.loads(done.stdout)
+    @pytest.mark.usefixtures("eagerly")
+    def test_sections_print_their_figures_which_are_small_and_are_written_into_the_page(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        from devtools.agreement import report
+
+        page = tmp_path / "agreement.md"
+        committed = report.PAGE.read_text(encoding="utf-8")
+        page.write_text(committed.replace("2.5e-07", "0.5"))
+        monkeypatch.setattr(report, "PAGE", page)
+        report.main(["batch", "tape", "--json", "--write"], standalone_mode=False)
+        document = json.loads(capsys.readouterr().out)
         assert {"keras", "tensorflow", "numpy"} <= set(document["versions"])
         sections = document["sections"]
         assert list(sections) == ["batch", "tape"]
@@ -36,32 +30,25 @@ class TestAgreement:
         against_a_tape = dict(sections["tape"]["rows"])
         assert len(against_a_tape) >= 7
         assert max(against_a_tape.values()) <= 1e-4
-
-    def test_a_section_that_there_is_not_is_refused_with_those_there_are(self) -> None:
-        done = run("report", "tapes")
-        assert done.returncode == 2
-        assert "'tapes' is not one of 'notebook', 'tape', 'batch'" in done.stderr
-
-    def test_figures_are_written_into_their_section_of_the_page(
-        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-    ) -> None:
-        from devtools.agreement import report
-
-        page = tmp_path / "agreement.md"
-        committed = report.PAGE.read_text(encoding="utf-8")
-        page.write_text(committed.replace("2.5e-07", "0.5"))
-        monkeypatch.setattr(report, "PAGE", page)
-        report.main(["batch", "--write"], standalone_mode=False)
         written = page.read_text()
         assert "0.5" not in written.partition("## Within ourselves")[2].partition("\n## ")[0]
         assert re.findall("^#.*", written, re.MULTILINE) == re.findall("^#.*", committed, re.MULTILINE)
+
+    def test_a_section_that_there_is_not_is_refused_with_those_there_are(self) -> None:
+        from devtools.agreement import report
+
+        done = CliRunner().invoke(report.main, ["tapes"])
+        assert done.exit_code == 2
+        assert "'tapes' is not one of 'notebook', 'tape', 'batch'" in done.output
 
 
 @pytest.mark.tensorflow
 class TestNetworks:
     def test_a_network_that_is_named_is_built_and_explained(self) -> None:
-        done = run("networks", "efficientnet_lite0", "--json")
-        assert done.returncode == 0, done.stderr
+        from devtools.agreement import networks
+
+        done = CliRunner().invoke(networks.main, ["efficientnet_lite0", "--json"])
+        assert done.exit_code == 0, done.output
         (seen,) = json.loads(done.stdout)
         assert (seen["network"], seen["target_layer"], seen["map_size"]) == (
             "efficientnet_lite0",
