@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("attacks", nargs="*", metavar="attack", help=f"{', '.join(ATTACKS)}; none: all")
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--short", action="store_true", help="what CI has time for: minutes (default)")
+    size.add_argument("--short", action="store_true", help="minutes (default)")
     size.add_argument("--full", action="store_true", help="about 40 minutes on two cores")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout, nothing else")
     parser.add_argument("--seed", type=int, default=0, help="of all that is left to chance")
