@@ -205,6 +205,46 @@ class TestWhenABatchStarts:
         assert device.batches == [2, 2, 1]
 
 
+class CountingCondition(threading.Condition):
+    """Counts how often threads are woken."""
+
+    wakes = 0
+
+    def notify_all(self) -> None:
+        self.wakes += 1
+        super().notify_all()
+
+
+class TestWhenTheStartingThreadIsWoken:
+    @pytest.fixture
+    def changed(self, jobs: Jobs) -> CountingCondition:
+        jobs.batcher._changed = condition = CountingCondition()
+        return condition
+
+    def test_by_a_request_and_not_by_a_batch_that_leaves_the_device_while_nothing_waits(
+        self, jobs: Jobs, device: Device, changed: CountingCondition
+    ) -> None:
+        for _ in range(3):
+            assert color_of(jobs.submit(device)) == "r"
+        assert changed.wakes == 3
+
+    def test_on_a_busy_device_by_a_full_batch_alone(
+        self, jobs: Jobs, device: Device, changed: CountingCondition
+    ) -> None:
+        jobs.batcher.limit(device, 3)
+        device.may_finish.clear()
+        futures = [jobs.submit(device)]
+        assert device.begun.acquire(timeout=WAIT_S)
+        futures += [jobs.submit(device), jobs.submit(device)]
+        assert changed.wakes == 1
+        futures.append(jobs.submit(device))
+        assert device.begun.acquire(timeout=WAIT_S)
+        assert changed.wakes == 2
+        device.may_finish.set()
+        assert [color_of(job) for job in futures] == ["r"] * 4
+        assert device.batches == [1, 3]
+
+
 class TestWhatSharesABatch:
     def test_each_network_has_its_own_batches(self, jobs: Jobs, device: Device) -> None:
         other = Device()

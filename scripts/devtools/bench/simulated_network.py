@@ -138,7 +138,8 @@ class SimulatedNetwork:
         ended = self._occupy(len(pixels))
 
         def wait() -> Computed:
-            time.sleep(max(ended - time.time(), 0))
+            if (left_s := ended - time.time()) > 0:
+                time.sleep(left_s)
             ranks = np.maximum(-wanted - 1, 0)
             class_ids = np.where(wanted < 0, self._ranked[rows[:, np.newaxis], ranks], wanted)
             raw = self._maps[(rows[:, np.newaxis] + class_ids) % self.ANSWERS]

@@ -108,7 +108,7 @@ class Batcher:
             if not is_submitted:  # else its submission was the change
                 with self._changed:
                     submitted()
-                    self._changed.notify_all()
+                    self._wake_starting_thread()
 
     def limit(self, network: Network, max_batch_size: int) -> None:
         """Limit the size of a network's batches."""
@@ -264,6 +264,7 @@ class Batcher:
                 for thread in self._threads:
                     thread.start()
             submitted()
+            is_full = False
             for request in requests:
                 queue = self._queues.get(request.key)
                 if queue is None:
@@ -271,7 +272,9 @@ class Batcher:
                         self._max_batch_size(request.key), last_batch=self._started
                     )
                 queue.waiting.append(request)
-            self._changed.notify_all()
+                is_full = is_full or queue.is_full
+            if is_full or not self._at_device:  # else the batch fills up until the device is free
+                self._changed.notify_all()
 
     def _max_batch_size(self, key: BatchKey) -> int:
         return 1 if key[2] in {SEPARATE_BATCH, ALONE} else self._limits.get(key[0], self._default_limit)
@@ -361,7 +364,12 @@ class Batcher:
         self._responded_s = time.monotonic() if self._at_device else None
         if len(self._queues) > MAX_QUEUES:
             self._queues = {key: queue for key, queue in self._queues.items() if queue.waiting}
-        self._changed.notify_all()
+        self._wake_starting_thread()
+
+    def _wake_starting_thread(self) -> None:
+        """Wake the thread that starts batches if it may have one to start; and whoever waits in `drain`."""
+        if self._draining or self._retries or any(queue.waiting for queue in self._queues.values()):
+            self._changed.notify_all()
 
     def _fail(self, batch: list[InferenceRequest], error: BaseException) -> None:
         """Retry both halves of a failed batch. Single requests fail, and batches with a permanent error."""
@@ -415,7 +423,7 @@ class Batcher:
             bulk = all(request.bulk for request in queue.waiting)
             return all(map(yields_to_urgent, queue.waiting)), bulk and self._latest_is_bulk, queue.last_batch
 
-        chosen = min(candidates, key=order)
+        chosen = min(candidates, key=order) if len(candidates) > 1 else candidates[0]
         if self._at_device and chosen.waiting[0].key[2] == ALONE:
             self._changed.wait()
             return []
@@ -438,10 +446,9 @@ class Batcher:
 
     def _wait_left_s(self, queue: BatchQueue) -> float:
         """Seconds that the next batch of a queue still waits for more images."""
-        full = len(queue.waiting) >= queue.max_batch_size
         if self._at_device:  # the device is busy, so the batch may fill up
-            return 0 if full and self._at_device < MAX_BATCHES_AT_DEVICE else NEVER_S
-        if full or not self._expected + self.expected_elsewhere():
+            return 0 if queue.is_full and self._at_device < MAX_BATCHES_AT_DEVICE else NEVER_S
+        if queue.is_full or not self._expected + self.expected_elsewhere():
             return 0
         max_wait_s = self._wait_s if queue.batch_s is None else min(self._wait_s, queue.batch_s)
         return min(request.queued_s for request in queue.waiting) + max_wait_s - time.monotonic()

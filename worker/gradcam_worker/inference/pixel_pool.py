@@ -12,6 +12,7 @@ back-pressure.
 
 import errno
 import fcntl
+import math
 import mmap
 import os
 import threading
@@ -234,7 +235,7 @@ class MappedPool:
         Raises:
             InternalError: They are not inside the pool.
         """
-        end = offset + ALIGNMENT + int(np.prod(shape, dtype=np.int64)) * np.dtype(pixel_type).itemsize
+        end = offset + ALIGNMENT + math.prod(shape) * np.dtype(pixel_type).itemsize
         if not HEADER_BYTES <= offset < end <= self.size:
             message = f"Pixels {shape} at {offset} are not inside a pool of {self.size} bytes."
             raise InternalError(message)

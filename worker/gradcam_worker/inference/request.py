@@ -87,6 +87,11 @@ class BatchQueue:
     waiting: list[InferenceRequest] = field(default_factory=list)
     batch_s: float | None = None  # moving average of the duration of its batches
 
+    @property
+    def is_full(self) -> bool:
+        """Whether its next batch needs no further request."""
+        return len(self.waiting) >= self.max_batch_size
+
     def take(self) -> list[InferenceRequest]:
         """Remove and return the next batch: the requests that wait longest, bulk requests last."""
         self.waiting.sort(key=yields_to_urgent)
