@@ -188,8 +188,8 @@ class TestPresets:
         assert {name: sizing.describe() for name, sizing in SIZINGS.items()} == {
             "area": "area, squash",
             "keras.load_img": "nearest, squash",
-            "tf.image.resize": "bilinear_tf, squash",
-            "image_dataset_from_directory": "fast JPEG, bilinear_tf, squash",
+            "tf.image.resize": "bilinear_tf in fractions, squash",
+            "image_dataset_from_directory": "fast JPEG, bilinear_tf in fractions, squash",
             "torchvision": "bilinear_antialias, centre crop of 0.875",
             "timm": "bicubic_antialias, centre crop of 0.875",
             "opencv": "bilinear, squash",
@@ -198,7 +198,7 @@ class TestPresets:
         assert Sizing("lanczos", "crop", short_side=256).describe() == "lanczos, short side 256, centre crop"
         squashed = Sizing("lanczos4", "crop", size=(256, 300), grey=True)
         assert squashed.describe() == "grey, lanczos4, squash to 256 x 300, centre crop"
-        assert Sizing("bilinear_tf", grey="tf_bgr").describe() == "grey of tf_bgr, bilinear_tf, squash"
+        assert Sizing("skimage", grey="tf_bgr").describe() == "grey of tf_bgr, skimage in fractions, squash"
         assert Sizing("skimage", recompress=75).describe() == "skimage, JPEG 75, squash"
 
     def test_two_that_differ_are_described_differently(self) -> None:

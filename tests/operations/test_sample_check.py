@@ -3,11 +3,12 @@
 import csv
 import json
 import math
+import tomllib
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import cv2
 import numpy as np
@@ -20,10 +21,10 @@ from gradcam_worker.gradcam.classes import ClassIndex
 from gradcam_worker.gradcam.decoding.decode import Limits, decode
 from gradcam_worker.gradcam.files.weights import file_sha256
 from gradcam_worker.gradcam.network_inputs import NetworkInput
-from gradcam_worker.gradcam.sizing import SIZINGS, Sizing
+from gradcam_worker.gradcam.sizing import SIZINGS, Resize, Sizing
 from gradcam_worker.operations import sample, sample_check
 from gradcam_worker.operations.sample import Photo, Sample
-from gradcam_worker.operations.sample_check import Outcome, SampleReport, advise, candidates, check
+from gradcam_worker.operations.sample_check import Outcome, SampleReport, advise, candidates, check, setting
 from gradcam_worker.testing import TinyNetwork
 
 SIDE = 64
@@ -200,6 +201,16 @@ def test_the_ways_to_resize_are_each_tried_once_and_the_configured_one_first() -
     assert names == {*SIZINGS}
 
 
+def test_what_the_tool_does_besides_is_part_of_every_way_that_is_tried() -> None:
+    outcomes = candidates(Sizing("nearest", grey="tf", fast_jpeg=True, recompress=75))
+    sizings = {outcome.sizing for outcome in outcomes}
+    assert {(sizing.grey, sizing.recompress) for sizing in sizings} == {("tf", 75)}
+    assert {sizing.resize for sizing in sizings if sizing.fast_jpeg} == {*get_args(Resize)}
+    assert {sizing.resize for sizing in sizings if not sizing.fast_jpeg} == {*get_args(Resize)}
+    for outcome in candidates(Sizing(fast_jpeg=True)):
+        assert all(SIZINGS[name] == outcome.sizing for name in outcome.names)
+
+
 def outcome(sizing: Sizing, right: int, total: int = 16, differences: tuple[float, ...] = ()) -> Outcome:
     """An outcome; the configured sizing is `area`."""
     names = tuple(name for name, one in SIZINGS.items() if one == sizing)
@@ -244,6 +255,12 @@ class TestAdvice:
         advice = advise([outcome(AREA, 1), outcome(BICUBIC, 16)])
         assert advice.text.endswith('configured: set sizing = { resize = "bicubic_antialias" }.')
         assert "16 of 16 with bicubic_antialias, squash and" in advice.text
+
+    def test_each_key_that_is_tried_is_in_that_table(self) -> None:
+        sizing = Sizing("bilinear", grey="tf", fast_jpeg=True, recompress=75)
+        line = setting(sizing)
+        assert line == 'sizing = { resize = "bilinear", grey = "tf", fast_jpeg = true, recompress = 75 }'
+        assert Sizing(**tomllib.loads(line)["sizing"]) == sizing
 
     @pytest.mark.parametrize(("most_frequent", "is_guessing"), [(12, False), (13, True), (0, False)])
     def test_a_network_that_is_no_better_than_guessing_has_another_fault(

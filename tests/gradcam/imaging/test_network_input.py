@@ -15,14 +15,14 @@ from PIL import Image, ImageOps
 
 from gradcam_worker.errors import ImagePixelsExceeded
 from gradcam_worker.gradcam.decoding.decode import Limits, decode
+from gradcam_worker.gradcam.imaging import network_input
 from gradcam_worker.gradcam.imaging.network_input import (
     OPENCV_FILTERS,
     PILLOW_FILTERS,
-    TENSORFLOW_CORNERS,
     to_input,
 )
 from gradcam_worker.gradcam.imaging.resize import Pixels, fit
-from gradcam_worker.gradcam.sizing import SIZINGS, Sizing
+from gradcam_worker.gradcam.sizing import FRACTIONAL_RESIZES, SIZINGS, Sizing
 
 FILTERS = {**PILLOW_FILTERS, "nearest": Image.Resampling.NEAREST}
 SIZES = [(224, 224), (96, 128), (299, 331), (700, 500), (31, 900)]
@@ -31,6 +31,16 @@ SIZES = [(224, 224), (96, 128), (299, 331), (700, 500), (31, 900)]
 @pytest.fixture(scope="module")
 def photo(photos: Path) -> Pixels:
     return decode((photos / "coffee.jpg").read_bytes()).pixels
+
+
+def traced_bytes(call: Callable[[], object]) -> int:
+    """The most memory that a call takes at once."""
+    tracemalloc.start()
+    try:
+        call()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
 
 
 class TestSquash:
@@ -124,6 +134,24 @@ class TestSquash:
         assert made.dtype == np.float32
         assert_allclose(made.ravel(), expected, atol=1e-3)
 
+    @pytest.mark.parametrize("side", [1, 2, 40, 301])
+    @pytest.mark.parametrize("sizing", [Sizing("skimage"), Sizing("skimage", "crop", crop_fraction=0.5)])
+    def test_strips_of_rows_change_nothing(
+        self, sizing: Sizing, side: int, noise: Callable[..., Pixels], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pixels = noise(side, 57)
+        monkeypatch.setattr(network_input, "STRIP_PIXELS", 2**40)
+        whole = to_input(pixels, (50, 50), sizing)
+        monkeypatch.setattr(network_input, "STRIP_PIXELS", 1)
+        assert_array_equal(to_input(pixels, (50, 50), sizing), whole)
+
+    @pytest.mark.parametrize("resize", FRACTIONAL_RESIZES)
+    def test_a_large_photo_takes_less_memory_than_its_own_pixels(
+        self, resize: Any, noise: Callable[..., Pixels]
+    ) -> None:
+        pixels = noise(1600, 1200)
+        assert traced_bytes(lambda: to_input(pixels, (64, 64), Sizing(resize))) < pixels.nbytes
+
     def test_a_photo_that_is_recompressed_is_what_pillow_writes_and_reads(self, photo: Pixels) -> None:
         file = io.BytesIO()
         resized = Image.fromarray(photo).resize((80, 80), Image.Resampling.BILINEAR)
@@ -192,17 +220,12 @@ class TestSquash:
 
 
 class TestCrop:
-    @pytest.mark.parametrize("resize", [*TENSORFLOW_CORNERS, *OPENCV_FILTERS, *FILTERS])
+    @pytest.mark.parametrize("resize", [*FRACTIONAL_RESIZES, *OPENCV_FILTERS, *FILTERS])
     def test_a_long_and_narrow_photo_takes_little_more_memory_than_its_resized_pixels(
         self, resize: Any, noise: Callable[..., Pixels]
     ) -> None:
         pixels = noise(10, 2500)
-        tracemalloc.start()
-        try:
-            to_input(pixels, (64, 64), Sizing(resize, "crop"))
-            _, peak_bytes = tracemalloc.get_traced_memory()
-        finally:
-            tracemalloc.stop()
+        peak_bytes = traced_bytes(lambda: to_input(pixels, (64, 64), Sizing(resize, "crop")))
         assert peak_bytes < 5 * (64 * 16_000 * 3)
 
     @pytest.mark.parametrize("turned", [False, True])
@@ -234,6 +257,13 @@ class TestCrop:
     def test_a_photo_that_is_too_long_is_refused(self) -> None:
         with pytest.raises(ImagePixelsExceeded, match="60000 x 2 pixels is too long for a centre crop"):
             to_input(np.zeros((2, 60_000, 3), np.uint8), (224, 224), SIZINGS["timm"])
+
+    def test_a_photo_that_is_too_long_for_a_jpeg_is_refused_by_its_own_size(self) -> None:
+        sizing = Sizing("nearest", "crop", recompress=75)
+        with pytest.raises(ImagePixelsExceeded, match="of 2500 x 1 pixels is too long to be recompressed"):
+            to_input(np.zeros((1, 2500, 3), np.uint8), (32, 32), sizing)
+        assert not to_input(np.zeros((1, 2000, 3), np.uint8), (32, 32), sizing).any()
+        assert to_input(np.zeros((1, 2500, 3), np.uint8), (32, 32), replace(sizing, recompress=None)).size
 
 
 class TestLetterbox:

@@ -32,9 +32,8 @@ METRICS = (*CURVES, "confidence_drop", "confidence_increase")
 STEPS = 32  # so 33 images are scored for each class and metric
 BATCH = 16  # images scored at once
 
-Score = Callable[
-    [InputPixels], NDArray[np.float32]
-]  # pixels (n, height, width, channels) -> scores (n, classes)
+# pixels (n, height, width, channels) -> scores (n, classes)
+Score = Callable[[InputPixels], NDArray[np.float32]]
 
 
 def measure(

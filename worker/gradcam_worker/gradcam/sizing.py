@@ -168,7 +168,7 @@ class Sizing:
         steps = (
             "fast JPEG" if self.fast_jpeg else "",
             f"grey of {self.grey}" if isinstance(self.grey, str) else "grey" if self.grey else "",
-            self.resize,
+            f"{self.resize} in fractions" if self.is_fractional else self.resize,
             f"JPEG {self.recompress}" if self.recompress else "",
             fitted,
         )

@@ -164,13 +164,16 @@ def _choose_network(registry: Registry, name: str | None) -> NetworkRow:
 def candidates(configured: Sizing) -> list[Outcome]:
     """The sizings to try, each once: the configured one, then presets and every other way to resize."""
     names: dict[Sizing, list[str]] = {configured: []}
-    for name, sizing in SIZINGS.items():
-        names.setdefault(replace(sizing, grey=configured.grey), []).append(name)
-    for resize in get_args(Resize):
-        names.setdefault(Sizing(resize, grey=configured.grey), [])
+    presets = [*SIZINGS.items(), *(("", Sizing(resize)) for resize in get_args(Resize))]
+    for fast_jpeg in dict.fromkeys((configured.fast_jpeg, False)):
+        for name, sizing in presets:
+            known = replace(sizing, grey=configured.grey)
+            tried = replace(known, recompress=configured.recompress, fast_jpeg=sizing.fast_jpeg or fast_jpeg)
+            found = names.setdefault(tried, [])
+            if name and tried == known and name not in found:
+                found.append(name)
     return [
-        Outcome(sizing, tuple(presets), is_configured=sizing == configured)
-        for sizing, presets in names.items()
+        Outcome(sizing, tuple(found), is_configured=sizing == configured) for sizing, found in names.items()
     ]
 
 
@@ -397,7 +400,7 @@ def setting(sizing: Sizing) -> str:
     if presets:
         return f'sizing = "{presets[0]}"'
     fitted = f', fit = "crop", crop_fraction = {sizing.crop_fraction}' if sizing.crop_fraction else ""
-    given = {key: getattr(sizing, key) for key in ("grey", "fast_jpeg")}
+    given = {key: getattr(sizing, key) for key in ("grey", "fast_jpeg", "recompress")}
     flags = "".join(f", {key} = {json.dumps(value)}" for key, value in given.items() if value)
     return f'sizing = {{ resize = "{sizing.resize}"{fitted}{flags} }}'
 

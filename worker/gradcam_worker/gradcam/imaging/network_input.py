@@ -12,7 +12,7 @@ from PIL import Image
 
 from gradcam_worker.errors import ImagePixelsExceeded
 from gradcam_worker.gradcam.catalog import Preprocessing
-from gradcam_worker.gradcam.decoding.decode import decode
+from gradcam_worker.gradcam.decoding.decode import Limits, decode
 from gradcam_worker.gradcam.imaging.resize import MAX_OPENCV_CHANNELS, Pixels, fit
 from gradcam_worker.gradcam.network import InputPixels
 from gradcam_worker.gradcam.sizing import Grey, Layout, Size, Sizing
@@ -30,11 +30,15 @@ OPENCV_FILTERS = {
     "lanczos4": cv2.INTER_LANCZOS4,
 }
 SKIMAGE_TRUNCATION = 4.0  # of the Gaussian, in standard deviations: that of SciPy
+SKIMAGE_STRIP_ROWS = (
+    8  # of the result at least: the blur of each strip reaches two rows further on both sides
+)
 TENSORFLOW_LUMINANCE = (0.2989, 0.587, 0.114)  # of red, green and blue
 TENSORFLOW_CORNERS = {"bilinear_tf": 0.5, "bilinear_tf1": 0.0}
 MAX_RESIZED_PIXELS = 2**24  # of which a centre is cut out: a photo of 1 x 60,000 pixels would have billions
 STRIP_PIXELS = 2**16  # computed in float32 at a time, which takes 4 MB for a photo
 MAX_ASPECT = 4  # is allowed in any case, however large the input
+MAX_JPEG_SIDE = 65_500  # in pixels: that of libjpeg
 
 
 def to_input(pixels: Pixels, input_size: Size, sizing: Sizing) -> InputPixels:
@@ -50,14 +54,14 @@ def to_input(pixels: Pixels, input_size: Size, sizing: Sizing) -> InputPixels:
 
     Raises:
         ImagePixelsExceeded: The image is so long and narrow that it would have too many pixels before its
-            centre is cut out.
+            centre is cut out, or would be too long for a JPEG.
     """
     if sizing.grey:
         grey = _to_grey(pixels, sizing.grey)[..., np.newaxis]
         alike = to_input(grey, input_size, replace(sizing, grey=False, color=sizing.color[:1]))
         return np.repeat(alike, pixels.shape[2], axis=2)
     layout = sizing.layout((pixels.shape[0], pixels.shape[1]), input_size)
-    _check_size(pixels, layout.resized)
+    _check_size(pixels, layout.resized, sizing)
     window, place = _window(layout, input_size)
     if sizing.recompress is None:
         part = _resize(pixels, layout.resized, sizing, window)
@@ -98,10 +102,16 @@ def _to_grey(pixels: Pixels, how: bool | Grey) -> Pixels:  # as in `Sizing.grey`
     return grey
 
 
-def _check_size(pixels: Pixels, resized: Size) -> None:
+def _check_size(pixels: Pixels, resized: Size, sizing: Sizing) -> None:
+    height, width, _ = pixels.shape
+    if sizing.recompress is not None and max(resized) > MAX_JPEG_SIDE:
+        message = (
+            f"The image of {width} x {height} pixels is too long to be recompressed: a side would have "
+            f"{max(resized):,} pixels before its centre is cut out; a JPEG has {MAX_JPEG_SIDE:,} at most."
+        )
+        raise ImagePixelsExceeded(message)
     count = resized[0] * resized[1]
     if count > max(MAX_RESIZED_PIXELS, MAX_ASPECT * min(resized) ** 2):
-        height, width, _ = pixels.shape
         message = (
             f"The image of {width} x {height} pixels is too long for a centre crop: it would have "
             f"{count:,} pixels before; at most {MAX_RESIZED_PIXELS:,} are allowed."
@@ -114,11 +124,12 @@ def _recompress(pixels: InputPixels, quality: int) -> Pixels:
     levels = np.rint(pixels).astype(np.uint8)
     image, file = Image.fromarray(levels[..., 0] if levels.shape[2] == 1 else levels), io.BytesIO()
     image.save(file, "JPEG", quality=quality)
-    return decode(file.getvalue()).pixels[..., : levels.shape[2]]
+    limits = Limits(max_pixels=levels.size, max_side=MAX_JPEG_SIDE)  # checked before
+    return decode(file.getvalue(), limits).pixels[..., : levels.shape[2]]
 
 
 def _resize(pixels: Pixels, size: Size, sizing: Sizing, window: Window) -> InputPixels:
-    """A window of the resized image. Where it has fractions of levels, no more than that is computed."""
+    """A window of the resized image. Where it has fractions of levels, no other rows are computed."""
     if pixels.shape[:2] == size:
         return pixels[window].astype(np.float32 if sizing.is_fractional else np.uint8)
     if sizing.resize == "skimage":
@@ -189,16 +200,27 @@ def _resize_as_scikit_image(pixels: Pixels, size: Size, window: Window) -> NDArr
         _split((np.arange(length)[part] + 0.5) * factor + 0.5)
         for length, factor, part in zip(size, factors, window, strict=True)
     )
-    resized = np.empty((len(top), len(left), pixels.shape[2]), np.float32)
-    for channel in range(pixels.shape[2]):
-        levels = pixels[..., channel].astype(np.float32)
-        blurred = cv2.sepFilter2D(levels, cv2.CV_32F, across, down, borderType=cv2.BORDER_REFLECT_101)
-        mirrored = cv2.copyMakeBorder(blurred, 1, 1, 1, 1, cv2.BORDER_REFLECT_101)
-        upper, lower = (
-            _blend(lines[:, left], lines[:, left + 1], right) for lines in (mirrored[top], mirrored[top + 1])
-        )
-        resized[..., channel] = _blend(upper, lower, below[:, np.newaxis])
+    (height, width, channels), radius = pixels.shape, len(down) // 2
+    west, east = _mirrored(left - 1, width), _mirrored(left, width)
+    resized = np.empty((len(top), len(left), channels), np.float32)
+    step = max(SKIMAGE_STRIP_ROWS, int(STRIP_PIXELS / max(width, len(left)) / max(factors[0], 1)))
+    for first in range(0, len(top), step):
+        rows = slice(first, first + step)
+        upper = top[rows] - top[first]  # in the strip without what the blur takes from its neighbours
+        strip = pixels[_mirrored(np.arange(top[first] - 1 - radius, top[rows][-1] + radius + 1), height)]
+        for channel in range(channels):
+            levels = strip[..., channel].astype(np.float32)
+            blurred = cv2.sepFilter2D(levels, cv2.CV_32F, across, down, borderType=cv2.BORDER_REFLECT_101)
+            lines = blurred.reshape(levels.shape)[radius : len(strip) - radius]
+            between = _blend(lines[:, west], lines[:, east], right)
+            resized[rows, :, channel] = _blend(between[upper], between[upper + 1], below[rows, np.newaxis])
     return resized
+
+
+def _mirrored(places: NDArray[np.intp], length: int) -> NDArray[np.intp]:
+    """The pixels of a side that are seen at places also outside it, in mirrors on its outermost pixels."""
+    last = length - 1
+    return np.abs((places + last) % max(2 * last, 1) - last)
 
 
 def _split(places: NDArray[np.float64]) -> tuple[NDArray[np.intp], NDArray[np.float32]]:

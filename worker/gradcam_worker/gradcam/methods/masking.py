@@ -48,9 +48,8 @@ ROUNDING = 1e-12  # of sums in float64: less than this share of the mean is noth
 
 Floats = NDArray[np.float32]
 Score = Callable[[InputPixels], Floats]  # pixels (n, height, width, channels) -> scores (n, classes)
-Covered = Iterator[
-    tuple[InputPixels, Floats]
-]  # an image, and the weight of its score in each cell of the heatmap
+# An image, and the weight of its score in each cell of the heatmap.
+Covered = Iterator[tuple[InputPixels, Floats]]
 ToValues = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 Report = Callable[[int, int], None]  # passes that are done, and all of them
 
