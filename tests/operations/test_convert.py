@@ -217,7 +217,7 @@ def test_a_converted_model_is_explained_by_the_lines_that_are_printed(
 
 
 LAYERS = """
-import {keras} as keras
+import tensorflow.keras as keras
 
 class Doubled(keras.layers.Layer):
     def call(self, values):
@@ -227,7 +227,7 @@ class Doubled(keras.layers.Layer):
         return shape
 """
 SAVE = """
-import warnings, {keras} as keras
+import warnings, tensorflow.keras as keras
 from {name}.layers import Doubled
 warnings.simplefilter("ignore")
 inputs = keras.Input((24, 24, 3))
@@ -239,22 +239,20 @@ keras.Model(inputs, x).save("{name}.h5")
 
 @pytest.mark.tensorflow
 @pytest.mark.parametrize(
-    ("name", "keras", "made", "stays"),
-    [
-        ("doubled_2", "tensorflow.keras", "from its graph", False),
-        ("doubled_3", "keras", "layer by layer", True),
-    ],
+    ("name", "legacy", "made", "stays"),
+    [("doubled_2", True, "from its graph", False), ("doubled_3", False, "layer by layer", True)],
 )
 def test_layers_of_ones_own_are_found_in_the_modules_that_are_named(
-    name: str, keras: str, made: str, stays: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, legacy: bool, made: str, stays: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a module for Keras 2 `tf.keras` is Keras 2, whatever TensorFlow takes it for."""
+    """`tf.keras` is the Keras that saved the file, whatever TensorFlow takes it for in the environment."""
     package = tmp_path / name
     package.mkdir()
-    (package / "layers.py").write_text(LAYERS.format(keras=keras))
+    (package / "layers.py").write_text(LAYERS)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    environment = {**os.environ, "TF_USE_LEGACY_KERAS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    program = SAVE.format(keras=keras, name=name)
+    monkeypatch.setenv("TF_USE_LEGACY_KERAS", str(int(not legacy)))
+    environment = {**os.environ, "TF_USE_LEGACY_KERAS": str(int(legacy)), "CUDA_VISIBLE_DEVICES": ""}
+    program = SAVE.format(name=name)
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, check=True, timeout=120)
     source, output = tmp_path / f"{name}.h5", tmp_path / "new.keras"
     with pytest.raises(
@@ -265,7 +263,7 @@ def test_layers_of_ones_own_are_found_in_the_modules_that_are_named(
         NetworkIncompatible, match=r"needs no_such \(--import\), which cannot be imported: Mod"
     ):
         convert.convert(Request(source, output, imports=("no_such",)), allow_code=True)
-    done = convert.convert(Request(source, output, imports=(f"{name}.layers",)), allow_code=True)
+    done = convert.convert(Request(source, output, imports=(f"{name}.layers", "colorsys")), allow_code=True)
     assert (done["problem"], done["classes"]) == ("", 3)
     assert done["rebuilt"].startswith(made)
     lines = "\n".join(convert.registry_lines(done, output))

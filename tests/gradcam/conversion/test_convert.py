@@ -11,7 +11,11 @@ import pytest
 from numpy.testing import assert_allclose
 
 from gradcam_worker.errors import MissingExtra
+from gradcam_worker.gradcam.conversion import formats
+from gradcam_worker.gradcam.conversion.formats import Format
+from gradcam_worker.gradcam.conversion.sources import open_source
 from gradcam_worker.gradcam.files.model_file import Refused
+from gradcam_worker.gradcam.models.own_layers import NotImported
 
 pytestmark = [
     pytest.mark.tensorflow,
@@ -200,6 +204,20 @@ def test_a_lambda_becomes_layers_where_its_code_may_run(library: str, name: str,
     assert converted.rebuilt == GRAPH
     new = keras.saving.load_model(tmp_path / "new.keras")
     assert_allclose(np.asarray(new(PIXELS, training=False)), np.asarray(old(PIXELS)), atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["hdf5", "keras_hub", "saved_model", "frozen_graph"])
+def test_modules_are_imported_before_a_model_of_any_format_is_loaded(
+    form: Format, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(formats, "keras_version", lambda *_: "2.15.0")
+    with pytest.raises(NotImported, match="no_such"):
+        open_source(tmp_path, form, tmp_path, None, allow_code=True, imports=("no_such",))
+
+
+def test_modules_have_no_meaning_for_a_file_without_layers(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match=r"no layers of my\.layers: convert it without --import"):
+        open_source(tmp_path, "tflite", tmp_path, None, allow_code=True, imports=("my.layers",))
 
 
 def test_a_size_that_the_model_does_not_take_is_refused(tmp_path: Path) -> None:

@@ -223,10 +223,8 @@ def _answer(order: dict[str, Any]) -> dict[str, Any]:
     path, folder = Path(order["path"]), Path(order["folder"])
     try:
         form = formats.recognise(path)
-        if not formats.keras_version(path, form).startswith("3"):
-            os.environ["TF_USE_LEGACY_KERAS"] = (
-                "1"  # read when TensorFlow is imported, for `order["imports"]`
-            )
+        # Read when TensorFlow is imported: what `tf.keras` is in `order["imports"]`.
+        os.environ["TF_USE_LEGACY_KERAS"] = "0" if formats.is_of_keras_3(path, form) else "1"
         reason = formats.code_in(path, form)
         if reason and not order["allow_code"]:
             return {"consent": reason}

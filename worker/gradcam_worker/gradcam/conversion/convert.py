@@ -1,8 +1,10 @@
 """Converts one file: opens the old model, makes a new one, compares them, and writes the new one."""
 
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from inspect import isclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from gradcam_worker.gradcam.catalog import PREPROCESSING, ModelFile, NetworkRow,
 from gradcam_worker.gradcam.conversion import check, formats, sources
 from gradcam_worker.gradcam.conversion.check import Checked
 from gradcam_worker.gradcam.conversion.sources import Rebuild, Source
+from gradcam_worker.gradcam.files import model_file
 from gradcam_worker.gradcam.files.model_file import Refused
 from gradcam_worker.gradcam.files.weights import WeightsFile, file_sha256
 from gradcam_worker.gradcam.models import own_layers
@@ -121,9 +124,25 @@ def convert(
                 failures.append((rebuild, error))
             else:
                 passed_over = _told(failures[0][1]) if failures else ""
-                kept = tuple(imports) if rebuild.own else ()
+                kept = _needed(imports, output)
                 return _describe(source, rebuild, output, checked, passed_over, kept)
     raise _refusal(failures)
+
+
+def _needed(modules: Sequence[str], file: Path) -> tuple[str, ...]:
+    """Those of the imported modules that define or offer a class of the model in a file."""
+    config = model_file.read_config(file, file.name)
+    classes = {(str(node.get("module")), node.get("class_name")) for node in formats.nodes(config)}
+
+    def is_needed(name: str) -> bool:
+        offered = {
+            (value.__module__, value.__name__) for value in vars(sys.modules[name]).values() if isclass(value)
+        }
+        return not classes.isdisjoint(offered) or any(
+            f"{module}.".startswith(f"{name}.") for module, _ in classes
+        )
+
+    return tuple(name for name in modules if is_needed(name))
 
 
 def _check_size(source: Source, input_size: tuple[int, int] | None) -> None:

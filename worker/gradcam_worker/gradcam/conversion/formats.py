@@ -75,7 +75,7 @@ def _recognise_folder(path: Path) -> Format:
 def _recognise_archive(path: Path) -> Format:
     version = model_file.keras_version(path)
     config = model_file.read_config(path, path.name)
-    if re.match("[012][.]", version) or any(node.get("class_name") == "Lambda" for node in _nodes(config)):
+    if re.match("[012][.]", version) or any(node.get("class_name") == "Lambda" for node in nodes(config)):
         return "keras"
     message = f"is a .keras file of Keras {version or 3} already: name it in the registry as it is"
     raise Refused(message)
@@ -90,6 +90,11 @@ def keras_version(path: Path, form: Format) -> str:
     if form == "hdf5":
         return hdf5_attribute(path, "keras_version")
     return model_file.keras_version(path) if form == "keras" else ""
+
+
+def is_of_keras_3(path: Path, form: Format) -> bool:
+    """Whether Keras 3 saved a file or folder as layers. Raises Refused if it is damaged."""
+    return form == "keras_hub" or keras_version(path, form).startswith("3")
 
 
 def code_in(path: Path, form: Format) -> str | None:
@@ -117,7 +122,7 @@ def code_in(path: Path, form: Format) -> str | None:
         config = [_json(file) for file in sorted(path.glob("*.json"))]
     else:
         config = hdf5_config(path) if form == "hdf5" else model_file.read_config(path, path.name)
-    suspects = list(dict.fromkeys(suspect for node in _nodes(config) if (suspect := _suspect(node))))
+    suspects = list(dict.fromkeys(suspect for node in nodes(config) if (suspect := _suspect(node))))
     if not suspects:
         return None
     more = f" and {len(suspects) - 3} more" if len(suspects) > 3 else ""  # noqa: PLR2004  # a short message
@@ -171,7 +176,7 @@ def hdf5_attribute(path: Path, name: str) -> str:
         raise Refused(message) from error
 
 
-def _nodes(config: Any) -> Iterator[dict[str, Any]]:
+def nodes(config: Any) -> Iterator[dict[str, Any]]:
     """All tables of a configuration."""
     pending: list[Any] = [config]
     while pending:

@@ -75,23 +75,43 @@ def open_source(
         The model.
 
     Raises:
-        Refused: It cannot be loaded.
+        Refused: It cannot be loaded, or `imports` are given for a file without layers.
+        NotImported: A module cannot be imported.
         NetworkIncompatible: It is a preset of keras-hub that cannot be loaded.
         MissingExtra: It was saved by Keras 2, and tf_keras is not installed; or keras-hub is not.
     """
     if form == "tflite":
+        if imports:
+            message = (
+                f"has operators of TensorFlow Lite, no layers of {', '.join(imports)}: convert it without "
+                "--import"
+            )
+            raise Refused(message)
         return _open_tflite(path)
+    if form in {"hdf5", "keras"}:
+        return _open_keras(path, form, folder, input_size, allow_code=allow_code, imports=imports)
+    own = own_layers.parts_of_models(imports)  # importing them also registers what a graph needs
     if form == "keras_hub":
-        return _open_preset(path, input_size)
+        return _open_preset(path, input_size, own)
     if form == "saved_model":
-        return _open_saved_model(path, folder, input_size)
-    if form == "frozen_graph":
-        return _open_frozen_graph(path, input_size)
+        return _open_saved_model(path, folder, input_size, imports)
+    return _open_frozen_graph(path, input_size)
+
+
+def _open_keras(
+    path: Path,
+    form: Format,
+    folder: Path,
+    input_size: tuple[int, int] | None,
+    *,
+    allow_code: bool,
+    imports: Sequence[str],
+) -> Source:
     version = formats.keras_version(path, form)
     kind, name = ("HDF5", "a.h5") if form == "hdf5" else (".keras", "a.keras")
     link = folder / name  # the format is chosen by the ending
     link.symlink_to(path.absolute())
-    if version.startswith("3"):
+    if formats.is_of_keras_3(path, form):
         own = own_layers.parts_of_models(imports)
         model = keras.saving.load_model(link, own, compile=False, safe_mode=not allow_code)
         layers = Rebuild(LAYERS, lambda: model, own)
@@ -131,15 +151,17 @@ def _dtype_name(dtype: Any) -> str:
     return str(getattr(dtype, "name", dtype))
 
 
-def _open_preset(path: Path, input_size: tuple[int, int] | None) -> Source:
+def _open_preset(path: Path, input_size: tuple[int, int] | None, own: Mapping[str, type]) -> Source:
     model = hub_preset.open_preset(path)
     photos = hub_preset.read_input(model)
-    layers = Rebuild(LAYERS, lambda: model)
+    layers = Rebuild(LAYERS, lambda: model, own)
     source = _of_keras("keras-hub", model, layers, photos.input_size if photos else input_size)
     return replace(source, rebuilds=(layers,), photos=photos)
 
 
-def _open_saved_model(path: Path, folder: Path, input_size: tuple[int, int] | None) -> Source:
+def _open_saved_model(
+    path: Path, folder: Path, input_size: tuple[int, int] | None, imports: Sequence[str]
+) -> Source:
     import tensorflow as tf
 
     loaded = tf.saved_model.load(str(path))
@@ -165,9 +187,11 @@ def _open_saved_model(path: Path, folder: Path, input_size: tuple[int, int] | No
         Rebuild(GRAPH, lambda: _from_function(call, inputs, loaded)),
     ]
     if (path / "keras_metadata.pb").is_file():
-        rebuilds.insert(
-            0, Rebuild(LAYERS, lambda: keras_2.to_keras_3(keras_2.load(path, allow_code=True), folder))
-        )
+
+        def build() -> Any:
+            return keras_2.to_keras_3(keras_2.load(path, allow_code=True, imports=imports), folder)
+
+        rebuilds.insert(0, Rebuild(LAYERS, build))
     return Source(
         "SavedModel" + (" of Keras 2" if len(rebuilds) > 1 else ""),
         inputs,
