@@ -95,7 +95,7 @@ class TestCheck:
     def test_a_network_is_right_as_often_as_it_was_made_to_be(self, tmp_path: Path) -> None:
         network = Brightness()
         report = check(network, sample_of(write_photos(tmp_path, *PHOTOS)), Limits(), max_batch=5)
-        even_columns = "bilinear_tf1, squash"  # at half the size: so all stripes are wrong
+        even_columns = "bilinear_tf1 in fractions, squash"  # at half the size: so all stripes are wrong
         others = {outcome.name for outcome in candidates(AREA)} - {"keras.load_img", even_columns}
         assert counts(report) == {"keras.load_img": 13, even_columns: 8, **dict.fromkeys(others, 11)}
         assert (report.photos, report.unreadable) == (16, {})
