@@ -11,6 +11,7 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 from prometheus_client.parser import text_string_to_metric_families
 
+from gradcam_worker import errors
 from gradcam_worker.cli.commands import gradcam
 from gradcam_worker.observability.definitions import PRIORITIES
 from gradcam_worker.observability.events import EndedJob
@@ -96,6 +97,21 @@ def wrong(expression: str, there: dict[str, dict[str, set[str]]]) -> list[str]:
 def test_dashboard_and_alerts_ask_only_for_metrics_labels_and_values_that_a_scrape_holds() -> None:
     there = scrape()
     assert {where: said for where, text in asked() if (said := wrong(text, there))} == {}
+
+
+NO_FAULT_OF_THE_SERVICE = set[
+    str
+]()  # codes of a worker's errors that do not count as failures of the service
+
+
+def test_failures_of_the_service_are_all_errors_of_workers_that_are_worth_another_try() -> None:
+    worth_another = {error.code for error in errors.all_errors() if issubclass(error, errors.WorkerError)} & {
+        error.code for error in errors.all_errors() if issubclass(error, errors.RetryableError)
+    }
+    patterns = [pattern for _, text in asked() for pattern in re.findall(r'code=~"([^"]*)"', text)]
+    assert len(patterns) >= 7
+    for pattern in patterns:
+        assert worth_another - NO_FAULT_OF_THE_SERVICE <= set(pattern.split("|"))
 
 
 @pytest.mark.parametrize(

@@ -234,9 +234,13 @@ def test_no_attempt_counts_while_others_have_the_devices_memory_for_a_bounded_ti
     document = harness.read(job)
     assert (document.status, document.error and document.error.code) == ("retrying", "device_occupied")
     assert (document.attempt, document.max_attempts) == (3, 5)
-    monkeypatch.setattr("gradcam_worker.execution.handler.OCCUPIED_ATTEMPTS", 0)
-    assert [harness.handle_retry(job) for _ in range(2)] == [Disposition.RETRY, Disposition.FINISHED]
-    assert harness.read(job).status == "failed"
+    assert [harness.handle_retry(job) for _ in range(3)] == [Disposition.RETRY] * 2 + [Disposition.FINISHED]
+    document = harness.read(job)
+    assert (document.status, document.attempt, document.uncounted_attempts) == ("failed", 6, 4)
+    harness.ledger.retry(job.id)
+    assert harness.handle(payload(job)) == Disposition.RETRY
+    assert [harness.handle_retry(job) for _ in range(5)] == [Disposition.RETRY] * 4 + [Disposition.FINISHED]
+    assert harness.read(job).attempt == 12, "a replayed job has the same allowance"
 
 
 def test_a_retryable_error_schedules_a_retry_with_a_growing_backoff(harness: Harness) -> None:

@@ -800,6 +800,41 @@ def test_no_row_is_written_as_failed_because_others_have_the_devices_memory() ->
     assert not harness.store.objects
 
 
+def test_where_others_have_the_devices_memory_only_one_image_of_a_group_is_tried_alone() -> None:
+    network = FaultyNetwork(max_images=0, is_occupied=True)
+    harness = Harness({uri(index): IMAGES[uri(index)] for index in range(GROUP)}, network)
+    with pytest.raises(DeviceOccupied, match=f"{GROUP} of {GROUP} images"):
+        harness.run()
+    assert network.sizes == [4, 2, 1]
+
+
+@dataclass(eq=False)
+class CrowdedNetwork(TinyNetwork):
+    """Finds the device's memory with other processes in the first passes that hold a white image."""
+
+    refused: int = 0  # passes
+
+    def compute(
+        self, pixels: NDArray[np.uint8], wanted: NDArray[np.int32], method: Method = GRADCAM
+    ) -> Computed:
+        if self.refused and pixels.min(axis=(1, 2, 3)).max() > 250:
+            self.refused -= 1
+            message = "23.8 GiB are elsewhere"
+            raise DeviceOccupied(message)
+        return super().compute(pixels, wanted, method)
+
+
+def test_a_few_rows_that_meet_an_occupied_device_are_tried_again_before_the_shard_is() -> None:
+    images = {**IMAGES, uri(1): ImageFetchFailed("HTTP 503"), uri(5): WHITE}
+    harness = Harness(images, CrowdedNetwork(refused=3))
+    harness.run()
+    assert harness.errors == {1: "image_fetch_failed"}
+    crowded = Harness(images, CrowdedNetwork(refused=1000))
+    with pytest.raises(DeviceOccupied, match=r"^3 of 11 images failed .*: 23\.8 GiB are elsewhere\.$"):
+        crowded.run()
+    assert not crowded.store.objects
+
+
 def test_a_batch_that_does_not_fit_into_memory_is_made_smaller_and_no_row_fails() -> None:
     network = FaultyNetwork(max_images=1)
     harness = Harness(network=network)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from gradcam_worker.errors import DeviceOccupied, NetworkIncompatible
+from gradcam_worker.errors import DeviceOccupied, DeviceOutOfMemory, NetworkIncompatible
 
 pytestmark = pytest.mark.tensorflow
 
@@ -60,7 +60,7 @@ def test_the_memory_is_that_of_the_gpu_or_slice_that_this_process_sees(
 
     whole = device_memory.read_gpu_memory(library=driver(free=GIB // 2))
     assert str(whole) == (
-        "0.5 of 24.0 GiB of the GPU are free, 0.0 are in arrays of this process, 23.5 are elsewhere"
+        "0.5 of 24.0 GiB of the GPU are free, 0.0 are kept by this process, 23.5 are elsewhere"
     )
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1")
     assert device_memory.read_gpu_memory(library=driver(free=0)) == device_memory.GpuMemory(total=5, free=1)
@@ -86,8 +86,48 @@ def test_a_network_that_finds_no_memory_is_not_incompatible_and_the_error_says_w
         load_network("efficientnet_lite0", forward="tensorflow")
     assert str(raised.value) == (
         "No device memory for the network efficientnet_lite0: 0.2 of 24.0 GiB of the GPU are free, 0.0 are "
-        "in arrays of this process, 23.8 are elsewhere. Other processes use this GPU: `nvidia-smi` on its "
+        "kept by this process, 23.8 are elsewhere. Other processes use this GPU: `nvidia-smi` on its "
         "host names them."
     )
     monkeypatch.undo()
     assert load_network("efficientnet_lite0", forward="tensorflow").facts.map_size == (7, 7)
+
+
+@pytest.mark.parametrize(
+    ("free", "kept", "kind"),
+    [
+        (23 * GIB, GIB // 50, DeviceOutOfMemory),  # libraries of this process, and an image that is too large
+        (GIB // 4, 20 * GIB, DeviceOutOfMemory),
+        (GIB // 4, 12 * GIB, DeviceOutOfMemory),
+        (GIB // 4, 2 * GIB, DeviceOccupied),
+    ],
+    ids=["almost empty", "a large pool of this process", "half of it", "others have it"],
+)
+def test_a_gpu_is_occupied_only_where_others_have_most_of_it(
+    free: int, kept: int, kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gradcam_worker.gradcam import backend, device_memory
+
+    monkeypatch.setattr(device_memory, "_pynvml", lambda: driver(free=free))
+    monkeypatch.setattr(backend, "memory_kept", lambda: kept)
+    with pytest.raises(kind), device_memory.explained("a pass"):
+        raise MemoryError
+
+
+def test_what_tensorflow_keeps_is_the_largest_peak_also_after_a_reset(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import tensorflow as tf
+
+    from gradcam_worker.gradcam import backend
+
+    info = {"current": 2, "peak": 70}
+    monkeypatch.setattr(backend, "device_name", lambda: "NVIDIA L4")
+    monkeypatch.setattr(backend, "_earlier_peak", {"bytes": 0})
+    monkeypatch.setattr(tf.config.experimental, "get_memory_info", lambda _: info)
+    monkeypatch.setattr(tf.config.experimental, "reset_memory_stats", lambda _: info.update(peak=2))
+    assert backend.memory_kept() == 70
+    backend.reset_peak_memory()
+    assert (backend.peak_memory(), backend.memory_kept()) == (2, 70)
+    backend.reset_peak_memory()
+    assert backend.memory_kept() == 70

@@ -116,7 +116,12 @@ def test_a_gpu_whose_memory_others_have_is_named(tmp_path: Path, monkeypatch: py
         assert not [*_check_gpu_memory(Settings(), worker)][1].well
     _, filled = _check_gpu_memory(Settings(), {f"{platform.node()}:a:7": health})
     assert filled.well
-    assert filled.detail.endswith(f"worker {platform.node()}:a:7 runs on this machine")
+    assert filled.detail.endswith(f"1 full, and on GPUs of this machine run: {platform.node()}:a:7")
+    free["GPU-a"] = free["GPU-b"]
+    jobs = [f"{platform.node()}:{name}:7" for name in "ab"]
+    for engines, expected in (("1", "1"), False), (("1", "2"), True):
+        fed = {job: {**health, "engine": {"id": one}} for job, one in zip(jobs, engines, strict=True)}
+        assert [one.well for one in _check_gpu_memory(Settings(), fed)] == [expected] * 2
     assert list(_check_gpu_memory(Settings(devices="cpu"))) == []
 
 

@@ -395,7 +395,8 @@ class JobHandler:
         if isinstance(error, JobCanceled):
             self._finish(work, document, status="canceled", **changes)
             return Disposition.FINISHED
-        is_not_counted = isinstance(error, DeviceOccupied) and document.attempt < OCCUPIED_ATTEMPTS
+        is_occupied = isinstance(error, DeviceOccupied)
+        is_not_counted = is_occupied and document.uncounted_attempts < OCCUPIED_ATTEMPTS
         if not error.retryable or (document.attempt >= document.max_attempts and not is_not_counted):
             self._finish(work, document, status="failed", **changes)
             return Disposition.FINISHED
@@ -404,6 +405,7 @@ class JobHandler:
         changes["queued_at"] = utc_now()
         if is_not_counted:
             changes["max_attempts"] = document.max_attempts + 1
+            changes["uncounted_attempts"] = document.uncounted_attempts + 1
         with tracing.span("write"):
             written = self.ledger.postpone(document, delay_s=delay_s, patience_s=WRITE_PATIENCE_S, **changes)
         _report_end(written)

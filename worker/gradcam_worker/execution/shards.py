@@ -284,7 +284,7 @@ class _ShardRun:
         last one.
 
         Raises:
-            DeviceOccupied: Other processes have the device's memory.
+            DeviceOccupied: Other processes have the device's memory, also at the second try.
             ImageFetchFailed: More than half of the images cannot be fetched at present.
             InternalError: More than half of the rows failed with another transient error.
             StorageUnavailable: The storage is why rows failed.
@@ -293,11 +293,12 @@ class _ShardRun:
         compute = self._compute_alone if self.context.after_crash else self._compute_pipelined
         compute(indexes, outcomes)
         transient = self._transient(indexes, outcomes)
-        self._check_device(transient, len(indexes))
-        if 2 * len(transient) > len(indexes) and not self.context.is_last_attempt:
-            first: Any = next(iter(transient.values()))
-            kind = ImageFetchFailed if first.code == ImageFetchFailed.code else InternalError
-            raise kind(_describe(transient, len(indexes)))
+        if 2 * len(transient) > len(indexes):
+            self._check_device(transient, len(indexes))
+            if not self.context.is_last_attempt:
+                first: Any = next(iter(transient.values()))
+                kind = ImageFetchFailed if first.code == ImageFetchFailed.code else InternalError
+                raise kind(_describe(transient, len(indexes)))
         if transient:
             self._check_storage(transient, len(indexes))
             time.sleep(min(RETRY_ROWS_AFTER_S, self.context.deadline.left_s()))
@@ -309,9 +310,13 @@ class _ShardRun:
 
     def _check_device(self, transient: Mapping[int, Outcome], rows: int) -> None:
         """Raise DeviceOccupied where that is why rows have failed: they must not be written as failed."""
-        codes = {outcome.code for outcome in transient.values() if isinstance(outcome, Problem)}
-        if DeviceOccupied.code in codes:
-            raise DeviceOccupied(_describe(transient, rows))
+        occupied = {
+            index: outcome
+            for index, outcome in transient.items()
+            if isinstance(outcome, Problem) and outcome.code == DeviceOccupied.code
+        }
+        if occupied:
+            raise DeviceOccupied(_describe(occupied, rows))
 
     def _check_storage(self, transient: Mapping[int, Outcome], rows: int) -> None:
         """Raise StorageUnavailable where that is why rows have failed: they must not be written as failed."""
@@ -484,11 +489,7 @@ class _ShardRun:
                     images, error if isinstance(error, GradcamError) else InternalError.of(error)
                 )
             alone = alone or isinstance(error, NetworkCrashed)
-            halves = [
-                self._infer({index: images[index] for index in part}, size, values, alone=alone)
-                for part in parts
-            ]
-            return {index: result for results in halves for index, result in results.items()}
+            return self._infer_parts(images, parts, size, values, alone=alone)
         results = {index: explanations[index % size] for index in images}
         for result in results.values():
             if isinstance(result, Explanation):
@@ -496,6 +497,27 @@ class _ShardRun:
                 if result.features is not None:
                     self.channels = result.features.shape[1]
         return results
+
+    def _infer_parts(
+        self,
+        images: Mapping[int, InputPixels],
+        parts: Iterable[Sequence[int]],
+        size: int,
+        values: Mapping[int, NDArray[np.float32]],
+        *,
+        alone: bool,
+    ) -> dict[int, Explanation | GradcamError]:
+        """Explain the parts of a batch that failed.
+
+        Where others have the device's memory, so that one image does not fit, the rest is not tried.
+        """
+        found: dict[int, Explanation | GradcamError] = {}
+        for part in parts:
+            found |= self._infer({index: images[index] for index in part}, size, values, alone=alone)
+            occupied = next((one for one in found.values() if isinstance(one, DeviceOccupied)), None)
+            if occupied:
+                return {**dict.fromkeys(images, occupied), **found}
+        return found
 
     def _explain_batch(
         self,

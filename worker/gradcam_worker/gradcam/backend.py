@@ -149,6 +149,9 @@ def arithmetic(dtype: str) -> str:
     return "tf32" if allowed else dtype
 
 
+_earlier_peak = {"bytes": 0}  # the largest one of TensorFlow that `reset_peak_memory` has reset
+
+
 def peak_memory() -> int | None:
     """The peak of memory on the first GPU in bytes, since `reset_peak_memory`; None on a CPU."""
     if device_name() == "cpu":
@@ -166,21 +169,26 @@ def peak_memory() -> int | None:
     return int(tf.config.experimental.get_memory_info("GPU:0")["peak"])
 
 
-def memory_in_use() -> int:
-    """The bytes of this process's arrays on the first GPU; 0 on a CPU."""
+def memory_kept() -> int:
+    """The bytes of the first GPU that the allocator of this process keeps, in use or not; 0 on a CPU.
+
+    TensorFlow's does not tell them, but gives nothing back: they are the largest peak.
+    """
     if device_name() == "cpu":
         return 0
     if name() == "jax":
         import jax
 
-        return int(jax.devices()[0].memory_stats()["bytes_in_use"])
+        stats = jax.devices()[0].memory_stats()
+        return max(int(stats.get(key, 0)) for key in ("bytes_in_use", "peak_bytes_in_use", "pool_bytes"))
     if name() == "torch":
         import torch
 
-        return int(torch.cuda.memory_allocated())
+        return int(torch.cuda.memory_reserved())
     import tensorflow as tf
 
-    return int(tf.config.experimental.get_memory_info("GPU:0")["current"])
+    info = tf.config.experimental.get_memory_info("GPU:0")
+    return max(int(info["current"]), int(info["peak"]), _earlier_peak["bytes"])
 
 
 def reset_peak_memory() -> None:
@@ -194,6 +202,7 @@ def reset_peak_memory() -> None:
     else:
         import tensorflow as tf
 
+        _earlier_peak["bytes"] = memory_kept()
         tf.config.experimental.reset_memory_stats("GPU:0")
 
 

@@ -31,17 +31,17 @@ class GpuMemory:
 
     total: int
     free: int
-    own: int = 0  # in arrays of this process
+    own: int = 0  # kept by this process
 
     @property
     def others(self) -> int:
-        """What neither is free nor in arrays of this process: other processes, and each one's libraries."""
+        """What neither is free nor kept by this process: other processes, and each one's libraries."""
         return max(self.total - self.free - self.own, 0)
 
     def __str__(self) -> str:
         return (
             f"{self.free / GIB:.1f} of {self.total / GIB:.1f} GiB of the GPU are free, "
-            f"{self.own / GIB:.1f} are in arrays of this process, {self.others / GIB:.1f} are elsewhere"
+            f"{self.own / GIB:.1f} are kept by this process, {self.others / GIB:.1f} are elsewhere"
         )
 
 
@@ -61,7 +61,7 @@ def read_gpu_memory(name: str | None = None, library: ModuleType | Any | None = 
         else:
             handle = pynvml.nvmlDeviceGetHandleByIndex(int(name))
         memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-        return GpuMemory(int(memory.total), int(memory.free), backend.memory_in_use())
+        return GpuMemory(int(memory.total), int(memory.free), backend.memory_kept())
     except Exception:  # noqa: BLE001  # this explains an error, and must not raise another one
         return None
 
@@ -103,7 +103,7 @@ def explained(use: str) -> Iterator[None]:
 
     Raises:
         DeviceOutOfMemory: There was no memory. The message says how much of a GPU is free.
-        DeviceOccupied: There was none, and other processes have more of it than this one.
+        DeviceOccupied: There was none, and other processes have more than half of it.
     """
     try:
         yield
@@ -114,7 +114,7 @@ def explained(use: str) -> Iterator[None]:
         if not is_out_of_memory(error, memory):
             raise
         message = f"No device memory for {use}"
-        if memory and memory.others > memory.own:
+        if memory and 2 * memory.others > memory.total:
             message += f": {memory}. Other processes use this GPU: `nvidia-smi` on its host names them."
             raise DeviceOccupied(message) from error
         message += f": {memory}." if memory else "."

@@ -238,7 +238,7 @@ def _check_gpu_memory(
 ) -> Iterator[Finding]:
     """Report the memory of each GPU that a worker would use, where its driver tells.
 
-    A full one is well where a worker of this machine has its networks there, and takes jobs.
+    Full ones are well where as many workers of this machine, each on a GPU of its own, take jobs.
     """
     from gradcam_worker.gradcam import device_memory
 
@@ -246,16 +246,19 @@ def _check_gpu_memory(
         gpus = [device for device in devices.choose(settings) if device.is_gpu]
     except InvalidSettings:
         return  # the check of the device reports it
-    here = [
-        name
+    here = {  # job processes with the same engine process are one worker on one GPU
+        (health.get("engine") or {}).get("id", name): name
         for name, health in (workers or {}).items()
         if name.startswith(f"{platform.node()}:") and health["device"] != "cpu" and not health["trouble"]
-    ]
-    for gpu in gpus:
-        name = gpu.environment[devices.VISIBLE_GPUS]
-        memory = device_memory.read_gpu_memory(name)
+    }
+    names = [gpu.environment[devices.VISIBLE_GPUS] for gpu in gpus]
+    memories = [device_memory.read_gpu_memory(name) for name in names]
+    full = [memory is not None and memory.free < device_memory.LITTLE_BYTES for memory in memories]
+    excused = sum(full) <= len(here)
+    for gpu, name, memory, is_full in zip(gpus, names, memories, full, strict=True):
         detail = f"{memory} ({name})" if memory else f"its driver does not tell ({name})"
-        if is_full := memory is not None and memory.free < device_memory.LITTLE_BYTES:
-            detail += f"; worker {here[0]} runs on this machine" if here else ""
-        well = not is_full or bool(here)
+        if is_full and here:
+            running = ", ".join(here.values())
+            detail += f"; {sum(full)} full, and on GPUs of this machine run: {running}"
+        well = not is_full or excused
         yield Finding(f"memory of {gpu.name}", well=well, detail=detail, fix="" if well else GPU_MEMORY_FIX)

@@ -186,15 +186,12 @@ class StatusDocument(ResponseModel):
     traceparent: str | None = None  # W3C Trace Context: the trace of the job, if any
     rows: RowState | None = None  # of a shard; not in the JSON if None
     passes: PassState | None = None  # of a job by rise or occlusion; not in the JSON if None
+    uncounted_attempts: int = 0  # by `device_occupied`, since the last replay; not in the JSON if 0
 
     @model_serializer(mode="wrap")
     def _without_empty_fields(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave `rows` and `passes` out if None: the ledger compares texts of earlier versions."""
-        fields: dict[str, Any] = serialize(self)
-        for name in ("rows", "passes"):
-            if getattr(self, name) is None:
-                fields.pop(name, None)
-        return fields
+        """Leave out what an earlier version does not write: the ledger compares its texts."""
+        return without_defaults(self, serialize(self), ["rows", "passes", "uncounted_attempts"])
 
     def for_tenant(self) -> "StatusDocument":
         """The document as a tenant sees it.
