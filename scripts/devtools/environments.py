@@ -40,7 +40,7 @@ class Environment:
         subprocess.run(words, check=True)
 
     def pip(self, *arguments: str) -> str:
-        """Install with the pip of this environment; return the reason of a failure, else nothing."""
+        """Install into it with the pip of the Python that runs this; return why that failed, else nothing."""
         pip = [sys.executable, "-m", "pip", "--python", str(self.python), "--disable-pip-version-check"]
         command = [*pip, "install", "-q", *arguments]
         done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -1,33 +1,49 @@
 """A backfill whose submitter and whose workers are killed at random moments."""
 
 import contextlib
+import json
 import os
 import random
 import signal
 import subprocess
 import time
+from typing import Any
 
 import pytest
 
 from devtools.bench import backfill_command
-from devtools.faults.cluster import IMAGES, Cluster, running_cluster
+from devtools.faults.cluster import IMAGES, START_S, Cluster, running_cluster, wait_for
 from devtools.faults.tiny_worker import NETWORK
 from devtools.processes import family
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(400)]
 ROWS = 1_200
 WORKERS = (2, 1, 1)  # in each run: all but the last one are killed
-SHORTEST_S, LONGEST_S = 0.5, 3.0  # between two kills
+RATE = 200  # rows a second: so slowly that no run is over before its kill
+LATER_S = 0.5  # at most, after a worker has begun a shard
 PATIENCE_S = 300
 
 
+def shards(cluster: Cluster) -> list[dict[str, Any]]:
+    """The documents of all shards that the ledger knows."""
+    with cluster.ledger as server:
+        keys = server.scan_iter(f"{cluster.settings.key_prefix}job:*", count=1000, _type="hash")
+        return [json.loads(text) for key in keys if (text := server.hget(key, "document"))]
+
+
+def is_busy(cluster: Cluster) -> bool:
+    """Whether a worker that is alive has begun a shard and not ended it."""
+    alive = tuple(f":{worker.process}" for worker in cluster.workers)
+    return any(one["status"] == "running" and one["worker"]["id"].endswith(alive) for one in shards(cluster))
+
+
 def kill_workers(cluster: Cluster) -> None:
-    while cluster.workers:
-        worker = cluster.workers.pop()
+    for worker in cluster.workers:
         for pid in reversed(family(worker.keeper.pid)):  # the program itself before its keeper
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        worker.stop()
+    while cluster.workers:
+        cluster.workers.pop().stop()
 
 
 def test_a_backfill_survives_that_everybody_is_killed_with_each_row_exactly_once() -> None:
@@ -36,9 +52,7 @@ def test_a_backfill_survives_that_everybody_is_killed_with_each_row_exactly_once
         uris = (f"s3://photos/{number % IMAGES}.jpg" for number in range(ROWS))
         source = backfill_command.write_input(cluster.folder / "input.csv", uris)
         output, log = f"{cluster.settings.output}/kills", cluster.folder / "submitter.log"
-        # So slowly that no run is over before the last kill.
-        rate = f"{ROWS / ((len(WORKERS) - 1) * LONGEST_S):.0f}"
-        words = backfill_command.command(source, output, NETWORK, "--shard-rows", "32", "--rate", rate)
+        words = backfill_command.command(source, output, NETWORK, "--shard-rows", "32", "--rate", str(RATE))
         for run, workers in enumerate(WORKERS):
             for _ in range(workers):
                 cluster.work()
@@ -50,9 +64,13 @@ def test_a_backfill_survives_that_everybody_is_killed_with_each_row_exactly_once
             if run == len(WORKERS) - 1:
                 assert submitter.wait(PATIENCE_S) == 0, log.read_text()
                 break
-            time.sleep(draw.uniform(SHORTEST_S, LONGEST_S))
+            for pause_s in (draw.uniform(0, LATER_S), 0):
+                wait_for(lambda: is_busy(cluster), START_S, "a worker begins a shard")
+                time.sleep(pause_s)
             assert submitter.poll() is None, "it ended before it was killed"
             submitter.kill()
             kill_workers(cluster)
             submitter.wait()
+        again = sum(one["attempt"] > 1 for one in shards(cluster))
+        assert again, "no kill hit anything: nothing was tested"
         assert backfill_command.counted(cluster.settings, output, ROWS) == backfill_command.Counted(0, 0)

@@ -6,6 +6,8 @@ from devtools.faults import soak
 from devtools.faults.soak import Usage
 from devtools.faults.verdict import Verdict
 
+# Enough for crashes, for files, threads and keys that are left over, and for memory that grows fast. A slow
+# leak, of less than `soak.ROUGHLY_FLAT` in this time, is for `scripts/faults --full soak` to find.
 SECONDS = 8  # what is warming up then makes another round
 
 

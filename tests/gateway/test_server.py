@@ -152,9 +152,47 @@ def test_requests_that_cannot_be_read_are_a_line_a_minute(caplog: pytest.LogCapt
         for _ in range(100):
             uvicorns.warning("Invalid HTTP request received.")
         uvicorns.error("Exception in ASGI application")
+        uvicorns.warning("Exceeded concurrency limit.")
     finally:
         uvicorns.removeFilter(counted)
     assert caplog.messages == [
         'requests_unreadable requests=1 reason="Invalid HTTP request received."',
         "Exception in ASGI application",
+        "Exceeded concurrency limit.",
     ]
+
+
+@pytest.mark.parametrize(
+    ("request_", "answer", "reason"),
+    [
+        (b"GET /live HTTP/1.1\r\nHost: here\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n", b"200", None),
+        (
+            b"GET /live HTTP/1.1\r\nX-Long: " + LONG,
+            b"400",
+            f"The head of a request has at most {MAX_HEAD_BYTES} bytes.",
+        ),
+        (b"no request\r\n\r\n", b"400", "Invalid HTTP request received."),
+    ],
+    ids=["for another protocol", "too large", "no HTTP"],
+)
+def test_only_a_request_that_cannot_be_read_is_told_as_unreadable(
+    gateway: Any,
+    ports: tuple[int, int],
+    request_: bytes,
+    answer: bytes,
+    reason: str | None,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert gateway.started
+    uvicorns, counted = logging.getLogger("uvicorn.error"), server.UnreadableRequests()
+    uvicorns.addFilter(counted)
+    try:
+        with socket.create_connection(("127.0.0.1", ports[0]), timeout=30) as caller:
+            with suppress(ConnectionError):
+                caller.sendall(request_)
+            with caller.makefile("rb") as answered:
+                assert answer in answered.readline()
+    finally:
+        uvicorns.removeFilter(counted)
+    told = [one for one in caplog.messages if "equest" in one or "WebSocket" in one]
+    assert told == ([f'requests_unreadable requests=1 reason="{reason}"'] if reason else [])

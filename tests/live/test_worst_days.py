@@ -231,7 +231,7 @@ def test_a_worker_that_is_asked_to_stop_takes_nothing_new_keeps_its_leases_and_f
     assert (home.waiting(), home.unacked()) == (5, 0), "what had been fetched beforehand went back"
 
 
-@pytest.mark.parametrize("end", ["SIGTERM", "SIGINT", "SIGQUIT", "SIGHUP"])
+@pytest.mark.parametrize("end", ["SIGTERM", "SIGINT", "SIGQUIT", "SIGHUP", "orphaned"])
 def test_whatever_asks_a_single_process_to_end_it_finishes_what_it_has_and_ends_well(
     house: Any, gate: Gate, end: str
 ) -> None:
@@ -250,7 +250,11 @@ def test_whatever_asks_a_single_process_to_end_it_finishes_what_it_has_and_ends_
         assert seen.read(1), "its first sign of life"
         job_id = home.submit(gate.url)
         assert gate.asked.wait(WAIT_S)
-        process.send_signal(getattr(signal, end))
+        if end == "orphaned":
+            assert process.stdin
+            process.stdin.close()
+        else:
+            process.send_signal(getattr(signal, end))
         time.sleep(1)
         assert process.poll() is None
         gate.open.set()

@@ -26,7 +26,7 @@ SLOW = Fault(latency_s=0.02)  # of the S3 server: a job is longer in hand, and c
 WORKERS = 2
 OF_SUPERVISORS = 0.05  # share of kills
 ZOMBIES = 0.1  # suspensions for each kill
-ZOMBIE_BY = 4  # kills: by then at least one process was suspended
+ZOMBIE_BY = 4  # kills: no further one before at least one process was suspended
 SUSPENDED_S = 4.5  # longer than a lease, and than it takes another worker to notice
 WHILE_IT_STARTS = 0.1  # share of kills: before the process takes jobs
 UNREADY = 2  # kills of one worker in a row before it takes jobs; its supervisor gives up after five
@@ -49,11 +49,12 @@ class Killer:
         """Kill or suspend one more."""
         index = self.random.randrange(len(self.cluster.workers))
         worker = self.cluster.workers[index]
-        if self.random.random() < OF_SUPERVISORS:
+        zombie_due = self.done["kills"] >= ZOMBIE_BY and not self.done["zombies"]
+        if self.random.random() < OF_SUPERVISORS and not zombie_due:
             self._kill_supervisor(index, worker)
             return
         wait_for(lambda: worker.process, START_S, "a supervisor starts its worker again")
-        early = self.random.random() < WHILE_IT_STARTS and self.unready[index] < UNREADY
+        early = self.random.random() < WHILE_IT_STARTS and self.unready[index] < UNREADY and not zombie_due
         if not early:
             wait_for(lambda: self._busy(worker), START_S, f"the worker takes jobs, see {worker.log}")
         self.unready[index] = self.unready[index] + 1 if early else 0
@@ -61,7 +62,6 @@ class Killer:
         pid = worker.process
         if pid is None:  # it has just ended by itself, as it may when its supervisor was killed
             return
-        zombie_due = self.done["kills"] >= ZOMBIE_BY and not self.done["zombies"]
         if not early and (zombie_due or self.random.random() < ZOMBIES):
             with suspended(pid):
                 self.done["zombies"] += 1

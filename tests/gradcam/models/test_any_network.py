@@ -10,6 +10,7 @@ from numpy.testing import assert_allclose
 
 from gradcam_worker.errors import NetworkIncompatible, UnknownLayer
 from gradcam_worker.gradcam.catalog import Head
+from gradcam_worker.gradcam.models.load_checks import TENSORFLOW_NAME
 from tests.gradcam.small_networks import ALL_CLASSES, COLUMNS, ROWS, Wrap, add_classifier, backbone
 
 pytestmark = pytest.mark.tensorflow
@@ -260,6 +261,22 @@ class TestNothingToExplain:
             NetworkIncompatible, match=re.escape(f"a layer with the name {name!r}, with which")
         ):
             wrap(model)
+
+    @pytest.mark.parametrize(
+        "name", ["conv 1", "_conv", "conv\\1", ">conv", "conv>", "a>>b", "a>-b", "a>.b", ".a_b-c."]
+    )
+    def test_a_name_is_taken_where_tensorflow_compiles_a_layer_of_that_name(self, name: str) -> None:
+        import keras
+        import tensorflow as tf
+
+        layer = keras.layers.Dense(2, name=name)
+        layer.build((None, 2))
+        compiled = True
+        try:
+            tf.function(layer)(tf.zeros((1, 2)))
+        except (ValueError, tf.errors.InvalidArgumentError):
+            compiled = False
+        assert bool(TENSORFLOW_NAME.fullmatch(name)) is compiled
 
     def test_a_layer_that_does_not_lead_to_the_chosen_output_is_refused(self, wrap: Wrap) -> None:
         import keras

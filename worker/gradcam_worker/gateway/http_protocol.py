@@ -6,6 +6,7 @@ MAX_HEAD_BYTES = (
     32 * 1024
 )  # after the first piece of a head; the same of trailers and of extensions of a chunk
 PIECE_BYTES = 16 * 1024  # that are read at a time
+TOO_LARGE = f"The head of a request has at most {MAX_HEAD_BYTES} bytes."
 
 
 class LimitedHttpProtocol(HttpToolsProtocol):
@@ -28,7 +29,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
                 return
             self._silent_bytes = self._silent_bytes + len(piece) if self._is_silent else 0
             if self._silent_bytes > MAX_HEAD_BYTES:
-                self.send_400_response(f"The head of a request has at most {MAX_HEAD_BYTES} bytes.")
+                self.logger.warning(TOO_LARGE)
+                self.send_400_response(TOO_LARGE)
                 return
 
     def on_message_begin(self) -> None:

@@ -19,7 +19,7 @@ from gradcam_worker.gateway.access.caller import Access, is_this_machine
 from gradcam_worker.gateway.app import create_app
 from gradcam_worker.gateway.context import Gateway
 from gradcam_worker.gateway.health import READY_TIMEOUT_S, find_ledger_problem
-from gradcam_worker.gateway.http_protocol import LimitedHttpProtocol
+from gradcam_worker.gateway.http_protocol import TOO_LARGE, LimitedHttpProtocol
 from gradcam_worker.net import listening
 from gradcam_worker.observability import health
 from gradcam_worker.observability.prometheus import CONTENT_TYPE
@@ -33,12 +33,19 @@ log = EventLogger("gradcam")
 SHUTDOWN_S = 10  # for open requests, after SIGTERM
 IDLE_S = 75  # of a connection without a request: longer than most load balancers keep it
 UNREADABLE_INTERVAL_S = 60.0  # between two lines about requests that cannot be read
+# What uvicorn's and our own protocol warn of when they answer 400.
+UNREADABLE = frozenset({"Invalid HTTP request received.", TOO_LARGE})
+# What uvicorn warns of when it answers a request as if it had asked for no other protocol (`curl --http2`).
+UPGRADES = ("Unsupported upgrade request.", "No supported WebSocket library detected.")
 BACKLOG = 2048  # connections that wait to be accepted
 YOUNG_OBJECTS = 10_000  # between two collections: Python's 700 are those of a few requests
 
 
 class UnreadableRequests(logging.Filter):
-    """Replaces uvicorn's warnings of requests that it cannot read: anybody can send any number of these."""
+    """Replaces warnings of requests that cannot be read: anybody can send any number of these.
+
+    Those of requests for another protocol, which are answered all the same, are dropped.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,10 +53,11 @@ class UnreadableRequests(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Return whether uvicorn logs this record itself."""
-        if record.levelno != logging.WARNING:
-            return True
+        message = record.getMessage()
+        if message not in UNREADABLE:
+            return not message.startswith(UPGRADES)
         if count := self._count():
-            log.warning("requests_unreadable", requests=count, reason=record.getMessage())
+            log.warning("requests_unreadable", requests=count, reason=message)
         return False
 
 

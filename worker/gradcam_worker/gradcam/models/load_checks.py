@@ -30,8 +30,9 @@ SAME = {
     "bfloat16": 0.2,
 }  # tolerance between the steps' outputs and the model's, as a share of the largest output
 BATCH_DEPENDENT = 10  # times the tolerance: rounding alone differs by less between batch sizes
-# What TensorFlow takes as the name of an operation or a scope.
-TENSORFLOW_NAME = re.compile(r"[A-Za-z0-9.][A-Za-z0-9_./>-]*")
+# What TensorFlow's runtime takes as the name of a node: after each > a name begins anew. Its Python side,
+# which looks first, takes a backslash, too, and a > at any place but the first.
+TENSORFLOW_NAME = re.compile(r"[A-Za-z0-9.][A-Za-z0-9_./-]*(>[A-Za-z0-9.][A-Za-z0-9_./-]*)*")
 GREY, CONTRAST = 128, 20  # mean and standard deviation of the first sample images
 ops = keras.ops
 
@@ -206,7 +207,7 @@ def check_names(name: str, graph: Graph) -> None:
         if not TENSORFLOW_NAME.fullmatch(layer):
             message = (
                 f"{name} has a layer with the name {layer!r}, with which TensorFlow cannot compile it. "
-                "Name it otherwise: beginning with a letter or a digit, and with these and _ - . / > alone."
+                "Name it otherwise: beginning with a letter or a digit, and with these and _ - . / alone."
             )
             raise NetworkIncompatible(message)
 
