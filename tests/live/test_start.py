@@ -69,7 +69,7 @@ def test_a_worker_takes_jobs_and_is_seen_by_whoever_looks(stage: Any) -> None:
     assert worker["id"] in shown
     files = Path(f"/proc/{pid_of(document)}/maps").read_text()
     assert "/tensorflow/" in files
-    unused = ("/jaxlib/", "/pandas/", "/scipy/", "/sklearn/")
+    unused = ("/jaxlib/", "/scipy/", "/sklearn/")  # pandas may be there for PyArrow, after a shard
     assert not [name for name in unused if name in files], "what TensorFlow imports where it is installed"
 
 

@@ -132,7 +132,7 @@ def test_opencv_itself_refuses_images_far_above_the_limit() -> None:
 
 def test_only_one_module_calls_image_decoders() -> None:
     decoders = re.compile(
-        r"\b(imdecode|imdecodemulti|imread|imreadmulti|VideoCapture|decode_jpeg|Image\.open)\b"
+        r"\b(imdecode|imdecodemulti|imread|imreadmulti|VideoCapture|decode_jpeg|Image\.open)\("
     )
     modules = Path(gradcam_worker.__file__).parent.rglob("*.py")
     assert [path.name for path in modules if decoders.search(path.read_text("utf-8"))] == ["decode.py"]
