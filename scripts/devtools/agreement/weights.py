@@ -82,7 +82,7 @@ def weigh(row: NetworkRow) -> Weighed:
         results = []
         for load in ways:
             _free()
-            with _initialised(np.zeros(1, np.float32), np.zeros(1, np.float32)):
+            with initialised(np.zeros(1, np.float32), np.zeros(1, np.float32)):
                 loaded = load()
             results.append(_graph_and_logits(loaded, inputs))
             del loaded
@@ -99,9 +99,9 @@ def _write_weights(row: NetworkRow, path: Path, inputs: Any) -> tuple[str, Array
     """Let Keras make a network, and write its weights. Returns its graph and its logits."""
     _free()
     noise = np.random.default_rng(SEED)
-    with _initialised(noise.standard_normal(POOL, np.float32), noise.random(POOL, np.float32)):
+    with initialised(noise.standard_normal(POOL, np.float32), noise.random(POOL, np.float32)):
         model = loading._build(row, pretrained=True, weights=None)  # noqa: SLF001
-    graph = _graph_of(model)
+    graph = graph_of(model)
     for variable in model.weights:
         if len(variable.shape) == 1:
             values = np.asarray(variable)
@@ -119,8 +119,13 @@ def _write_weights(row: NetworkRow, path: Path, inputs: Any) -> tuple[str, Array
 
 
 @contextmanager
-def _initialised(normal: Floats, uniform: Floats) -> Iterator[None]:
-    """Cut the weights that networks begin with out of arrays: to draw two billion takes half a minute."""
+def initialised(normal: Floats, uniform: Floats) -> Iterator[None]:
+    """Cut the weights that networks begin with out of arrays: to draw two billion takes half a minute.
+
+    Args:
+        normal: Numbers of the standard normal distribution.
+        uniform: Numbers from 0 to 1.
+    """
     starts = np.random.default_rng(SEED)
 
     def cut(pool: Floats, shape: Any) -> Floats:
@@ -141,7 +146,7 @@ def _initialised(normal: Floats, uniform: Floats) -> Iterator[None]:
 
 def _graph_and_logits(model: Any, inputs: Any) -> tuple[str, Array]:
     """The graph of a model and its scores, before a softmax that is part of its last layer, or a layer."""
-    graph, last = _graph_of(model), model.layers[-1]
+    graph, last = graph_of(model), model.layers[-1]
     if isinstance(last, keras.layers.Activation):
         model = keras.Model(model.inputs[0], last.input)
     else:
@@ -149,7 +154,7 @@ def _graph_and_logits(model: Any, inputs: Any) -> tuple[str, Array]:
     return graph, np.asarray(model(inputs, training=False), np.float64)
 
 
-def _graph_of(model: Any) -> str:
+def graph_of(model: Any) -> str:
     """The configuration of a model, without the name of its input, which differs in a copy."""
     [name] = (layer["name"] for layer in model.get_config()["layers"] if layer["class_name"] == "InputLayer")
     return json.dumps(model.get_config()).replace(f'"{name}"', '"input"')
@@ -157,13 +162,17 @@ def _graph_of(model: Any) -> str:
 
 def _from_download(row: NetworkRow, path: Path) -> Any:
     """Load a network as where no file is given, with the file in place of Keras's download."""
-    with _downloaded(row, path):
+    with downloaded(row, path):
         return loading._load_catalog_model(row, None)[0]  # noqa: SLF001
 
 
 @contextmanager
-def _downloaded(row: NetworkRow, path: Path) -> Iterator[None]:
+def downloaded(row: NetworkRow, path: Path) -> Iterator[list[str]]:
+    """Put a file in place of what Keras downloads for a network. Gives the names that it asks for."""
+    requested: list[str] = []
+
     def get_file(name: str, *_: Any, **__: Any) -> str:
+        requested.append(name)
         if name not in row.keras_files:
             message = f"Keras downloads {name} for {row.name}, and the catalog says {row.keras_files}."
             raise RuntimeError(message)
@@ -173,7 +182,7 @@ def _downloaded(row: NetworkRow, path: Path) -> Iterator[None]:
         mock.patch.object(file_utils, "get_file", get_file),
         mock.patch.object(keras.utils, "get_file", get_file),
     ):
-        yield
+        yield requested
 
 
 def _from_registry(row: NetworkRow, path: Path, folder: Path) -> Any:

@@ -40,7 +40,6 @@ LEFT_TO_THE_COMMAND = (
     *("mobilenetv3large", "nasnetlarge", "resnet101", "resnet152", "resnet101v2", "resnet152v2"),
 )
 WEIGHTS = "s3://models/imagenet.weights.h5"
-POOL = 2**22  # numbers
 DOCUMENT = Path(__file__).parents[3] / "docs" / "reference" / "networks.md"
 
 
@@ -122,44 +121,21 @@ def clear_keras_session(little_garbage: None) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def pools() -> dict[str, NDArray[np.float32]]:
-    """Random numbers of each distribution that networks begin with."""
+def pools() -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Random numbers of the distributions that networks begin with."""
+    from devtools.agreement.weights import POOL
+
     rng = np.random.default_rng(0)
-    normal = rng.standard_normal(POOL, np.float32)
-    return {
-        "normal": normal,
-        "truncated_normal": np.clip(normal, -2, 2),
-        "uniform": rng.random(POOL, np.float32),
-    }
+    return rng.standard_normal(POOL, np.float32), rng.random(POOL, np.float32)
 
 
 @pytest.fixture
-def cheap_weights(pools: dict[str, NDArray[np.float32]], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Random weights are cut out of a pool: to draw two billion takes half a minute."""
-    from keras.src.initializers import random_initializers
+def cheap_weights(pools: tuple[NDArray[np.float32], NDArray[np.float32]]) -> Iterator[None]:
+    """Random weights are cut out of a pool."""
+    from devtools.agreement.weights import initialised
 
-    starts = np.random.default_rng(1)
-
-    def cut(kind: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
-        return np.resize(pools[kind][starts.integers(POOL // 2) :], shape)
-
-    def spread(kind: str) -> Callable[..., NDArray[np.float32]]:
-        return lambda shape, mean=0.0, stddev=1.0, **_: (
-            cut(kind, shape) * np.float32(stddev) + np.float32(mean)
-        )
-
-    def uniform(shape: tuple[int, ...], minval: float, maxval: float, **_: Any) -> NDArray[np.float32]:
-        return cut("uniform", shape) * np.float32(maxval - minval) + np.float32(minval)
-
-    monkeypatch.setattr(random_initializers.random, "normal", spread("normal"))
-    monkeypatch.setattr(random_initializers.random, "truncated_normal", spread("truncated_normal"))
-    monkeypatch.setattr(random_initializers.random, "uniform", uniform)
-
-
-def graph(model: Any) -> str:
-    """The configuration of a model, without the name of its input, which differs in a copy."""
-    (name,) = (layer["name"] for layer in model.get_config()["layers"] if layer["class_name"] == "InputLayer")
-    return json.dumps(model.get_config()).replace(f'"{name}"', '"input"')
+    with initialised(*pools):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +157,7 @@ def registered(tmp_path_factory: pytest.TempPathFactory) -> Registry:
 @pytest.fixture
 def built_graphs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The graphs of the models that are built from now on."""
+    from devtools.agreement.weights import graph_of
     from gradcam_worker.gradcam.models import loading
 
     build = loading._build
@@ -189,7 +166,7 @@ def built_graphs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     @wraps(build)
     def remember(*args: Any, **kwargs: Any) -> Any:
         model = build(*args, **kwargs)
-        graphs.append(graph(model))
+        graphs.append(graph_of(model))
         return model
 
     monkeypatch.setattr(loading, "_build", remember)
@@ -266,7 +243,7 @@ def test_it_has_the_layer_of_its_row_one_graph_in_all_ways_and_a_short_backward_
         passes.clear()
         del network
         if compiles or row.name in FILES_IN_THE_SUITE:
-            compare_weights_from_files(row, own, models.pop(), tmp_path, monkeypatch)
+            compare_weights_from_files(row, own, models.pop(), tmp_path)
         else:
             models.clear()
             build_without_values(row, own, build_with_keras, built_graphs)
@@ -283,12 +260,13 @@ def build_without_values(
     """
     import keras
 
+    from devtools.agreement.weights import graph_of
     from gradcam_worker.gradcam.models import loading
 
     keras.utils.clear_session()
     with keras.StatelessScope():
         model = build_with_keras(row)
-        built_graphs.append(graph(model))
+        built_graphs.append(graph_of(model))
         assert model.requested_files == list(row.keras_files)
         del model
         if row.imagenet_scale:
@@ -316,15 +294,13 @@ def arguments_of_the_builder(row: NetworkRow, monkeypatch: pytest.MonkeyPatch) -
         return arguments
 
 
-def compare_weights_from_files(
-    row: NetworkRow, own: NetworkRow, model: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def compare_weights_from_files(row: NetworkRow, own: NetworkRow, model: Any, folder: Path) -> None:
     """Load a file as Keras's downloads are in the three ways, and compare the outputs."""
     import h5py
     import keras
     from keras.src.legacy.saving.legacy_h5_format import save_weights_to_hdf5_group
-    from keras.src.utils import file_utils
 
+    from devtools.agreement.weights import downloaded
     from gradcam_worker.gradcam.models import loading
 
     path = folder / row.keras_files[0]
@@ -332,25 +308,18 @@ def compare_weights_from_files(
         save_weights_to_hdf5_group(file, model)
     pixels = np.random.default_rng(0).uniform(0, 255, (1, *row.input_size, 3)).astype(np.float32)
     expected = np.asarray(model(pixels, training=False))
-    requested: list[str] = []
-
-    def get_file(name: str, *_: Any, **__: Any) -> str:
-        requested.append(name)
-        return str(path)
-
-    for module in (file_utils, keras.utils):
-        monkeypatch.setattr(module, "get_file", get_file)
     file_of_registry = WeightsFile(path, "0" * 64)
     ways: tuple[Callable[[], Any], ...] = (
         lambda: loading._load_catalog_model(row, folder)[0],
         lambda: loading._load_catalog_model(row, None)[0],
         lambda: loading.load_operator_model(own, file_of_registry),
     )
-    for load in ways:
-        keras.utils.clear_session()
-        loaded = load()
-        assert_allclose(np.asarray(loaded(pixels, training=False)), expected, rtol=1e-5, atol=1e-9)
-        del loaded
+    with downloaded(row, path) as requested:
+        for load in ways:
+            keras.utils.clear_session()
+            loaded = load()
+            assert_allclose(np.asarray(loaded(pixels, training=False)), expected, rtol=1e-5, atol=1e-9)
+            del loaded
     path.unlink()  # half a gigabyte of VGG
     assert {*requested} == {*row.keras_files}
 
