@@ -395,8 +395,7 @@ class JobHandler:
         if isinstance(error, JobCanceled):
             self._finish(work, document, status="canceled", **changes)
             return Disposition.FINISHED
-        is_occupied = isinstance(error, DeviceOccupied)
-        is_not_counted = is_occupied and document.uncounted_attempts < OCCUPIED_ATTEMPTS
+        is_not_counted = isinstance(error, DeviceOccupied) and document.uncounted_attempts < OCCUPIED_ATTEMPTS
         if not error.retryable or (document.attempt >= document.max_attempts and not is_not_counted):
             self._finish(work, document, status="failed", **changes)
             return Disposition.FINISHED

@@ -2,9 +2,7 @@
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-MAX_HEAD_BYTES = (
-    32 * 1024
-)  # after the first piece of a head; the same of trailers and of extensions of a chunk
+MAX_HEAD_BYTES = 32 * 1024  # after its first piece; as many of trailers, and of a chunk's extensions
 PIECE_BYTES = 16 * 1024  # that are read at a time
 TOO_LARGE = f"The head of a request has at most {MAX_HEAD_BYTES} bytes."
 

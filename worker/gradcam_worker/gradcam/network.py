@@ -45,8 +45,8 @@ class NetworkFacts:
 
     @property
     def pixel_type(self) -> str:
-        """The type of the levels from 0 to 255 that it is given: float32, if they have fractions."""
-        return "float32" if self.sizing.is_fractional else "uint8"
+        """See `Sizing.pixel_type`."""
+        return self.sizing.pixel_type
 
     @property
     def input_width(self) -> int:

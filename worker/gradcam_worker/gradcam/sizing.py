@@ -154,6 +154,11 @@ class Sizing:
         """Whether the levels of the resized photo are fractions, and not whole numbers."""
         return self.resize in FRACTIONAL_RESIZES and self.recompress is None
 
+    @property
+    def pixel_type(self) -> str:
+        """The type of the levels from 0 to 255 that a network is given: float32, if they have fractions."""
+        return "float32" if self.is_fractional else "uint8"
+
     def describe(self) -> str:
         """Describe it for a manifest, as in `bicubic_antialias, centre crop of 0.875`."""
         fitted = {

@@ -239,7 +239,7 @@ class RedisClients:
             if count < replicas:
                 message = (
                     f"{self._server} has {count} replicas that follow, and GRADCAM_SUBMIT_REPLICAS requires "
-                    f"{replicas}: nothing is accepted before they do, though a worker may run what came."
+                    f"{replicas}: nothing is accepted before they do. What was sent may run nevertheless."
                 )
                 raise self._unavailable(message, retryable=True, changed_nothing=False)
         return cast("Result", result)

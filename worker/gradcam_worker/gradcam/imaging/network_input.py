@@ -30,9 +30,7 @@ OPENCV_FILTERS = {
     "lanczos4": cv2.INTER_LANCZOS4,
 }
 SKIMAGE_TRUNCATION = 4.0  # of the Gaussian, in standard deviations: that of SciPy
-SKIMAGE_STRIP_ROWS = (
-    8  # of the result at least: the blur of each strip reaches two rows further on both sides
-)
+SKIMAGE_STRIP_ROWS = 8  # of the result at least: the blur reaches two rows further on both sides
 TENSORFLOW_LUMINANCE = (0.2989, 0.587, 0.114)  # of red, green and blue
 TENSORFLOW_CORNERS = {"bilinear_tf": 0.5, "bilinear_tf1": 0.0}
 MAX_RESIZED_PIXELS = 2**24  # of which a centre is cut out: a photo of 1 x 60,000 pixels would have billions
@@ -131,7 +129,7 @@ def _recompress(pixels: InputPixels, quality: int) -> Pixels:
 def _resize(pixels: Pixels, size: Size, sizing: Sizing, window: Window) -> InputPixels:
     """A window of the resized image. Where it has fractions of levels, no other rows are computed."""
     if pixels.shape[:2] == size:
-        return pixels[window].astype(np.float32 if sizing.is_fractional else np.uint8)
+        return pixels[window].astype(sizing.pixel_type)
     if sizing.resize == "skimage":
         return _resize_as_scikit_image(pixels, size, window)
     if sizing.resize in TENSORFLOW_CORNERS:

@@ -72,8 +72,8 @@ class ScoreNetwork:
         self._name, self._run, self._preprocessing = row.name, run, row.preprocessing if prepares else None
         self._units = 0
         channels = row.preprocessing.pixel_channels
-        samples = varied_images((*row.input_size, channels))
-        outputs = self._observe(samples.astype(np.float32) if row.sizing.is_fractional else samples)
+        samples = varied_images((*row.input_size, channels)).astype(row.sizing.pixel_type)
+        outputs = self._observe(samples)
         self._units = outputs.shape[1]
         self._kind = _kind_of(row, outputs, COARSE_SUM if coarse else ROUNDING)
         self.labels = label_file.class_index(row, self._units)
