@@ -12,11 +12,11 @@ import pytest
 
 from devtools.synthetic_dataset import decode_cells
 from gradcam_worker.artifacts.dataset import DatasetLayout, read_batches, schema
+from gradcam_worker.audit.dataset.row_table import read_columns
+from gradcam_worker.audit.dataset.samples import Samples
 from gradcam_worker.audit.exports.mlflow_run import figures
 from gradcam_worker.audit.report import CAUSES, AuditReport, ClassReport, Thresholds
-from gradcam_worker.audit.row_table import read_columns
 from gradcam_worker.audit.run import AuditOptions, audit
-from gradcam_worker.audit.samples import Samples
 from gradcam_worker.cli.main import main
 from gradcam_worker.errors import InvalidInput
 from tests.audit.datasets import (

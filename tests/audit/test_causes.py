@@ -17,12 +17,12 @@ from gradcam_worker.audit.causes import (
     places,
     to_learn,
 )
-from gradcam_worker.audit.class_codes import ClassCodes, ClassSums
-from gradcam_worker.audit.counts import BestRows, KeyCounts
-from gradcam_worker.audit.predictions import NONE
+from gradcam_worker.audit.dataset.class_codes import ClassCodes, ClassSums
+from gradcam_worker.audit.dataset.counts import BestRows, KeyCounts
+from gradcam_worker.audit.dataset.predictions import NONE
+from gradcam_worker.audit.dataset.samples import Samples
+from gradcam_worker.audit.dataset.typical_heat import TypicalHeat, heat_at_border
 from gradcam_worker.audit.report import CAUSES, Thresholds
-from gradcam_worker.audit.samples import Samples
-from gradcam_worker.audit.typical_heat import TypicalHeat, heat_at_border
 from gradcam_worker.errors import InvalidInput
 
 NAN = float("nan")

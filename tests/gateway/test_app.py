@@ -11,7 +11,7 @@ from gradcam_worker import errors
 from gradcam_worker.errors import GradcamError, InternalError, InvalidSettings
 from gradcam_worker.gateway import server
 from gradcam_worker.gateway.app import create_app
-from gradcam_worker.gateway.problems import status_of
+from gradcam_worker.gateway.http.problems import status_of
 from gradcam_worker.observability.definitions import OPERATIONS, OTHER
 from gradcam_worker.settings import Settings
 

@@ -12,7 +12,7 @@ from fastapi.testclient import TestClient
 from gradcam_worker.client import backfills
 from gradcam_worker.errors import BackfillConflict, ServerBusy
 from gradcam_worker.gateway.backfill_processes import MAX_RUNNING_OF_TENANT, BackfillProcesses
-from gradcam_worker.gateway.backfills import backfill_id
+from gradcam_worker.gateway.routes.backfills import backfill_id
 from gradcam_worker.runtime import parent_watch
 from gradcam_worker.settings import Settings
 

@@ -14,12 +14,12 @@ from fastapi.testclient import TestClient
 from starlette.responses import Response as StarletteResponse
 
 from gradcam_worker.client.async_client import AsyncGradcamClient
-from gradcam_worker.gateway import page_routes
 from gradcam_worker.gateway.access.api_keys import ApiKey, ApiKeys, read_prefix
 from gradcam_worker.gateway.access.caller import Access
 from gradcam_worker.gateway.access.tenants import SCOPES, Scope, TenantPolicy, Tenants
 from gradcam_worker.gateway.app import create_app
-from gradcam_worker.gateway.backfills import backfill_id
+from gradcam_worker.gateway.routes import page as page_routes
+from gradcam_worker.gateway.routes.backfills import backfill_id
 from gradcam_worker.redis_server.client import RedisServer
 from gradcam_worker.schemas.ids import new_id
 from gradcam_worker.settings import Settings

@@ -16,7 +16,7 @@ import pytest
 
 from gradcam_worker.gateway import server
 from gradcam_worker.gateway.app import create_app
-from gradcam_worker.gateway.http_protocol import MAX_HEAD_BYTES, PIECE_BYTES
+from gradcam_worker.gateway.http.limited_protocol import MAX_HEAD_BYTES, PIECE_BYTES
 from gradcam_worker.operations import servers
 from gradcam_worker.settings import Settings
 

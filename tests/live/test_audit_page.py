@@ -28,14 +28,14 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 from gradcam_worker.artifacts.dataset import read_batches
-from gradcam_worker.audit.page import PageOptions
+from gradcam_worker.audit.pages.page import PageOptions
 from gradcam_worker.audit.report import HeatCells, MaskingFacts, ShortcutReport
 from gradcam_worker.cli.main import main
 from gradcam_worker.gradcam.imaging.overlay import encode, overlay
 from gradcam_worker.operations import servers
 from gradcam_worker.storage.stores import FolderStore
 from tests.audit.datasets import CORNER, MIDDLE_BOX, Image, folder_dataset
-from tests.audit.pages import page_of
+from tests.audit.written_pages import page_of
 
 pytestmark = pytest.mark.live
 

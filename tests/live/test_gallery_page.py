@@ -17,8 +17,8 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
 from gradcam_worker import testing
-from gradcam_worker.audit.gallery import GalleryOptions, gallery
-from gradcam_worker.audit.statistics import read_statistics
+from gradcam_worker.audit.dataset.statistics import read_statistics
+from gradcam_worker.audit.pages.gallery import GalleryOptions, gallery
 from gradcam_worker.execution import shards
 from gradcam_worker.execution.attempt import JobContext
 from gradcam_worker.gradcam.classes import ClassIndex, Label

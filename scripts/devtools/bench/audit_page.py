@@ -22,8 +22,8 @@ import numpy as np
 
 from devtools.bench.report import Figures, NothingToMeasure, Requirement, at_most, table
 from devtools.synthetic_dataset import SyntheticImages, write_folder
-from gradcam_worker.audit.page import write_page
-from gradcam_worker.audit.row_table import RowTable
+from gradcam_worker.audit.dataset.row_table import RowTable
+from gradcam_worker.audit.pages.page import write_page
 from gradcam_worker.audit.run import audit
 from gradcam_worker.gradcam.decoding.decode import Limits
 from gradcam_worker.storage.stores import FolderStore

@@ -16,9 +16,9 @@ from pathlib import Path
 from devtools import ROOT
 from devtools.bench import testbed
 from gradcam_worker import testing
-from gradcam_worker.audit.gallery import GalleryOptions, gallery
-from gradcam_worker.audit.page import PAGE, write_page
-from gradcam_worker.audit.row_table import RowTable
+from gradcam_worker.audit.dataset.row_table import RowTable
+from gradcam_worker.audit.pages.gallery import GalleryOptions, gallery
+from gradcam_worker.audit.pages.page import PAGE, write_page
 from gradcam_worker.audit.run import audit
 from gradcam_worker.cli.main import main as gradcam
 from gradcam_worker.execution import shards

@@ -20,9 +20,9 @@ import numpy as np
 from devtools.planted.dataset import write_dataset
 from devtools.planted.shapes import Plant, Shapes, draw, plant_of
 from devtools.planted.training import train, wrap
+from gradcam_worker.audit.dataset.samples import Samples
 from gradcam_worker.audit.report import AuditReport, ShortcutReport
 from gradcam_worker.audit.run import audit
-from gradcam_worker.audit.samples import Samples
 from gradcam_worker.audit.shortcuts.gaze import GazeOptions, TrialNetwork, add_gaze
 from gradcam_worker.gradcam import Network
 from gradcam_worker.storage.stores import FolderStore

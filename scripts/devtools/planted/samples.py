@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from devtools.synthetic_dataset import gaussian_heatmaps
-from gradcam_worker.audit.samples import ClassSample
+from gradcam_worker.audit.dataset.samples import ClassSample
 
 GRID = (12, 12)
 

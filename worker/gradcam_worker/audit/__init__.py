@@ -1,1 +1,1 @@
-"""Audits of a dataset of heatmaps: its statistics, the gallery page, the audit. Begin at `run`."""
+"""Audits of a dataset of heatmaps: what is read of it, what is said, and the pages. Begin at `run`."""

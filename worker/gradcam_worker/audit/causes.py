@@ -5,7 +5,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from gradcam_worker.audit.predictions import NONE
+from gradcam_worker.audit.dataset.predictions import NONE
 from gradcam_worker.audit.report import CAUSES, Cause, Thresholds
 
 ON_OBJECT, ELSEWHERE = 1, 0  # or NONE

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gradcam_worker.audit.page import PageOptions, PageSummary, write_page
+from gradcam_worker.audit.dataset.row_table import MORE_FILE, RowTable
+from gradcam_worker.audit.dataset.samples import Samples
+from gradcam_worker.audit.dataset.statistics import ReportProgress, file_names, open_dataset
+from gradcam_worker.audit.pages.page import PageOptions, PageSummary, write_page
 from gradcam_worker.audit.report import AuditReport
-from gradcam_worker.audit.row_table import MORE_FILE, RowTable
 from gradcam_worker.audit.run import AuditOptions, audit
-from gradcam_worker.audit.samples import Samples
 from gradcam_worker.audit.shortcuts.clusters import GazeMap
 from gradcam_worker.audit.shortcuts.gaze import GazeOptions, add_gaze
-from gradcam_worker.audit.statistics import ReportProgress, file_names, open_dataset
 from gradcam_worker.extras import required
 from gradcam_worker.gradcam.decoding.decode import Limits
 from gradcam_worker.images.fetch import UriFetcher

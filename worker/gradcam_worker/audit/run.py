@@ -22,10 +22,13 @@ from gradcam_worker.audit.causes import (
     places,
     to_learn,
 )
-from gradcam_worker.audit.class_codes import ClassSums
-from gradcam_worker.audit.counts import BestRows, KeyCounts
-from gradcam_worker.audit.dataset_pass import DatasetPass, read_dataset
-from gradcam_worker.audit.predictions import NONE, PredictionFile
+from gradcam_worker.audit.dataset.class_codes import ClassSums
+from gradcam_worker.audit.dataset.counts import BestRows, KeyCounts
+from gradcam_worker.audit.dataset.dataset_pass import DatasetPass, read_dataset
+from gradcam_worker.audit.dataset.predictions import NONE, PredictionFile
+from gradcam_worker.audit.dataset.row_table import RowTable
+from gradcam_worker.audit.dataset.samples import Samples
+from gradcam_worker.audit.dataset.statistics import READ_TIMEOUT_S, ReportProgress
 from gradcam_worker.audit.report import (
     CAUSES,
     AuditReport,
@@ -37,9 +40,6 @@ from gradcam_worker.audit.report import (
     HeatCells,
     Thresholds,
 )
-from gradcam_worker.audit.row_table import RowTable
-from gradcam_worker.audit.samples import Samples
-from gradcam_worker.audit.statistics import READ_TIMEOUT_S, ReportProgress
 from gradcam_worker.errors import InvalidInput
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.storage.store import Store

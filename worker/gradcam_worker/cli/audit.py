@@ -20,7 +20,7 @@ from gradcam_worker.operations import console
 from gradcam_worker.settings import Settings
 
 if TYPE_CHECKING:
-    from gradcam_worker.audit.page import PageOptions
+    from gradcam_worker.audit.pages.page import PageOptions
     from gradcam_worker.audit.shortcuts.gaze import GazeOptions
 
 SHARE = click.FloatRange(0, 1)
@@ -194,7 +194,7 @@ def run(dataset: str, output: Path | None, lines: int, *, as_json: bool, **optio
 
 
 def _page_options(options: Mapping[str, Any]) -> "PageOptions":
-    from gradcam_worker.audit.page import PageOptions
+    from gradcam_worker.audit.pages.page import PageOptions
 
     expires_s = int(options["links_expire"])
     return PageOptions(options["pictures"], options["image_links"], expires_s, options["image_urls"])

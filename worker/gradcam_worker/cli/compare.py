@@ -151,7 +151,7 @@ def compare(
     from gradcam_worker.audit.comparison.drift import append_line, gauges, log_line, write_gauges
     from gradcam_worker.audit.comparison.page import comparison_page
     from gradcam_worker.audit.comparison.report import FIGURES, CheckedCondition, ComparisonThresholds
-    from gradcam_worker.audit.statistics import open_dataset
+    from gradcam_worker.audit.dataset.statistics import open_dataset
     from gradcam_worker.gradcam.decoding.decode import Limits
     from gradcam_worker.images.fetch import UriFetcher
     from gradcam_worker.storage.s3 import S3

@@ -50,7 +50,7 @@ def gallery(
       gradcam gallery s3://results/cams
       gradcam gallery cams --classes Egyptian_cat,tabby --per-class 12 -o cats.html
     """
-    from gradcam_worker.audit.gallery import GalleryOptions, make
+    from gradcam_worker.audit.pages.gallery import GalleryOptions, make
 
     options = GalleryOptions(classes, per_class, max_classes)
     with console.err.status("reading") as spinner:

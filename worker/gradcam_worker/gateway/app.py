@@ -10,23 +10,15 @@ from starlette.middleware.gzip import GZipMiddleware
 from gradcam_worker import __version__
 from gradcam_worker.client.async_client import AsyncGradcamClient
 from gradcam_worker.client.results import SettingsObjects
-from gradcam_worker.gateway import (
-    artifacts,
-    backfills,
-    events,
-    health,
-    jobs,
-    openapi,
-    page_routes,
-    problems,
-    uploads,
-    workers,
-)
+from gradcam_worker.gateway import openapi
 from gradcam_worker.gateway.access.caller import Access
 from gradcam_worker.gateway.context import Gateway
-from gradcam_worker.gateway.middleware import Edge
+from gradcam_worker.gateway.http import problems
+from gradcam_worker.gateway.http.middleware import Edge
 from gradcam_worker.gateway.objects import GatewayObjects, UploadObjects
 from gradcam_worker.gateway.open_requests import OpenRequests
+from gradcam_worker.gateway.routes import artifacts, backfills, events, health, jobs, uploads, workers
+from gradcam_worker.gateway.routes import page as page_routes
 from gradcam_worker.settings import Settings
 
 MIN_GZIP_BYTES = 1024

@@ -13,9 +13,9 @@ from gradcam_worker.gateway.access.caller import Access, Caller
 from gradcam_worker.gateway.access.tenants import Scope
 from gradcam_worker.gateway.artifact_lists import ArtifactLists
 from gradcam_worker.gateway.backfill_processes import BackfillProcesses
+from gradcam_worker.gateway.http.problems import refuse_unknown_parameters
 from gradcam_worker.gateway.objects import GatewayObjects
 from gradcam_worker.gateway.open_requests import OpenRequests
-from gradcam_worker.gateway.problems import refuse_unknown_parameters
 from gradcam_worker.observability.prometheus import Metrics
 from gradcam_worker.schemas.job import ID_PATTERN
 from gradcam_worker.settings import Settings

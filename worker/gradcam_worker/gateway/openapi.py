@@ -15,10 +15,6 @@ from pydantic import BaseModel, Field
 from pydantic.json_schema import models_json_schema
 
 from gradcam_worker import __version__
-from gradcam_worker.gateway import problems
-from gradcam_worker.gateway.answers import JSON
-from gradcam_worker.gateway.artifacts import JobResource, JobResult, ViewerDocument
-from gradcam_worker.gateway.backfills import BackfillEnd, BackfillList, BackfillRequest, BackfillStatus
 from gradcam_worker.gateway.examples import (
     BACKFILL,
     JOB,
@@ -29,8 +25,12 @@ from gradcam_worker.gateway.examples import (
     UPLOAD_TARGET,
     WORKERS,
 )
-from gradcam_worker.gateway.uploads import UploadRequest, UploadTarget
-from gradcam_worker.gateway.workers import NetworkList, WorkerList
+from gradcam_worker.gateway.http import problems
+from gradcam_worker.gateway.http.answers import JSON
+from gradcam_worker.gateway.routes.artifacts import JobResource, JobResult, ViewerDocument
+from gradcam_worker.gateway.routes.backfills import BackfillEnd, BackfillList, BackfillRequest, BackfillStatus
+from gradcam_worker.gateway.routes.uploads import UploadRequest, UploadTarget
+from gradcam_worker.gateway.routes.workers import NetworkList, WorkerList
 from gradcam_worker.schemas.job import Job
 from gradcam_worker.schemas.listing import JobPage
 from gradcam_worker.schemas.model import ResponseModel

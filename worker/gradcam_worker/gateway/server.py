@@ -18,8 +18,8 @@ from gradcam_worker.errors import InvalidSettings
 from gradcam_worker.gateway.access.caller import Access, is_this_machine
 from gradcam_worker.gateway.app import create_app
 from gradcam_worker.gateway.context import Gateway
-from gradcam_worker.gateway.health import READY_TIMEOUT_S, find_ledger_problem
-from gradcam_worker.gateway.http_protocol import TOO_LARGE, LimitedHttpProtocol
+from gradcam_worker.gateway.http.limited_protocol import TOO_LARGE, LimitedHttpProtocol
+from gradcam_worker.gateway.routes.health import READY_TIMEOUT_S, find_ledger_problem
 from gradcam_worker.net import listening
 from gradcam_worker.observability import health
 from gradcam_worker.observability.prometheus import CONTENT_TYPE

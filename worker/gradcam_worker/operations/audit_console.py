@@ -5,7 +5,7 @@ from typing import TypeVar
 
 from rich.table import Table
 
-from gradcam_worker.audit.page import PageSummary
+from gradcam_worker.audit.pages.page import PageSummary
 from gradcam_worker.audit.report import CAUSE_TEXTS, CAUSES, AuditReport, Cause, ClassReport, Confusion
 from gradcam_worker.gradcam.classes import percent
 from gradcam_worker.operations.console import out, plain, table

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from gradcam_worker.artifacts.dataset import SHOWN_COLUMN, read_batches
 from gradcam_worker.audit.comparison.compared_datasets import ReadDataset
 from gradcam_worker.audit.comparison.report import ChangedImage, ImageSide
-from gradcam_worker.audit.heat_table import ClassNames, HeatRecords, ImageKey
+from gradcam_worker.audit.dataset.heat_table import ClassNames, HeatRecords, ImageKey
+from gradcam_worker.audit.dataset.statistics import READ_TIMEOUT_S
 from gradcam_worker.audit.report import HeatCells
 from gradcam_worker.audit.significance import Difference
-from gradcam_worker.audit.statistics import READ_TIMEOUT_S
 from gradcam_worker.errors import InvalidInput
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.storage.store import Store

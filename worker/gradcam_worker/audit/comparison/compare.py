@@ -1,6 +1,6 @@
 """A comparison of two datasets: the classes whose heat moved, and the images that changed most.
 
-1. Both datasets are read once, into arrays of bounded size: `gradcam_worker.audit.heat_table`.
+1. Both datasets are read once, into arrays of bounded size: `gradcam_worker.audit.dataset.heat_table`.
 2. If they are of the same images, each image is compared with itself; otherwise each class of one dataset
    with the same class of the other, as two groups of images.
 3. The distance of a class's mean heatmaps, on the grid of the image, is tested by permutations, and so is the
@@ -47,10 +47,10 @@ from gradcam_worker.audit.comparison.report import (
     Pairing,
     Reason,
 )
-from gradcam_worker.audit.heat_table import UNKNOWN, ClassNames, HeatRecords, ImageKey
+from gradcam_worker.audit.dataset.heat_table import UNKNOWN, ClassNames, HeatRecords, ImageKey
+from gradcam_worker.audit.dataset.statistics import ReportProgress
 from gradcam_worker.audit.report import HeatCells
 from gradcam_worker.audit.significance import Difference, benjamini_hochberg, permutation_test
-from gradcam_worker.audit.statistics import ReportProgress
 from gradcam_worker.errors import InvalidInput
 from gradcam_worker.storage.store import Store
 

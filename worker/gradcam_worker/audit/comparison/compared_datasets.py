@@ -7,8 +7,13 @@ from typing import Any, Literal, NamedTuple
 
 from gradcam_worker.artifacts.dataset import Batch, Grid, Summary, read_batches, read_summary
 from gradcam_worker.audit.comparison.report import ClassKey, ComparedDataset, Difference
-from gradcam_worker.audit.heat_table import ClassNames, HeatRecords, HeatTable, ImageKey
-from gradcam_worker.audit.statistics import EXPECTED_FORMAT, READ_TIMEOUT_S, ReportProgress, read_files
+from gradcam_worker.audit.dataset.heat_table import ClassNames, HeatRecords, HeatTable, ImageKey
+from gradcam_worker.audit.dataset.statistics import (
+    EXPECTED_FORMAT,
+    READ_TIMEOUT_S,
+    ReportProgress,
+    read_files,
+)
 from gradcam_worker.errors import InvalidInput, StorageUnavailable
 from gradcam_worker.gradcam.classes import fold
 from gradcam_worker.resilience.deadline import Deadline

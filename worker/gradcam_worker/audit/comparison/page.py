@@ -18,7 +18,7 @@ from gradcam_worker.audit.comparison.report import (
     ComparisonReport,
     ImageSide,
 )
-from gradcam_worker.audit.photos import image_key, photo_bytes, placement_of, read_photos, truncate
+from gradcam_worker.audit.pages.photos import image_key, photo_bytes, placement_of, read_photos, truncate
 from gradcam_worker.audit.report import HeatCells
 from gradcam_worker.gradcam.decoding.decode import Limits
 from gradcam_worker.gradcam.imaging.html import encode_heatmaps, fill_template, page_placement

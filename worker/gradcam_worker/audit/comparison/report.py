@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from gradcam_worker.audit.heat_table import ImageKey
+from gradcam_worker.audit.dataset.heat_table import ImageKey
 from gradcam_worker.audit.report import HeatCells
 from gradcam_worker.schemas.model import ResponseModel
 

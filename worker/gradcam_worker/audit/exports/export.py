@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from gradcam_worker.audit.dataset.statistics import ReportProgress, open_dataset
 from gradcam_worker.audit.exports import coco, fiftyone, hugging_face, label_studio, mlflow_run, wandb_table
 from gradcam_worker.audit.exports.source import ExportSource
-from gradcam_worker.audit.statistics import ReportProgress, open_dataset
 from gradcam_worker.errors import InvalidInput
 from gradcam_worker.settings import Settings
 from gradcam_worker.storage.s3 import S3

@@ -8,9 +8,9 @@ https://huggingface.co/docs/hub/datasets-manual-configuration
 
 from collections.abc import Iterator
 
+from gradcam_worker.audit.dataset.statistics import read_files
 from gradcam_worker.audit.exports.source import ExportSource
 from gradcam_worker.audit.report import CAUSE_TEXTS, CAUSES, AuditReport
-from gradcam_worker.audit.statistics import read_files
 from gradcam_worker.text.visible import counted
 
 SIZES = ((1000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))

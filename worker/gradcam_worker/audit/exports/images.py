@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradcam_worker.artifacts.dataset import Batch, read_batches
-from gradcam_worker.audit.image_grid import heat_on_images
-from gradcam_worker.audit.statistics import ReportProgress, read_files
+from gradcam_worker.audit.dataset.image_grid import heat_on_images
+from gradcam_worker.audit.dataset.statistics import ReportProgress, read_files
 from gradcam_worker.storage.store import Store
 
 MAX_CELLS = 64  # along each side of an exported heatmap

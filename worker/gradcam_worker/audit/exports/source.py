@@ -8,10 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from gradcam_worker.audit.dataset.statistics import ReportProgress
 from gradcam_worker.audit.exports.images import ExportedImage, read_images
 from gradcam_worker.audit.report import AuditReport
 from gradcam_worker.audit.run import AuditOptions, audit
-from gradcam_worker.audit.statistics import ReportProgress
 from gradcam_worker.storage.store import Store
 
 

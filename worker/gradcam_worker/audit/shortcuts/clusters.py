@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gradcam_worker.audit.samples import ClassSample
+from gradcam_worker.audit.dataset.samples import ClassSample
 from gradcam_worker.extras import required
 
 MAX_CLUSTERS = 8

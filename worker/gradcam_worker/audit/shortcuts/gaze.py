@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gradcam_worker.audit.dataset.samples import ClassSample
 from gradcam_worker.audit.report import (
     AuditReport,
     ClusterReport,
@@ -20,7 +21,6 @@ from gradcam_worker.audit.report import (
     ShortcutReport,
     SuspectReport,
 )
-from gradcam_worker.audit.samples import ClassSample
 from gradcam_worker.audit.shortcuts.clusters import Cluster, GazeMap, draw_map, find_clusters
 from gradcam_worker.audit.shortcuts.gaze_regions import describe_place, hot_region
 from gradcam_worker.audit.shortcuts.masking_trial import (

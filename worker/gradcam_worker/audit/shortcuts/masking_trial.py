@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from gradcam_worker.audit.samples import ClassSample
+from gradcam_worker.audit.dataset.samples import ClassSample
 from gradcam_worker.audit.shortcuts.gaze_regions import Region, widened
 from gradcam_worker.audit.shortcuts.suspects import Suspect
 from gradcam_worker.errors import GradcamError

@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from gradcam_worker.audit.samples import ClassSample
+from gradcam_worker.audit.dataset.samples import ClassSample
 from gradcam_worker.audit.shortcuts.gaze_regions import (
     Heat,
     Region,
