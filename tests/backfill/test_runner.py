@@ -39,8 +39,8 @@ from gradcam_worker.errors import (
 )
 from gradcam_worker.execution.handler import JobHandler
 from gradcam_worker.execution.leases import LeaseManager
-from gradcam_worker.operations import console
-from gradcam_worker.operations.progress_bar import BackfillProgressBar
+from gradcam_worker.operations.terminal import console
+from gradcam_worker.operations.terminal.progress_bar import BackfillProgressBar
 from gradcam_worker.resilience.circuit_breaker import CircuitBreaker
 from gradcam_worker.resilience.prefetch import Prefetcher
 from gradcam_worker.schemas.annotations import Annotations

@@ -10,7 +10,7 @@ from gradcam_worker.cli.main import main
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.errors import LedgerUnavailable
 from gradcam_worker.ledger.redis.store import RedisLedger
-from gradcam_worker.operations import console
+from gradcam_worker.operations.terminal import console
 from gradcam_worker.schemas.annotations import Annotations
 from gradcam_worker.schemas.job import Job
 from gradcam_worker.schemas.options import MethodSpec, Target

@@ -143,7 +143,7 @@ def test_own_networks_are_listed_with_the_others_and_every_row_fits_a_terminal(
 ) -> None:
     (tmp_path / "vgg19.weights.h5").touch()
     monkeypatch.setenv("GRADCAM_WEIGHTS_DIR", str(tmp_path))
-    monkeypatch.setattr("gradcam_worker.operations.console.out", Console(width=80))
+    monkeypatch.setattr("gradcam_worker.operations.terminal.console.out", Console(width=80))
     assert main(["networks"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1 : len(CATALOG) + 2]] == [*CATALOG, "tumours"], "one line each"

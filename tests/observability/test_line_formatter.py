@@ -7,7 +7,7 @@ from rich.console import Console
 from gradcam_worker.errors import ImageFetchFailed
 from gradcam_worker.ledger.state_machine import new_document
 from gradcam_worker.observability.logs import TEXT_FORMAT, LineFormatter, log_context
-from gradcam_worker.operations import console
+from gradcam_worker.operations.terminal import console
 from gradcam_worker.schemas.ids import new_id
 from gradcam_worker.schemas.status import ClassScore, NetworkRef, Problem, StatusDocument
 from gradcam_worker.text.log_events import EventMessage

@@ -18,8 +18,8 @@ from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.errors import ImageNotFound, StorageUnavailable
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.observability.queue_depths import QueueDepths, TenantUse
-from gradcam_worker.operations import console as terminal
 from gradcam_worker.operations import top
+from gradcam_worker.operations.terminal import console as terminal
 from gradcam_worker.redis_server.client import RedisClients
 from gradcam_worker.schemas.job import Priority
 from gradcam_worker.schemas.status import Problem, WorkerRef

@@ -16,7 +16,7 @@ from gradcam_worker.cli.options import (
     parse_duration,
     parse_named,
 )
-from gradcam_worker.operations import console
+from gradcam_worker.operations.terminal import console
 from gradcam_worker.settings import Settings
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ def run(dataset: str, output: Path | None, lines: int, *, as_json: bool, **optio
     from gradcam_worker.audit.output import write_audit
     from gradcam_worker.audit.report import Thresholds
     from gradcam_worker.audit.run import AuditOptions
-    from gradcam_worker.operations.audit_console import show_audit, show_page
+    from gradcam_worker.operations.terminal.audit_console import show_audit, show_page
 
     is_folder = "://" not in dataset
     folder = output or (Path(dataset) / "audit" if is_folder else Path("audit"))

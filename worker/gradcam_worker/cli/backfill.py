@@ -26,7 +26,7 @@ from gradcam_worker.cli.options import (
 )
 from gradcam_worker.cli.signals import interrupted_by_sigterm
 from gradcam_worker.errors import InvalidInput, InvalidJob, NoWorker, UnknownNetwork, UriNotAllowed
-from gradcam_worker.operations import console
+from gradcam_worker.operations.terminal import console
 from gradcam_worker.schemas.model import describe
 from gradcam_worker.schemas.options import is_default_target
 from gradcam_worker.schemas.shard import MAX_ROWS
@@ -258,7 +258,7 @@ def run(
     from gradcam_worker.backfill.sharding import cut_shards
     from gradcam_worker.client.backfills import open_dataset
     from gradcam_worker.ledger.redis.store import RedisLedger
-    from gradcam_worker.operations.progress_bar import (
+    from gradcam_worker.operations.terminal.progress_bar import (
         BackfillProgressBar,
         print_line,
         print_summary,
@@ -340,7 +340,7 @@ def _estimate(opened: "Input", plan: "Plan", settings: Settings, *, as_json: boo
     """Print what a backfill would take."""
     from gradcam_worker.ledger.redis.store import RedisLedger
     from gradcam_worker.operations import trial
-    from gradcam_worker.operations.estimate_table import show_estimate
+    from gradcam_worker.operations.terminal.estimate_table import show_estimate
     from gradcam_worker.storage.s3 import S3
     from gradcam_worker.storage.stores import Stores
 

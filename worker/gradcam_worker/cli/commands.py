@@ -25,7 +25,7 @@ from gradcam_worker.cli.exit_codes import ExitCode, of_error
 from gradcam_worker.cli.options import asks_for_json, json_option
 from gradcam_worker.errors import GradcamError, InvalidSettings
 from gradcam_worker.observability.logs import configure_logging
-from gradcam_worker.operations import console
+from gradcam_worker.operations.terminal import console
 from gradcam_worker.settings import Settings
 from gradcam_worker.text.visible import visible
 

@@ -8,7 +8,7 @@ import click
 
 from gradcam_worker.cli.exit_codes import ExitCode
 from gradcam_worker.cli.options import json_option
-from gradcam_worker.operations import console
+from gradcam_worker.operations.terminal import console
 from gradcam_worker.settings import Settings
 from gradcam_worker.text.visible import counted
 

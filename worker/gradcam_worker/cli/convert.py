@@ -7,7 +7,7 @@ import click
 
 from gradcam_worker.cli.options import json_option
 from gradcam_worker.errors import NetworkIncompatible
-from gradcam_worker.operations import console
+from gradcam_worker.operations.terminal import console
 
 GIB = 2**30
 

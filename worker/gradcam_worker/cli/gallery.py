@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from gradcam_worker.cli.options import classes_option
-from gradcam_worker.operations import console
+from gradcam_worker.operations.terminal import console
 from gradcam_worker.settings import Settings
 from gradcam_worker.text.visible import counted
 

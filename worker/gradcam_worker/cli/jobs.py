@@ -9,7 +9,7 @@ import click
 
 from gradcam_worker.cli.options import explanation_options, json_option, with_default_target
 from gradcam_worker.errors import GradcamError, InvalidSettings
-from gradcam_worker.operations import console
+from gradcam_worker.operations.terminal import console
 from gradcam_worker.schemas.job import Job, describe_missing_scheme
 from gradcam_worker.schemas.model import EXAMPLES
 from gradcam_worker.schemas.status import StatusDocument

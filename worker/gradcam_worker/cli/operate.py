@@ -9,7 +9,7 @@ from gradcam_worker.errors import GradcamError, InternalError, InvalidSettings, 
 from gradcam_worker.gradcam.catalog import NetworkRow
 from gradcam_worker.gradcam.files import weights
 from gradcam_worker.gradcam.registry.registry import Registry
-from gradcam_worker.operations import console
+from gradcam_worker.operations.terminal import console
 from gradcam_worker.settings import Settings
 from gradcam_worker.text.visible import counted, visible
 

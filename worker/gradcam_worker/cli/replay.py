@@ -10,7 +10,7 @@ from gradcam_worker.ledger.dead_letters import DeadLetter, DeadLetters
 from gradcam_worker.ledger.outbox import DeadDelivery, Outbox
 from gradcam_worker.ledger.redis.outbox import RedisOutbox
 from gradcam_worker.ledger.redis.store import RedisLedger
-from gradcam_worker.operations import console
+from gradcam_worker.operations.terminal import console
 from gradcam_worker.schemas.job import Job
 from gradcam_worker.settings import Settings
 from gradcam_worker.text.urls import without_secrets

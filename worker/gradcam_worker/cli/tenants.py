@@ -9,7 +9,7 @@ from gradcam_worker.errors import UnknownTenant
 from gradcam_worker.gateway.access.api_keys import MARK, ApiKey, ApiKeys, expiry
 from gradcam_worker.gateway.access.tenants import SCOPES, TenantPolicy, Tenants
 from gradcam_worker.ledger.redis.store import RedisLedger
-from gradcam_worker.operations import console
+from gradcam_worker.operations.terminal import console
 from gradcam_worker.schemas.ids import utc_now
 from gradcam_worker.schemas.job import Priority
 from gradcam_worker.settings import Settings

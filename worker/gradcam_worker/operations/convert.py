@@ -16,7 +16,7 @@ from typing import Any
 
 from gradcam_worker import extras
 from gradcam_worker.errors import InternalError, MissingExtra, NetworkIncompatible
-from gradcam_worker.operations import console
+from gradcam_worker.operations.terminal import console
 from gradcam_worker.resilience.budget import limit_memory
 from gradcam_worker.runtime import parent_watch
 from gradcam_worker.text.visible import abridged, visible

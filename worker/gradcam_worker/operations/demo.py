@@ -26,7 +26,8 @@ from gradcam_worker.gradcam.classes import DATA, caption, percent
 from gradcam_worker.gradcam.decoding.decode import decode
 from gradcam_worker.gradcam.imaging.overlay import encode
 from gradcam_worker.gradcam.imaging.sheet import as_tile, sheet
-from gradcam_worker.operations import console, servers
+from gradcam_worker.operations import servers
+from gradcam_worker.operations.terminal import console
 from gradcam_worker.runtime import parent_watch
 from gradcam_worker.schemas.job import Job
 from gradcam_worker.schemas.manifest import Manifest

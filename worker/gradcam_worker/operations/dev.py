@@ -20,8 +20,9 @@ from gradcam_worker import extras
 from gradcam_worker.errors import GradcamError, InvalidSettings, WorkerLost
 from gradcam_worker.gradcam.classes import DATA
 from gradcam_worker.ledger.redis.store import RedisLedger
-from gradcam_worker.operations import console, servers
+from gradcam_worker.operations import servers
 from gradcam_worker.operations.demo import BUCKETS, NETWORK, SHUTDOWN_TIMEOUT_S, exit_on_sigterm
+from gradcam_worker.operations.terminal import console
 from gradcam_worker.runtime import parent_watch
 from gradcam_worker.settings import Settings
 from gradcam_worker.text import comma_lists

@@ -13,7 +13,7 @@ from gradcam_worker.execution.services import Services
 from gradcam_worker.gradcam.classes import percent, versus
 from gradcam_worker.gradcam.explain import values_of
 from gradcam_worker.gradcam.methods import masking
-from gradcam_worker.operations import console
+from gradcam_worker.operations.terminal import console
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.runtime import service_factory
 from gradcam_worker.schemas.ids import utc_now

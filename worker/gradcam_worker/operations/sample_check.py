@@ -30,8 +30,9 @@ from gradcam_worker.gradcam.probabilities import to_probabilities
 from gradcam_worker.gradcam.registry.registry import Registry
 from gradcam_worker.gradcam.sizing import SIZINGS, Resize, Sizing
 from gradcam_worker.inference.model_cache import choose_shard_batch_size
-from gradcam_worker.operations import console, sample
+from gradcam_worker.operations import sample
 from gradcam_worker.operations.sample import Photo, Sample
+from gradcam_worker.operations.terminal import console
 from gradcam_worker.runtime import service_factory
 from gradcam_worker.settings import Settings
 from gradcam_worker.storage.s3 import S3

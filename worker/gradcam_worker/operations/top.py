@@ -24,7 +24,7 @@ from gradcam_worker.errors import LedgerUnavailable
 from gradcam_worker.ledger.redis import stats
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.observability.queue_depths import QueueDepths, TenantUse
-from gradcam_worker.operations import console
+from gradcam_worker.operations.terminal import console
 from gradcam_worker.redis_server.server_checks import ServerMonitor
 from gradcam_worker.schemas.status import StatusDocument
 from gradcam_worker.schemas.work import ROUTE, ROUTES

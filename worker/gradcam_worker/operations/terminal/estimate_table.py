@@ -2,7 +2,7 @@
 
 from datetime import timedelta
 
-from gradcam_worker.operations import console
+from gradcam_worker.operations.terminal import console
 from gradcam_worker.operations.trial import Estimate, Listing, Measurement
 from gradcam_worker.text.visible import counted
 

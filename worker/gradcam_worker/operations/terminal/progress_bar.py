@@ -13,8 +13,8 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 
 from gradcam_worker.backfill.progress import Progress
-from gradcam_worker.operations import console
 from gradcam_worker.operations.dataset_recipe import recipe
+from gradcam_worker.operations.terminal import console
 from gradcam_worker.settings import Settings
 from gradcam_worker.text.visible import counted, visible
 

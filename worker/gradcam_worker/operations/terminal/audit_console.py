@@ -8,7 +8,7 @@ from rich.table import Table
 from gradcam_worker.audit.pages.page import PageSummary
 from gradcam_worker.audit.report import CAUSE_TEXTS, CAUSES, AuditReport, Cause, ClassReport, Confusion
 from gradcam_worker.gradcam.classes import percent
-from gradcam_worker.operations.console import out, plain, table
+from gradcam_worker.operations.terminal.console import out, plain, table
 from gradcam_worker.text.visible import counted
 
 CAUSE_COLUMNS: dict[Cause, str] = {  # short: five of them beside each other

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from gradcam_worker.operations import console
+from gradcam_worker.operations.terminal import console
 
 WIDTH = 80
 
