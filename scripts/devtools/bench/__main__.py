@@ -1,12 +1,14 @@
 """The command `scripts/bench`."""
 
 import json
+import signal
 import sys
 
 import click
 
 from devtools import ROOT
 from devtools.bench.report import BENCHES, NothingToMeasure, in_markdown, load, run, write
+from gradcam_worker.operations.demo import exit_on_sigterm
 
 PAGE = ROOT / "docs" / "explanation" / "performance.md"
 
@@ -34,4 +36,5 @@ def main(bench: str, *, quick: bool, as_json: bool, writes: bool) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, exit_on_sigterm)  # the servers and workers of a bench stop with it
     main()

@@ -7,6 +7,7 @@ same attack. Exit code 1: a promise broke.
 import argparse
 import contextlib
 import json
+import signal
 import sys
 import time
 import traceback
@@ -19,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from devtools.faults.verdict import PROMISES, Verdict
+from gradcam_worker.operations.demo import exit_on_sigterm
 
 
 @dataclass(frozen=True)
@@ -100,4 +102,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, exit_on_sigterm)  # an attack's servers and workers stop with it
     sys.exit(main())
