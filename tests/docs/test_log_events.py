@@ -6,7 +6,7 @@ from devtools.docs.log_events import log_calls
 
 
 def test_every_log_line_is_the_literal_name_of_an_event_and_its_fields() -> None:
-    calls = list(log_calls())
+    calls = log_calls()
     assert len(calls) > 50
     sentences = [
         f"{call.module}:{call.line}"

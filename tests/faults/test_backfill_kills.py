@@ -13,7 +13,7 @@ import pytest
 
 from devtools.bench import backfill_command
 from devtools.faults.cluster import IMAGES, START_S, Cluster, running_cluster, wait_for
-from devtools.faults.tiny_worker import NETWORK
+from devtools.faults.tiny_network import NETWORK
 from devtools.processes import family
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(400)]

@@ -10,7 +10,7 @@ from devtools.faults import engine
 from devtools.faults.campaign import ATTACKS
 from devtools.faults.cluster import Cluster, Worker, running_cluster
 from devtools.faults.observer import JobObserver, end_of
-from devtools.faults.tiny_worker import NETWORK, POISON
+from devtools.faults.tiny_network import NETWORK, POISON
 from devtools.faults.verdict import Verdict
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(600)]

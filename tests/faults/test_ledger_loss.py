@@ -14,7 +14,7 @@ import pytest
 from devtools.bench import backfill_command
 from devtools.faults import webhook_receiver
 from devtools.faults.cluster import IMAGES, START_S, Cluster, running_cluster, suspended, wait_for
-from devtools.faults.tiny_worker import NETWORK
+from devtools.faults.tiny_network import NETWORK
 from gradcam_worker.errors import UnknownJob
 from gradcam_worker.schemas.job import Job
 

@@ -8,7 +8,7 @@ import pytest
 
 from devtools.faults.cluster import Cluster, running_cluster
 from devtools.faults.observer import JobObserver, end_of
-from devtools.faults.tiny_worker import NETWORK, PANICS, POISON
+from devtools.faults.tiny_network import NETWORK, PANICS, POISON
 from gradcam_worker.schemas.ids import new_id
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(600)]

@@ -25,7 +25,7 @@ from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
 from devtools import import_path
-from devtools.faults import tiny_worker
+from devtools.faults import tiny_network
 from gradcam_worker.broker import publisher
 from gradcam_worker.cli.main import main
 from gradcam_worker.client.client import GradcamClient
@@ -102,7 +102,7 @@ def template(output: str) -> dict[str, Any]:
         "id": new_id(),
         "idempotency_key": "key",
         "image": {"uri": data_uri(picture), "sha256": hashlib.sha256(picture).hexdigest()},
-        "network": tiny_worker.NETWORK,
+        "network": tiny_network.NETWORK,
         "target": {"classes": ["green"]},
         "annotations": {
             "labels": ["green"],

@@ -26,7 +26,7 @@ import numpy as np
 import pytest
 import redis
 
-from devtools.faults import tiny_worker
+from devtools.faults import tiny_network, tiny_worker
 from devtools.processes import children
 from gradcam_worker.broker import envelope, publisher
 from gradcam_worker.client.client import GradcamClient
@@ -82,7 +82,7 @@ class Fleet:
             {
                 "id": new_id(),
                 "image": self.image,
-                "network": tiny_worker.NETWORK,
+                "network": tiny_network.NETWORK,
                 "target": {"top_n": 2},
                 "max_attempts": 9,
                 "webhooks": [{"url": self.hook}],
@@ -99,7 +99,7 @@ class Fleet:
         """Jobs of a tenant, which only the present release knows."""
         wish = {
             "image": self.image,
-            "network": tiny_worker.NETWORK,
+            "network": tiny_network.NETWORK,
             "target": {"top_n": 2},
             "max_attempts": 9,
         }

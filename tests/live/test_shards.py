@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from devtools.faults import tiny_worker
+from devtools.faults import tiny_network, tiny_worker
 from gradcam_worker.backfill.registry import RedisBackfillRegistry
 from gradcam_worker.broker import publisher
 from gradcam_worker.client.client import GradcamClient
@@ -107,7 +107,7 @@ class Yard:
             key=f"{number:08d}-0123456789abcdef",
             first=100 * number,
             rows=tuple(Row.model_validate({"uri": one, **of}) for one, of in zip(rows, known, strict=True)),
-            network=tiny_worker.NETWORK,
+            network=tiny_network.NETWORK,
             target={"top_n": 1},  # type: ignore[arg-type]
             output=self.settings.output,
             token=self.token,
@@ -204,7 +204,7 @@ def test_shards_leave_room_for_who_is_urgent_survive_their_workers_and_leave_out
             wait_for(lambda: len(yard.running()) == IN_HAND, "the shards' start")
             assert asked.wait(WAIT_S)
             for _ in range(THREADS):
-                job = yard.client.submit(image=HEALTHY[0], network=tiny_worker.NETWORK, target={"top_n": 1})
+                job = yard.client.submit(image=HEALTHY[0], network=tiny_network.NETWORK, target={"top_n": 1})
                 assert yard.client.wait(job, WAIT_S).status == "succeeded"
             assert len(yard.running()) == IN_HAND, "nobody waited for a shard"
             time.sleep(2)  # leases
@@ -218,7 +218,7 @@ def test_shards_leave_room_for_who_is_urgent_survive_their_workers_and_leave_out
         with yard.worker("second"):
             wait_for(lambda: all(one.final for one in yard.documents()), "the shards' end")
             assert yard.most == IN_HAND
-            poisoned = yard.submit([*HEALTHY[:6], picture(tiny_worker.POISON), *HEALTHY[6:]])
+            poisoned = yard.submit([*HEALTHY[:6], picture(tiny_network.POISON), *HEALTHY[6:]])
             shards += [yard.submit(rows) for _ in range(3)]
             wait_for(lambda: all(one.final for one in yard.documents()), "the end of the poisoned one")
             wish = {"annotated": True, "features": True, "carried": {"site": "int64"}}

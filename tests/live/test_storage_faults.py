@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import pytest
 
-from devtools.faults import tiny_worker
+from devtools.faults import tiny_network, tiny_worker
 from devtools.faults.proxy import Fault, FaultyProxy
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.operations import servers
@@ -66,7 +66,7 @@ def test_a_worker_without_storage_says_so_takes_no_jobs_and_finishes_all_when_it
         def submit() -> str:
             job_id: str = client.submit(
                 image=picture(),
-                network=tiny_worker.NETWORK,
+                network=tiny_network.NETWORK,
                 target={"top_n": 1},
                 timeout_s=3,
                 max_attempts=1,

@@ -21,7 +21,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from devtools import import_path, processes
-from devtools.faults import tiny_worker
+from devtools.faults import tiny_network, tiny_worker
 from gradcam_worker import __version__
 from gradcam_worker.backfill.registry import RedisBackfillRegistry
 from gradcam_worker.broker import publisher
@@ -117,7 +117,7 @@ class Plant:
         return found
 
     def submit(self, color: tuple[int, int, int], **fields: Any) -> str:
-        asked = {"network": tiny_worker.NETWORK, "target": {"top_n": 1}, **fields}
+        asked = {"network": tiny_network.NETWORK, "target": {"top_n": 1}, **fields}
         return self.client.submit(image=picture(color), **asked)
 
 
@@ -136,7 +136,7 @@ def plant(tmp_path: Path, free_port: int, http_server: Any) -> Iterator[Plant]:
             devices="cpu",
             threads=3,
             max_batch=4,
-            preload=(tiny_worker.NETWORK,),
+            preload=(tiny_network.NETWORK,),
             shutdown_timeout_s=1,
             metrics_port=free_port,
         )
@@ -153,7 +153,7 @@ def shard(plant: Plant) -> str:
         key="00000000-0123456789abcdef",
         first=0,
         rows=[{"uri": picture((9, 200, 9))}, {"uri": "data:image/png;base64,!"}],  # type: ignore[arg-type]
-        network=tiny_worker.NETWORK,
+        network=tiny_network.NETWORK,
         target={"top_n": 1},  # type: ignore[arg-type]
         output=output,
     )
@@ -202,7 +202,7 @@ def test_a_worker_shows_every_metric_and_whether_it_is_well(
         assert not found["jobs_in_flight"] + found["shards_in_flight"] + found["breaker_open"]
         assert found["process_resident_memory_bytes"] > 1e7
 
-        plant.submit(tiny_worker.POISON, max_attempts=2)  # and the process that takes it ends
+        plant.submit(tiny_network.POISON, max_attempts=2)  # and the process that takes it ends
         wait_for(lambda: plant.metrics().get("worker_starts_total", 0) >= 2, "another start")
         wait_for(lambda: plant.metrics().get("dead_jobs") == 2, "the end of what kills")  # cached for 5 s
         wait_for(lambda: plant.ask("/ready")[0] == 200, "readiness after a restart")
@@ -284,7 +284,7 @@ def test_without_a_worker_events_are_delivered_and_lost_jobs_queued_again(
     job = Job.parse(
         {
             "image": picture((1, 2, 3)),
-            "network": tiny_worker.NETWORK,
+            "network": tiny_network.NETWORK,
             "target": {"top_n": 1},
             "webhooks": [{"url": told, "events": ["job.queued"]}],
         }

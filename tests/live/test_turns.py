@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from devtools.faults import tiny_worker
+from devtools.faults import tiny_network
 from devtools.processes import children
 from gradcam_worker.broker.publisher import Publisher
 from gradcam_worker.ledger.ledger import Tenant
@@ -32,7 +32,7 @@ class Service:
         self.ids = dict[str, list[str]]()
 
     def submit(self, tenant: Tenant | None, number: int) -> None:
-        fields = {"image": "s3://photos/coffee.jpg", "network": tiny_worker.NETWORK, "target": {"top_n": 1}}
+        fields = {"image": "s3://photos/coffee.jpg", "network": tiny_network.NETWORK, "target": {"top_n": 1}}
         jobs = [Job.parse({**fields, "artifacts": [{"kind": "heatmap"}]}) for _ in range(number)]
         entered = self.ledger.submit_many(jobs, tenant=tenant)
         self.publisher.publish(

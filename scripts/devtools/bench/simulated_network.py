@@ -234,9 +234,9 @@ def work(passes: str, ready_fd: str | None = None) -> int:
 
     settings = Settings.from_environment()
     if settings.preload and SECONDS.keys() >= {*settings.preload} and not devices.visible_gpus(os.environ):
-        from devtools.faults import tiny_worker
+        from devtools.faults import tiny_network
 
-        tiny_worker.do_without_keras()  # it would only say that there is a CPU
+        tiny_network.do_without_keras()  # it would only say that there is a CPU
     load_row = partial(load, settings, Passes(Path(passes)))
     if ready_fd and settings.role == "engine":
         return engine_process.run(settings, int(ready_fd), load=load_row)

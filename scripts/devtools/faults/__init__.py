@@ -26,5 +26,5 @@ its sizes; `tests/faults` runs the short one. This one suspends the worker's pro
         return verdict
 
 `processes.children` finds the processes below another, such as a supervisor's; what a process has to do from
-inside, such as ending at a poison image, is added to `tiny_worker`.
+inside, such as ending at a poison image, is added to `tiny_network`.
 """

@@ -19,7 +19,7 @@ import numpy as np
 import redis
 from pydantic import SecretStr
 
-from devtools.faults import tiny_worker, webhook_receiver
+from devtools.faults import tiny_network, webhook_receiver
 from devtools.faults.proxy import FaultyProxy
 from devtools.faults.releases import PRESENT, Release
 from devtools.processes import children
@@ -167,7 +167,7 @@ class Cluster:
         fields: dict[str, Any] = {
             "id": str(uuid.UUID(int=draw.getrandbits(128), version=4)),
             "image": f"s3://photos/{draw.randrange(IMAGES)}.jpg",
-            "network": tiny_worker.NETWORK,
+            "network": tiny_network.NETWORK,
             "target": {"top_n": draw.randint(1, 3)},
             "artifacts": draw.choice([[overlay], [overlay, heatmap], [heatmap]]),
             "priority": draw.choice(["normal", "normal", "normal", "high", "low", "bulk"]),

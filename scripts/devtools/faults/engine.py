@@ -20,7 +20,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
-from devtools.faults import tiny_worker, undisturbed_run
+from devtools.faults import tiny_network, undisturbed_run
 from devtools.faults.cluster import START_S, Cluster, Worker, running_cluster, suspended, wait_for
 from devtools.faults.job_stream import JobStream
 from devtools.faults.observer import JobObserver
@@ -30,7 +30,7 @@ from gradcam_worker.observability import health
 from gradcam_worker.operations.servers import free_port
 
 JOB_PROCESSES = 2
-THREADS = tiny_worker.IMAGES_IN_POOL + 2  # of a job process: more than its pool has room for
+THREADS = tiny_network.IMAGES_IN_POOL + 2  # of a job process: more than its pool has room for
 JOBS_A_FAULT = 15  # at least
 AHEAD = 32  # jobs that wait or run at a time; once as many have ended, an engine has computed again
 EVERY_S = 0.06  # between two submissions
@@ -40,7 +40,7 @@ LATER_S = 0.5  # at most, after jobs are running
 BACK_S = 15.0  # within which jobs end again, besides the time that a start takes
 DRAINS_S = 120.0  # all is final so long after the last fault, or never
 ANSWER_S = 1.0  # of a process that is asked for its metrics
-IN_WRITE = {"killed": tiny_worker.KILLED, "suspended": tiny_worker.SUSPENDED}
+IN_WRITE = {"killed": tiny_network.KILLED, "suspended": tiny_network.SUSPENDED}
 UNLIKE_OTHERS = 1_000_000  # numbers of jobs from which on the stream has none
 THREE_CLASSES: dict[str, Any] = {"target": {"top_n": 3}, "artifacts": [{"kind": "overlay"}]}
 
@@ -177,11 +177,11 @@ class Faults:
 
     def kill_in_write(self) -> None:
         """Kill a job process when half of an image is in its shared memory."""
-        self.observer.hit(self._hit_in_write(tiny_worker.KILLED))
+        self.observer.hit(self._hit_in_write(tiny_network.KILLED))
 
     def suspend_in_write(self) -> None:
         """Suspend a job process when half of an image is in its shared memory, for longer than a lease."""
-        pid = self._hit_in_write(tiny_worker.SUSPENDED)
+        pid = self._hit_in_write(tiny_network.SUSPENDED)
         stat = Path(f"/proc/{pid}/stat")
         wait_for(lambda: stat.read_text("ascii").rpartition(")")[2].split()[0] == "T", START_S, "it stops")
         with suspended(pid):
@@ -190,7 +190,7 @@ class Faults:
 
     def _hit_in_write(self, colour: tuple[int, int, int]) -> int:
         """Submit a job with such an image; return the process that was hit."""
-        folder, name = self.cluster.folder / "tmp", tiny_worker.ARMED
+        folder, name = self.cluster.folder / "tmp", tiny_network.ARMED
         for mark in folder.glob(f"{name}*"):
             mark.unlink()
         (folder / name).touch()

@@ -34,7 +34,7 @@ from devtools.faults.job_stream import JobStream
 from devtools.faults.observer import FINAL, Document, JobObserver, delivered, end_of
 from devtools.faults.proxy import Fault
 from devtools.faults.releases import PRESENT, Release
-from devtools.faults.tiny_worker import NETWORK
+from devtools.faults.tiny_network import NETWORK
 from devtools.faults.verdict import Verdict
 from devtools.processes import children
 from gradcam_worker.errors import LedgerUnavailable
