@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import json
 import re
 import subprocess
 import sys
@@ -79,23 +80,52 @@ def test_of_every_optional_package_it_is_known_which_extra_brings_it() -> None:
         assert required & brought or any(one.startswith(f"{name}-") for one in required), (name, extra)
 
 
-@pytest.mark.parametrize(("statements", "missing"), DOORS)
+NEVER_USED = {"jax", "pandas", "scipy", "sklearn"}  # by commands, and imported by TensorFlow or Keras
+OPEN = f"""
+import json, os, sys
+from gradcam_worker import extras
+from gradcam_worker.errors import InvalidSettings, MissingExtra
+extras.run_as_command()
+for statements, missing in json.load(sys.stdin):
+    if os.fork():
+        os.wait()
+        continue
+    sys.modules[missing] = None
+    try:
+        exec(statements)
+    except (InvalidSettings, MissingExtra) as error:
+        found = sorted({NEVER_USED | {"tensorflow"}} & {{*sys.modules}})
+        print(json.dumps([statements, missing, str(error), found]), flush=True)
+    os._exit(0)
+"""
+
+
+@pytest.fixture(scope="module")
+def doors() -> dict[tuple[str, str], tuple[str, set[str]]]:
+    """For each door what was told, and which of the heaviest packages were imported.
+
+    One process, which has imported next to nothing, forks another one for each door.
+    """
+    command, doors = [sys.executable, "-P", "-c", OPEN], json.dumps(DOORS)
+    done = subprocess.run(command, input=doors, capture_output=True, text=True, check=True)
+    told = map(json.loads, done.stdout.splitlines())
+    return {(door, missing): (error, {*found}) for door, missing, error, found in told}
+
+
 def test_a_door_to_a_missing_package_ends_in_an_error_that_names_the_extra(
-    statements: str, missing: str
+    doors: dict[tuple[str, str], tuple[str, set[str]]],
 ) -> None:
-    program = (
-        f"import sys; sys.modules[{missing!r}] = None\n"
-        "from gradcam_worker.errors import InvalidSettings, MissingExtra\n"
-        f"statements = {statements!r}\n"
-        "try:\n"
-        "    exec(statements)\n"
-        "except (InvalidSettings, MissingExtra) as error:\n"
-        "    print(error)\n"
-    )
-    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True)
-    extra = "testing" if statements.endswith(".testing") else extras.EXTRAS[missing]
-    assert f"{missing} is not installed. " in done.stdout
-    assert re.search(rf" needs the extra {extra}: pip install '\.\[{extra}(,cpu)?\]' in a clone", done.stdout)
+    assert doors.keys() == {*DOORS}
+    for (statements, missing), (error, _) in doors.items():
+        extra = "testing" if statements.endswith(".testing") else extras.EXTRAS[missing]
+        assert f"{missing} is not installed. " in error
+        assert re.search(rf" needs the extra {extra}: pip install '\.\[{extra}(,cpu)?\]' in a clone", error)
+
+
+def test_a_command_loads_tensorflow_without_what_it_never_uses(
+    doors: dict[tuple[str, str], tuple[str, set[str]]],
+) -> None:
+    assert {name for _, found in doors.values() for name in found} == {"tensorflow"}
 
 
 def test_a_missing_extra_is_caught_as_what_python_raises_too() -> None:

@@ -81,13 +81,6 @@ def test_opencv_gets_its_pixel_limit_whichever_module_comes_first() -> None:
     assert int(done.stdout) == 2**28
 
 
-def test_a_command_loads_tensorflow_without_what_it_never_uses() -> None:
-    statements = (
-        "from gradcam_worker import extras; extras.run_as_command(); import gradcam_worker.gradcam.backend"
-    )
-    assert loaded_by(statements) & {"tensorflow", "jax", "pandas", "scipy", "sklearn"} == {"tensorflow"}
-
-
 def test_what_is_hidden_is_there_again_afterwards_and_for_other_threads(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
