@@ -8,7 +8,7 @@ from devtools.faults.verdict import Verdict
 
 # Enough for crashes, for files, threads and keys that are left over, and for memory that grows fast. A slow
 # leak, of less than `soak.ROUGHLY_FLAT` in this time, is for `scripts/faults --full soak` to find.
-SECONDS = 8  # what is warming up then makes another round
+SECONDS = 6  # what is warming up then makes another round
 
 
 @pytest.mark.live

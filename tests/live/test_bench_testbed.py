@@ -56,7 +56,6 @@ def test_the_fairness_bench_measures_few_jobs_alone_and_behind_a_backlog() -> No
 
 
 @pytest.mark.live
-@pytest.mark.tensorflow
 def test_the_memory_bench_runs_every_kind_of_job_and_follows_the_resident_set() -> None:
     found = figures("memory")
     assert sum(found["jobs"].values()) == 100

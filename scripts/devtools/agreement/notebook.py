@@ -39,10 +39,10 @@ class NotebookGradCAM:
         self._trunk = keras.Model(model.inputs[0], target.output)
         self._classifier = keras.Model(start, result)
 
-    def top(self, image: Floats) -> Floats:
-        """Heatmaps (8, rows, columns) of the top 8 classes of one image (1, height, width, 3)."""
+    def top(self, image: Floats, classes: int = CLASSES) -> Floats:
+        """Heatmaps (k, rows, columns) of the top k classes of one image (1, height, width, 3)."""
         scores = self._classifier(self._trunk(image)).numpy()[0]
-        return self.named(image, np.argsort(-scores)[:CLASSES])
+        return self.named(image, np.argsort(-scores)[:classes])
 
     def named(self, image: Floats, class_ids: Iterable[int]) -> Floats:
         """Heatmaps (k, rows, columns) of k classes of one image (1, height, width, 3)."""

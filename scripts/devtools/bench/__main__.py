@@ -8,6 +8,7 @@ import click
 
 from devtools import ROOT
 from devtools.bench.report import BENCHES, NothingToMeasure, in_markdown, load, run, write
+from gradcam_worker import extras
 from gradcam_worker.operations.demo import exit_on_sigterm
 
 PAGE = ROOT / "docs" / "explanation" / "performance.md"
@@ -23,6 +24,7 @@ def main(bench: str, *, quick: bool, as_json: bool, writes: bool) -> None:
 
     Exit code 1: what is required is missed, or the bench failed; 2: there is nothing here to be measured.
     """
+    extras.run_as_command()
     try:
         figures = run(bench, quick=quick)
     except NothingToMeasure as error:

@@ -27,6 +27,7 @@ from devtools import command, import_path
 from devtools.bench.feed import CLASSES, Engine, measure_feed
 from devtools.bench.report import Figures, NothingToMeasure, Requirement, plain, table
 from devtools.bench.simulated_network import SEED, SHARED_DEVICE, Passes, RecordedNetwork
+from gradcam_worker import extras
 from gradcam_worker.gradcam.catalog import CATALOG
 from gradcam_worker.gradcam.network import GRADCAM, Computed, Method, Network
 from gradcam_worker.runtime.devices import FEW_THREADS
@@ -298,4 +299,5 @@ def main(text: str) -> None:
 
 
 if __name__ == "__main__":
+    extras.run_as_command()
     main(sys.argv[1])

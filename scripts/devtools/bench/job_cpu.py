@@ -49,7 +49,7 @@ PACKAGES = ("celery", "kombu", "redis", "obstore", "opencv-python-headless", "si
 REQUIRED_TIMES_FLOOR = {"job": 2.0, "row": 1.4}
 FLOORS = {"job": ("decode", "fit", "encode", "put", "hash"), "row": ("get", "decode", "fit")}
 PHOTOS, TURNS, NETWORK, SIDE = 40, 3, "no_time", 224
-COUNTS, QUICK_COUNTS = {"job": 400, "row": 1024}, {"job": 150, "row": 256}  # in a turn
+COUNTS, QUICK_COUNTS = {"job": 400, "row": 1024}, {"job": 60, "row": 128}  # in a turn
 REPEATS, QUICK_REPEATS = 100, 20  # of the floor, in a turn
 POLL_INTERVAL_S, PATIENCE_S = 0.1, 300
 

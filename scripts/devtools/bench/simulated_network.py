@@ -229,8 +229,11 @@ def start_worker(
 
 def work(passes: str, ready_fd: str | None = None) -> int:
     """Run a worker, or, with `ready_fd`, one of the processes that its supervisor starts."""
+    from gradcam_worker import extras
     from gradcam_worker.runtime import devices, engine_process, worker_process
     from gradcam_worker.runtime.supervisor import Supervisor
+
+    extras.run_as_command()  # as `gradcam worker` does: TensorFlow without what it imports for others
 
     settings = Settings.from_environment()
     if settings.preload and SECONDS.keys() >= {*settings.preload} and not devices.visible_gpus(os.environ):

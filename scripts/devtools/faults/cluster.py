@@ -292,4 +292,4 @@ def wait_for(condition: Callable[[], object], seconds: float, what: str) -> None
         if time.monotonic() > end:
             message = f"Not within {seconds:g} s: {what}."
             raise TimeoutError(message)
-        time.sleep(0.02)
+        time.sleep(0.05)

@@ -32,7 +32,7 @@ from gradcam_worker.operations.servers import free_port
 JOB_PROCESSES = 2
 THREADS = tiny_network.IMAGES_IN_POOL + 2  # of a job process: more than its pool has room for
 JOBS_A_FAULT = 15  # at least
-AHEAD = 32  # jobs that wait or run at a time; once as many have ended, an engine has computed again
+AHEAD = 24  # jobs that wait or run at a time; once as many have ended, an engine has computed again
 EVERY_S = 0.06  # between two submissions
 STALLED_AFTER_S = 5.0  # until the supervisor replaces an engine that shows no sign of life
 SUSPENDED_S = 4.5  # longer than a lease

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,8 +23,8 @@ from devtools.faults.cluster import Cluster
 from devtools.faults.verdict import Verdict
 from gradcam_worker import errors
 
-POLL_INTERVAL_S = 0.05  # of all jobs that are not final, and of all manifests
-SLICE = 40  # final documents that are read again in each poll: none may change
+POLL_INTERVAL_S = 0.1  # of all jobs that are not final, and of all manifests
+SLICE = 20  # final documents that are read again in each poll: none may change
 FINAL = frozenset({"succeeded", "failed", "canceled", "expired"})
 PATIENT = frozenset({"low", "bulk"})  # priorities that come after the others
 UNEXPECTED = "internal"  # the code of an unexpected exception: a defect of ours
@@ -39,6 +39,13 @@ def codes() -> set[str]:
     for error in tree:
         tree += error.__subclasses__()
     return {error.code for error in tree} - {UNEXPECTED}
+
+
+@lru_cache(1024)
+def parsed(text: str) -> Document:
+    """A document as it lies there, which nobody may change: most are read several times."""
+    document: Document = json.loads(text)
+    return document
 
 
 def sha256(data: bytes) -> str:
@@ -224,7 +231,7 @@ class JobObserver:
         for job_id, text in self._read(server, unfinished).items():
             if text is None:
                 continue
-            document = json.loads(text)
+            document = parsed(text)
             if document["status"] in FINAL:
                 self.finals[job_id] = text
             elif document["status"] == "running":

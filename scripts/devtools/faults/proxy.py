@@ -77,6 +77,10 @@ class _Connection:
         self.spoilt = self.spoilt or self.dead or bool(fault.answer) or fault.garbage
         if self.dead:
             return
+        if fault == WELL:
+            sink.write(data)
+            await sink.drain()
+            return
         if fault.answer:
             if sink is self.server:
                 self.client.write(fault.answer)

@@ -31,7 +31,7 @@ MODES: dict[str, tuple[tuple[str, ...], dict[str, int]]] = {
 }
 BACK_S = 10.0  # after a promotion, worker and clients are at work again
 DRAINS_S = 120.0
-EVERY_S = 0.05  # between two jobs
+EVERY_S = 0.1  # between two jobs
 BEFORE_S = 1.5  # in which jobs stream before a fault
 PATIENCE_S = 60.0
 

@@ -21,7 +21,7 @@ from gradcam_worker.schemas.job import Job
 
 LONG = 5  # from here on, a connection fault hits broker and S3 server in turn; below, both at once
 AHEAD = 8  # jobs that wait or run at a time
-EVERY_S = 0.2  # between two submissions
+EVERY_S = 0.5  # between two submissions
 BUSY_WITH = 2  # jobs that run, at least, when a fault begins
 RECOVERS_S = 60.0  # after a fault has ended
 DRAINS_S = 180.0

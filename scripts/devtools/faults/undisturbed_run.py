@@ -11,6 +11,7 @@ from gradcam_worker.client.client import GradcamClient
 UNFINISHED = ".rclone_temp_put_"  # of an upload during which this S3 server was killed
 JOBS_PER_S = 5  # at least: how long the undisturbed run may take ...
 PATIENCE_S = 180.0  # ... beside this
+POLL_INTERVAL_S = 0.5
 
 
 def checksums(bucket: Path) -> dict[str, dict[str, str]]:
@@ -36,11 +37,15 @@ def compare(cluster: Cluster, verdict: Verdict, jobs: int) -> None:
     client = GradcamClient(settings=settings)
     cluster.work(settings)
     ids = [client.submit(cluster.job(number)) for number in range(jobs)]
+    ends: dict[str, str] = {}
     end = time.monotonic() + PATIENCE_S + jobs / JOBS_PER_S
+    while len(ends) < jobs and time.monotonic() < end:
+        time.sleep(POLL_INTERVAL_S)
+        found = client.statuses(job_id for job_id in ids if job_id not in ends)
+        ends |= {job_id: document.status for job_id, document in found.items() if document.final}
     for job_id in ids:
-        status = client.wait(job_id, max(end - time.monotonic(), 1)).status
-        known = status == "succeeded" or job_id not in attacked
-        verdict.require(known, f"Undisturbed, job {job_id} ended as {status}.")
+        known = ends.get(job_id) == "succeeded" or job_id not in attacked
+        verdict.require(known, f"Undisturbed, job {job_id} ended as {ends.get(job_id)}.")
     cluster.stop_workers()
     undisturbed = checksums(cluster.bucket)
     wrong = [job_id for job_id in ids if attacked.get(job_id) != undisturbed.get(job_id)]
