@@ -40,7 +40,12 @@ def test_a_padded_network_computes_a_power_of_two_and_answers_for_the_images_alo
 
 
 @pytest.mark.tensorflow
-def test_engine_and_service_are_measured_on_jax(capsys: pytest.CaptureFixture[str]) -> None:
+def test_engine_and_service_are_measured_on_jax(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))  # the service compiles nothing anew
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
     engine = Part("engine", "jax", SMALL, ("float32",), (1,), repeats=1)
     service = Part("service", "jax", SMALL, ("float32",), (1,), seconds=1.0)
     figures = gpu.measure_parts([engine, service], lambda: 200.0)

@@ -1,4 +1,3 @@
-import subprocess
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +11,7 @@ from devtools.faults.cluster import Cluster, Worker, running_cluster
 from devtools.faults.observer import JobObserver, end_of
 from devtools.faults.tiny_network import NETWORK, POISON
 from devtools.faults.verdict import Verdict
+from gradcam_worker.cli.main import main
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(600)]
 SHORT = ATTACKS["engine"].short
@@ -73,15 +73,12 @@ def test_a_poison_image_ends_two_engines_and_its_own_job_and_no_other_loses_an_a
 def explained(cluster: Cluster, name: str, uris: list[str]) -> tuple[dict[int, Any], list[str]]:
     """The rows of a backfill by their number, and the lines of its lists that tell an error."""
     source = backfill_command.write_input(cluster.folder / "input.csv", uris)
-    done = subprocess.run(
-        backfill_command.command(source, f"{cluster.settings.output}/{name}", NETWORK, "--shard-rows", "4"),
-        env=cluster.settings.environment_for_child(),
-        capture_output=True,
-        text=True,
-        timeout=DRAINS_S,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    output = f"{cluster.settings.output}/{name}"
+    words = backfill_command.command(source, output, NETWORK, "--shard-rows", "4")
+    with pytest.MonkeyPatch.context() as environment:
+        for variable, value in cluster.settings.to_environment().items():
+            environment.setenv(variable, value)
+        assert main(words[words.index("backfill") :]) == 0
     folder = cluster.bucket / "cams" / name
     data = sorted(folder.rglob("*.parquet"))
     assert len(data) == 3

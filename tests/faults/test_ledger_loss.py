@@ -5,8 +5,7 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from devtools.bench import backfill_command
 from devtools.faults import webhook_receiver
 from devtools.faults.cluster import IMAGES, START_S, Cluster, running_cluster, suspended, wait_for
 from devtools.faults.tiny_network import NETWORK
+from gradcam_worker.cli.main import main
 from gradcam_worker.errors import UnknownJob
 from gradcam_worker.schemas.job import Job
 
@@ -28,21 +28,26 @@ ROWS = 240
 PATIENCE_S = 120
 
 
-def run(commands: str, cluster: Cluster) -> str:
-    """What commands of the page print."""
-    lines = [line.partition("#")[0].strip() for line in commands.splitlines()]
-    printed = ""
-    for line in filter(None, lines):
-        words = shlex.split(line)
-        assert words[0] == "gradcam", line
-        command = [str(Path(sys.executable).with_name("gradcam")), *words[1:]]
-        environment = cluster.settings.environment_for_child()
-        ran = subprocess.run(
-            command, cwd=cluster.folder, env=environment, capture_output=True, text=True, check=False
-        )
-        assert ran.returncode == 0, ran.stderr
-        printed += ran.stdout
-    return printed
+Run = Callable[[str, Cluster], str]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs commands of the page in this process; what they print."""
+
+    def run(commands: str, cluster: Cluster) -> str:
+        for name, value in cluster.settings.to_environment().items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.chdir(cluster.folder)
+        lines = [line.partition("#")[0].strip() for line in commands.splitlines()]
+        capsys.readouterr()
+        for line in filter(None, lines):
+            command, *words = shlex.split(line)
+            assert command == "gradcam", line
+            assert main(words) == 0, line
+        return capsys.readouterr().out
+
+    return run
 
 
 def submit(cluster: Cluster, numbers: range) -> list[Job]:
@@ -87,7 +92,7 @@ def cluster() -> Iterator[Cluster]:
         yield cluster
 
 
-def test_a_flushed_ledger_is_imported_and_clients_and_backfills_go_on(cluster: Cluster) -> None:
+def test_a_flushed_ledger_is_imported_and_clients_and_backfills_go_on(cluster: Cluster, run: Run) -> None:
     (worker,) = cluster.workers
     with backfill(cluster) as (process, output):
         done = submit(cluster, DONE)
@@ -113,7 +118,7 @@ def test_a_flushed_ledger_is_imported_and_clients_and_backfills_go_on(cluster: C
         assert backfill_command.counted(cluster.settings, output, ROWS) == backfill_command.Counted(0, 0)
 
 
-def test_a_ledger_that_was_rolled_back_knows_again_what_had_ended(cluster: Cluster) -> None:
+def test_a_ledger_that_was_rolled_back_knows_again_what_had_ended(cluster: Cluster, run: Run) -> None:
     cluster.ledger.flushall()  # of what another test has left
     before = submit(cluster, DONE_BEFORE)
     wait_for(lambda: ended(cluster, before), START_S, "the first jobs end")
