@@ -6,10 +6,9 @@ import sys
 
 import click
 
-from devtools import ROOT
+from devtools import ROOT, exit_on_sigterm
 from devtools.bench.report import BENCHES, NothingToMeasure, in_markdown, load, run, write
 from gradcam_worker import extras
-from gradcam_worker.operations.demo import exit_on_sigterm
 
 PAGE = ROOT / "docs" / "explanation" / "performance.md"
 
