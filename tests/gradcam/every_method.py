@@ -23,11 +23,11 @@ from gradcam_worker.gradcam.network import Method, Network
 
 PHOTO, CLASSES = "astronaut", (812, 560)
 SMALL = (20, 24)  # height, width
-# One method for each kind of gradient that is computed (means, all values, none): what is compiled, which
-# takes seconds for the deep network, is the same for the others but for their formula.
-KINDS = ("gradcam", "gradcam++", "eigencam")
+# One method for each kind of gradient that is computed (means, all values): what is compiled, which takes
+# seconds for the deep network, is the same for the others but for their formula.
+KINDS = ("gradcam", "gradcam++")
 DEEP = [*map(Method, KINDS)]
-FEW = [*DEEP, Method(score="probability"), Method(integrated.NAME)]
+FEW = [*DEEP, Method("eigencam"), Method(score="probability"), Method(integrated.NAME)]
 ALL = [*map(Method, cam.METHODS), *(Method(name, flip=True) for name in KINDS)]
 ALL += [Method(name, score="probability") for name in KINDS]
 ALL += [Method(integrated.NAME), Method(integrated.NAME, against=(4,)), Method(against=(4, 5))]
@@ -62,7 +62,8 @@ def _wrapped(model: Any) -> Network:
 def computed() -> dict[str, NDArray[Any]]:
     """Name -> logits (images, classes), or heatmaps (images, k, rows, columns)."""
     photo = fit(decode((DATA / "photos" / f"{PHOTO}.jpg").read_bytes()).pixels, (224, 224))
-    noise = np.random.default_rng(1).integers(0, 256, (2, *SMALL, 3), np.uint8)
+    # In no image is a class certain, also without preprocessing: its gradient would be rounding alone.
+    noise = np.random.default_rng(14).integers(0, 256, (2, *SMALL, 3), np.uint8)
     cases = {
         "efficientnet_lite0": (
             load_network("efficientnet_lite0", forward="tensorflow"),

@@ -71,7 +71,7 @@ def report(photos: Path) -> AuditReport:
         annotated=True,
         output="s3://gradcam/results",
     )
-    network = load_network("efficientnet_lite0")
+    network = load_network("efficientnet_lite0", forward="tensorflow")
     services = testing.fake_services(
         images, store=store, inference=ModelCache(lambda _: network, max_batch=8)
     )

@@ -355,6 +355,19 @@ def _jax_linearize(function: Callable[[Any], Any], at: Any) -> tuple[Any, Pull]:
 
 
 def _jax_compile(function: Callable[..., Any], _: Any, variables: list[Any]) -> Callable[..., Any]:
+    return jax_compiled(function, variables)
+
+
+def jax_compiled(function: Callable[..., Any], variables: list[Any]) -> Callable[..., Any]:
+    """Compile a function with JAX, for the shapes that it is called with.
+
+    Args:
+        function: A function of trees of arrays.
+        variables: Those of Keras that it reads, each once.
+
+    Returns:
+        The same function; its results are arrays of JAX.
+    """
     import jax
 
     def pure(

@@ -5,7 +5,7 @@ Its steps must compute what the model computes; its head and its alignment with 
 
 import math
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from gradcam_worker.gradcam.graph.alignment import Alignment
 from gradcam_worker.gradcam.graph.graph import Graph, Values, run
 from gradcam_worker.gradcam.graph.head import Scores
 from gradcam_worker.gradcam.graph.target_layer import LayerIndex, TargetLayer, cropping_layer
+from gradcam_worker.gradcam.methods import gradients
 from gradcam_worker.gradcam.models.sample_images import varied_images
 from gradcam_worker.gradcam.network import WAY_OUT, InputPixels
 from gradcam_worker.text.visible import abridged
@@ -46,7 +47,7 @@ class SampleImages:
     batch_of_one: bool = False  # the network takes one image at a time: a reshape has its number built in
 
     def run(self, graph: Graph, slot: int, pixels: InputPixels) -> Any:
-        """The values of a slot. Not compiled: so the rounding is that of a call of the model."""
+        """The values of a slot. Compiled where the call of the model is: so the rounding is the same."""
         groups = (
             [pixels[index : index + 1] for index in range(len(pixels))] if self.batch_of_one else [pixels]
         )
@@ -58,16 +59,42 @@ class SampleImages:
 
 
 def _run(graph: Graph, slots: Collection[int], inputs: Values) -> Values:
-    return run(graph.steps_to(slots), {**inputs}, keep=slots)
+    steps = graph.steps_to(slots)
+    variables = [variable for step in steps for variable in step.variables]
+    values: Values = _computed(lambda given: run(steps, {**given}, keep=slots), inputs, variables)
+    return values
+
+
+def _computed(function: Callable[[Values], Any], inputs: Values, variables: Sequence[Any]) -> Any:
+    """A function of the inputs: on JAX as one program, as each operation alone takes as long to compile."""
+    if backend.name() != "jax":
+        return function(inputs)
+    unique = [*{id(one): one for one in variables}.values()]
+    changed: list[Any] = []  # such as the state of a random layer, which must give something else next time
+
+    def compute(inputs: Values) -> tuple[Any, list[Any]]:
+        before = [one.value for one in unique]
+        results = function(inputs)
+        changed[:] = [one for one, value in zip(unique, before, strict=True) if one.value is not value]
+        return results, [one.value for one in changed]
+
+    results, values = gradients.jax_compiled(compute, unique)(inputs)
+    for variable, value in zip(changed, values, strict=True):
+        variable.assign(value)
+    return results
 
 
 def _call(model: Any, graph: Graph, inputs: Values) -> Any:
     """What the model itself returns."""
-    if not graph.further_inputs:
-        return model(inputs[graph.input_slot], training=False)
-    ordered = [inputs[one.slot] for one in graph.inputs.values()]
-    struct = model._inputs_struct  # noqa: SLF001  # how the model takes its inputs: a list, or by name
-    return model(keras.tree.pack_sequence_as(struct, ordered), training=False)
+
+    def call(inputs: Values) -> Any:
+        if not graph.further_inputs:
+            return model(inputs[graph.input_slot], training=False)
+        ordered = [inputs[one.slot] for one in graph.inputs.values()]
+        struct = model._inputs_struct  # noqa: SLF001  # how the model takes its inputs: a list, or by name
+        return model(keras.tree.pack_sequence_as(struct, ordered), training=False)
+
+    return _computed(call, inputs, model.variables)
 
 
 @dataclass
