@@ -263,6 +263,45 @@ return found
 """
 
 
+REMOVE_OF_TEST = """
+local removed, cursor = 0, '0'
+repeat
+    local page = redis.call('SCAN', cursor, 'COUNT', 1000)
+    cursor = page[1]
+    for _, key in ipairs(page[2]) do
+        if string.sub(key, 1, #ARGV[1]) == ARGV[1] then removed = removed + redis.call('UNLINK', key) end
+    end
+until cursor == '0'
+return removed
+"""
+
+
+class SharedServer:
+    """A server that tests share, over one connection."""
+
+    def __init__(self, url: str) -> None:
+        self.redis = redis.Redis.from_url(url, decode_responses=True)
+        self._changes: object = None  # how many it had counted when its keys were looked at
+        self._reported: set[str] = set()  # keys for which a test has failed already
+
+    def new_keys_that_stay(self, prefix: str) -> list[str]:
+        """Keys that stay and that no test has failed for. Those of the test that has ended are removed.
+
+        Else each test would look through what all before it have left.
+
+        Args:
+            prefix: Of the keys of the test; empty: it has none of its own.
+        """
+        counts: Any = self.redis.info("persistence")
+        if (changes := counts["rdb_changes_since_last_save"]) == self._changes:
+            return []
+        new = [key for key in keys_that_stay(self.redis) if key not in self._reported]
+        self._reported.update(new)
+        removed: Any = self.redis.eval(REMOVE_OF_TEST, 0, prefix) if prefix else 0
+        self._changes = changes + removed
+        return new
+
+
 @pytest.fixture(scope="session")
 def redis_servers() -> dict[int, str]:
     """The URLs of the servers that tests share, by port: see `_keys_expire`."""
@@ -270,52 +309,48 @@ def redis_servers() -> dict[int, str]:
 
 
 @pytest.fixture(scope="session")
-def counted_changes() -> dict[str, object]:
-    """How many changes a server had counted when its keys were looked at."""
-    return {}
-
-
-@pytest.fixture(scope="session")
-def reported_keys() -> set[tuple[str, str]]:
-    """The keys for which a test has failed already: only one test fails for each key."""
-    return set()
+def shared_servers() -> Iterator[dict[str, SharedServer]]:
+    """By URL."""
+    found: dict[str, SharedServer] = {}
+    yield found
+    for server in found.values():
+        server.redis.close()
 
 
 @pytest.fixture(autouse=True)
 def _keys_expire(
-    redis_servers: dict[int, str], counted_changes: dict[str, object], reported_keys: set[tuple[str, str]]
+    redis_servers: dict[int, str], shared_servers: dict[str, SharedServer], request: pytest.FixtureRequest
 ) -> Iterator[None]:
     """Fail a test that leaves a key in Redis that would exist for ever."""
     yield
+    prefix = key_prefix(request) if "settings" in request.fixturenames else ""
     for url in redis_servers.values():
-        changes = count_changes(url)
-        if counted_changes.get(url) == changes:
-            continue
-        counted_changes[url] = changes
-        new = [key for key in keys_that_stay(url) if (url, key) not in reported_keys]
-        reported_keys.update((url, key) for key in new)
+        if url not in shared_servers:
+            shared_servers[url] = SharedServer(url)
+        new = shared_servers[url].new_keys_that_stay(prefix)
         assert not new, "keys without a time to live, which LASTING_KEYS does not name"
+
+
+def key_prefix(request: pytest.FixtureRequest) -> str:
+    return f"{request.node.name}:"
 
 
 @pytest.fixture
 def find_keys_that_stay() -> Callable[[str], list[str]]:
     """See `keys_that_stay`."""
-    return keys_that_stay
+
+    def find(url: str) -> list[str]:
+        with redis.Redis.from_url(url, decode_responses=True) as server:
+            return keys_that_stay(server)
+
+    return find
 
 
-def count_changes(url: str) -> object:
-    """A number of a server that is another one after a key has changed."""
-    with redis.Redis.from_url(url) as server:
-        counts: Any = server.info("persistence")
-        return counts["rdb_changes_since_last_save"]
-
-
-def keys_that_stay(url: str) -> list[str]:
+def keys_that_stay(server: redis.Redis) -> list[str]:
     """Find the keys of a server that have no time to live and should have one."""
-    with redis.Redis.from_url(url, decode_responses=True) as server:
-        lasting: Any = server.eval(FIND_WITHOUT_TTL, 0)
-        found = remove_needed(server, [key for key in lasting if not LASTING.fullmatch(key)])
-        return [key for key in found if server.pttl(key) == -1]  # a running worker may have set it meanwhile
+    lasting: Any = server.eval(FIND_WITHOUT_TTL, 0)
+    found = remove_needed(server, [key for key in lasting if not LASTING.fullmatch(key)])
+    return [key for key in found if server.pttl(key) == -1]  # a running worker may have set it meanwhile
 
 
 def remove_needed(server: redis.Redis, keys: list[str]) -> list[str]:
@@ -370,7 +405,7 @@ def s3_settings(s3_server: servers.S3Server) -> dict[str, Any]:
 @pytest.fixture
 def settings(valkey: str, request: pytest.FixtureRequest) -> Settings:
     """Settings for the real Valkey, with a key prefix for each test."""
-    return Settings(broker_url=valkey, key_prefix=f"{request.node.name}:")
+    return Settings(broker_url=valkey, key_prefix=key_prefix(request))
 
 
 @pytest.fixture
