@@ -17,6 +17,10 @@ def test_a_generated_page_is_current(name: str) -> None:
     assert text == reference_pages.page(name), "run scripts/docs"
 
 
+def test_the_published_schemas_are_those_of_the_models(capsys: pytest.CaptureFixture[str]) -> None:
+    assert reference_pages.main(["--check"]) == 0, capsys.readouterr().err
+
+
 def test_every_setting_has_a_row_with_a_meaning() -> None:
     lines = reference_pages.settings()
     rows = {line.split("`")[1]: line.split(" | ") for line in lines if line.startswith("| `")}
