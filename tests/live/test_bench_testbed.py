@@ -13,12 +13,17 @@ from devtools import command, import_path
 from devtools.bench import simulated_network
 from devtools.bench.memory import KINDS
 from devtools.bench.simulated_network import Passes, SimulatedNetwork
+from gradcam_worker.gradcam.catalog import CATALOG
 from gradcam_worker.runtime import devices
+from gradcam_worker.settings import Settings
 
 
-def figures(name: str, *, code: int = 0) -> Any:
+def figures(name: str, *, code: int = 0, **variables: str) -> Any:
     """What `scripts/bench NAME --quick --json` prints."""
-    bench, variables = command("bench", name, "--quick", "--json"), {**os.environ, **import_path()}
+    bench, variables = (
+        command("bench", name, "--quick", "--json"),
+        {**os.environ, **import_path(), **variables},
+    )
     done = subprocess.run(bench, env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == code, done.stderr[-2000:]
     return json.loads(done.stdout)
@@ -37,7 +42,6 @@ def test_the_service_bench_measures_the_ceiling_of_the_machinery() -> None:
 
 
 @pytest.mark.live
-@pytest.mark.tensorflow
 def test_the_latency_bench_tells_where_a_jobs_time_goes() -> None:
     found = figures("latency")
     for situation in ("alone", "busy"):
@@ -68,7 +72,20 @@ def test_the_memory_bench_runs_every_kind_of_job_and_follows_the_resident_set() 
 def test_without_an_accelerator_the_gpu_bench_says_so() -> None:
     if devices.visible_gpus(os.environ):
         pytest.skip("there is one here, and it takes minutes to measure")
-    assert "no accelerator" in figures("gpu", code=2)["why"]
+    assert "no accelerator" in figures("gpu", code=2, KERAS_BACKEND="jax")["why"]
+
+
+@pytest.mark.tensorflow
+@pytest.mark.usefixtures("eagerly")
+def test_the_passes_of_a_network_of_the_catalog_are_recorded(tmp_path: Path) -> None:
+    settings, file = Settings(forward="tensorflow"), tmp_path / "passes"
+    network = simulated_network.load(settings, Passes(file), CATALOG["efficientnet_lite0"])
+    pixels = np.zeros((2, *network.facts.input_size, 3), np.uint8)
+    computed = network.compute(pixels, np.array([[-1], [-1]], np.int32))
+    assert computed.raw.shape == (2, 1, 7, 7)
+    (one,) = Passes.read(file)
+    assert one.images == 2
+    assert one.begun < one.ended
 
 
 def test_a_simulated_network_answers_like_a_network_and_says_what_its_device_did(tmp_path: Path) -> None:

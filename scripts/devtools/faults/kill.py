@@ -26,7 +26,7 @@ SLOW = Fault(latency_s=0.02)  # of the S3 server: a job is longer in hand, and c
 WORKERS = 2
 OF_SUPERVISORS = 0.05  # share of kills
 ZOMBIES = 0.1  # suspensions for each kill
-ZOMBIE_BY = 4  # kills: no further one before at least one process was suspended
+ZOMBIE_BY = 2  # kills: no further one before at least one process was suspended
 SUSPENDED_S = 4.5  # longer than a lease, and than it takes another worker to notice
 WHILE_IT_STARTS = 0.1  # share of kills: before the process takes jobs
 UNREADY = 2  # kills of one worker in a row before it takes jobs; its supervisor gives up after five
