@@ -39,13 +39,20 @@ def test_a_padded_network_computes_a_power_of_two_and_answers_for_the_images_alo
     assert len(padded.scores) == 5
 
 
-@pytest.mark.tensorflow
-def test_engine_and_service_are_measured_on_jax(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))  # the service compiles nothing anew
+@pytest.fixture
+def _quick_jax(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes started now do not find TensorFlow, compile roughly, and share what they have compiled."""
+    (tmp_path / "tensorflow.py").write_text("raise ImportError(__name__)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+
+@pytest.mark.tensorflow
+@pytest.mark.usefixtures("_quick_jax")
+def test_engine_and_service_are_measured_on_jax(capsys: pytest.CaptureFixture[str]) -> None:
     engine = Part("engine", "jax", SMALL, ("float32",), (1,), repeats=1)
     service = Part("service", "jax", SMALL, ("float32",), (1,), seconds=1.0)
     figures = gpu.measure_parts([engine, service], lambda: 200.0)

@@ -18,7 +18,7 @@ from devtools.processes import family
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(400)]
 ROWS = 600
-WORKERS = (2, 1, 1)  # in each run: all but the last one are killed
+RUNS = 3  # all but the last one are killed, with their worker
 RATE = 100  # rows a second: so slowly that no run is over before its kill
 LATER_S = 0.5  # at most, after a worker has begun a shard
 PATIENCE_S = 300
@@ -53,15 +53,14 @@ def test_a_backfill_survives_that_everybody_is_killed_with_each_row_exactly_once
         source = backfill_command.write_input(cluster.folder / "input.csv", uris)
         output, log = f"{cluster.settings.output}/kills", cluster.folder / "submitter.log"
         words = backfill_command.command(source, output, NETWORK, "--shard-rows", "16", "--rate", str(RATE))
-        for run, workers in enumerate(WORKERS):
-            for _ in range(workers):
-                cluster.work()
+        for run in range(RUNS):
+            cluster.work()
             resumed = ["--resume"] if run else []
             with log.open("ab") as file:
                 environment = cluster.settings.environment_for_child()
                 submitter = subprocess.Popen([*words, *resumed], env=environment, stdout=file, stderr=file)
             stack.callback(submitter.kill)  # where a test fails
-            if run == len(WORKERS) - 1:
+            if run == RUNS - 1:
                 assert submitter.wait(PATIENCE_S) == 0, log.read_text()
                 break
             for pause_s in (draw.uniform(0, LATER_S), 0):
