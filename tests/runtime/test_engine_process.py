@@ -1,71 +1,92 @@
 """The engine process with a small network, without its supervisor."""
 
+import logging
 import os
-import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
+from multiprocessing import get_context
+from multiprocessing.context import ForkProcess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from gradcam_worker.errors import InternalError
+from gradcam_worker import gradcam
+from gradcam_worker.errors import InternalError, InvalidSettings
 from gradcam_worker.gradcam.catalog import CATALOG
 from gradcam_worker.inference.engine_client import EngineClient
-from gradcam_worker.settings import Settings
-
-TIMEOUT_S = 60
-PROGRAM = """
-import pathlib, sys, time
-from types import SimpleNamespace
-import gradcam_worker.gradcam
-no_keras = SimpleNamespace(
-    device_name=lambda: "cpu", peak_memory=lambda: None, reset_peak_memory=lambda: None,
-    set_intra_op_threads=lambda _: None, name=lambda: "numpy", version=lambda: "numpy",
-)
-sys.modules["gradcam_worker.gradcam.backend"] = gradcam_worker.gradcam.backend = no_keras
 from gradcam_worker.runtime import engine_process
 from gradcam_worker.settings import Settings
 from gradcam_worker.testing import TinyNetwork
-def load(row):
-    {load}
-    return TinyNetwork()
-sys.exit(engine_process.run(Settings.from_environment(), int(sys.argv[1]), load=load))
-"""
+
+TIMEOUT_S = 60
+# Keras is not needed: the one network is not computed by it.
+BACKEND = SimpleNamespace(
+    device_name=lambda: "cpu",
+    peak_memory=lambda: None,
+    reset_peak_memory=lambda: None,
+    set_intra_op_threads=lambda _: None,
+    name=lambda: "numpy",
+    version=lambda: "numpy",
+)
 
 
 @contextmanager
-def engine(path: Path, load: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """An engine process whose networks are loaded in this way, and the end of the pipe with its signs."""
+def engine(path: Path, load: Callable[[], object]) -> Iterator[tuple[ForkProcess, int, Path]]:
+    """An engine in a fork of this process, the end of the pipe with its signs, and what it writes.
+
+    Args:
+        path: Of its socket.
+        load: Is called before each network is loaded.
+    """
     settings = Settings(preload=("efficientnet_lite0",), engine_socket=path, role="engine")
     signs, writes = os.pipe()
-    process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM.format(load=load), str(writes)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        pass_fds=[writes],
-        env=settings.environment_for_child(),
-        text=True,
-    )
-    os.close(writes)
+    supervisor, open_end = os.pipe()  # the engine ends when its standard input does
+    log = path.with_name("log")
+
+    def load_network(row: object) -> TinyNetwork:
+        load()
+        return TinyNetwork()
+
+    def run() -> None:
+        os.close(open_end)
+        os.dup2(supervisor, 0)
+        with log.open("wb") as file:
+            for number in (1, 2):
+                os.dup2(file.fileno(), number)
+        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+        logging.getLogger().handlers.clear()  # those of pytest
+        sys.modules["gradcam_worker.gradcam.backend"] = gradcam.backend = BACKEND  # type: ignore[assignment]
+        sys.exit(engine_process.run(settings, writes, load=load_network))
+
+    process = get_context("fork").Process(target=run)
+    process.start()
+    for number in (writes, supervisor):
+        os.close(number)
     try:
-        yield process, signs
+        yield process, signs, log
     finally:
         process.kill()
-        process.communicate()  # which closes its standard input: it ends when its supervisor has
-        os.close(signs)
+        process.join()
+        for number in (signs, open_end):
+            os.close(number)
 
 
-@pytest.mark.parametrize("error", ["ValueError('odd')", "SystemError('odd')", "InvalidSettings('odd')"])
+@pytest.mark.parametrize("error", [ValueError("odd"), SystemError("odd"), InvalidSettings("odd")], ids=repr)
 def test_an_engine_whose_first_network_cannot_be_loaded_ends_and_has_never_worked(
-    tmp_path: Path, error: str
+    tmp_path: Path, error: Exception
 ) -> None:
-    load = f"from gradcam_worker.errors import InvalidSettings; raise {error}"
-    with engine(tmp_path / "engine", load) as (process, signs):
-        code, said = process.wait(TIMEOUT_S), process.stdout.read() if process.stdout else ""
-        assert code == (os.EX_CONFIG if "Settings" in error else 1)
+    def load() -> None:
+        raise error
+
+    with engine(tmp_path / "engine", load) as (process, signs, log):
+        process.join(TIMEOUT_S)
+        said = log.read_text()
+        assert process.exitcode == (os.EX_CONFIG if isinstance(error, InvalidSettings) else 1)
         assert "engine_failed" in said
         assert "odd" in said
         assert b"1" not in os.read(signs, 4096)
@@ -73,8 +94,12 @@ def test_an_engine_whose_first_network_cannot_be_loaded_ends_and_has_never_worke
 
 def test_an_engine_shows_life_while_it_loads_its_first_network_and_works_when_it_has(tmp_path: Path) -> None:
     go_on = tmp_path / "go_on"
-    wait = f"while not pathlib.Path({str(go_on)!r}).exists(): time.sleep(0.01)"
-    with engine(tmp_path / "engine", wait) as (_, signs):
+
+    def load() -> None:
+        while not go_on.exists():
+            time.sleep(0.01)
+
+    with engine(tmp_path / "engine", load) as (_, signs, _log):
         assert os.read(signs, 1) == os.read(signs, 1) == b"0"
         go_on.touch()
         while os.read(signs, 1) == b"0":
@@ -83,7 +108,8 @@ def test_an_engine_shows_life_while_it_loads_its_first_network_and_works_when_it
 
 
 def test_an_engine_works_when_a_job_asks_something_of_it(tmp_path: Path) -> None:
-    with engine(tmp_path / "engine", "time.sleep(3600)") as (_, signs), ThreadPoolExecutor(1) as pool:
+    loading = partial(time.sleep, 3600)
+    with engine(tmp_path / "engine", loading) as (_, signs, _log), ThreadPoolExecutor(1) as pool:
         assert os.read(signs, 1) == b"0"
         client = EngineClient(tmp_path / "engine", pool_bytes=1024 * 1024)
         assert client.connect(TIMEOUT_S).not_ready

@@ -1,15 +1,18 @@
 """The supervisor over small programs; over the real worker in `live/test_worst_days.py`."""
 
+import ctypes
 import fcntl
+import logging
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-import textwrap
+import threading
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +20,7 @@ from typing import Any
 import pytest
 
 from gradcam_worker.errors import InvalidSettings
+from gradcam_worker.resilience.retry import RetryPolicy
 from gradcam_worker.runtime import devices
 from gradcam_worker.runtime import supervisor as supervisor_module
 from gradcam_worker.runtime.devices import Device
@@ -24,44 +28,62 @@ from gradcam_worker.runtime.supervisor import Supervisor, plan_processes
 from gradcam_worker.settings import Settings
 
 TIMEOUT_S = 40
+PR_SET_CHILD_SUBREAPER = 36
 OWN = ("GRADCAM_METRICS_PORT", "GRADCAM_STARTS")
 
 
-def program(
-    child: str, *, gpus: int = 0, limit_s: float = 1, stalled_after_s: float = 60, job_processes: int = 0
-) -> list[str]:
-    """A supervisor over a Python program, on a host of so many GPUs."""
-    return [
-        sys.executable,
-        "-c",
-        textwrap.dedent(f"""
-            import logging, sys
-            from gradcam_worker.runtime import devices; from gradcam_worker.runtime import supervisor
-            from gradcam_worker.resilience.retry import RetryPolicy
-            from gradcam_worker.settings import Settings
-            logging.basicConfig(level=logging.INFO, format="%(message)s")
-            devices._local_gpus = lambda *_: [str(number) for number in range({gpus})]
-            supervisor.RESTART = RetryPolicy(0.01, 30)
-            supervisor.REQUEUE_TIMEOUT_S, supervisor.WORKER_POLL_INTERVAL_S = 1, 0.2
-            settings = Settings(shutdown_timeout_s={limit_s}, job_processes={job_processes})
-            settings = settings.model_copy(update={{"stalled_after_s": {stalled_after_s}}})
-            sys.exit(supervisor.Supervisor(settings, (sys.executable, "-c", {child!r})).run())
-        """),
-    ]
+class Started:
+    """A supervisor over a Python program, on a host of so many GPUs, in a fork of this process."""
+
+    def __init__(
+        self,
+        child: str,
+        *,
+        gpus: int = 0,
+        limit_s: float = 1,
+        stalled_after_s: float = 60,
+        job_processes: int = 0,
+        first: Callable[[], object] = lambda: None,
+    ) -> None:
+        def run() -> None:
+            os.dup2(writes, sys.__stderr__.fileno())  # type: ignore[union-attr]  # pytest has one
+            logging.basicConfig(stream=sys.__stderr__, level=logging.INFO, format="%(message)s", force=True)
+            devices._local_gpus = lambda *_: [str(number) for number in range(gpus)]
+            supervisor_module.RESTART = RetryPolicy(0.01, 30)
+            supervisor_module.REQUEUE_TIMEOUT_S, supervisor_module.WORKER_POLL_INTERVAL_S = 1, 0.2
+            settings = Settings(shutdown_timeout_s=limit_s, job_processes=job_processes)
+            settings = settings.model_copy(update={"stalled_after_s": stalled_after_s})
+            first()
+            sys.exit(Supervisor(settings, (sys.executable, "-c", child)).run())
+
+        reads, writes = os.pipe()
+        self.process = get_context("fork").Process(target=run)
+        self.process.start()
+        os.close(writes)
+        self._said = os.fdopen(reads)
+
+    def end(self) -> tuple[int | None, str]:
+        """Wait for its end. Return its exit code, and what it and its workers have written."""
+        said: list[str] = []
+        reader = threading.Thread(target=lambda: said.append(self._said.read()))
+        reader.start()
+        self.process.join(TIMEOUT_S)
+        reader.join(TIMEOUT_S)
+        self.process.kill()
+        self._said.close()
+        return self.process.exitcode, "".join(said)
 
 
 def supervise(
     child: str, *, started: tuple[Path, ...] = (), signals: int = 0, **options: Any
-) -> tuple[int, str]:
-    """Run a supervisor in a process of its own; send it SIGTERM when all its workers are up."""
-    command = program(child, **options)
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as supervisor:
-        for _ in range(signals):
-            wait_for(lambda: all(mark.exists() for mark in started))
-            supervisor.send_signal(signal.SIGTERM)
-            time.sleep(0.2)
-        _, said = supervisor.communicate(timeout=TIMEOUT_S)
-    return supervisor.returncode, said
+) -> tuple[int | None, str]:
+    """Run a supervisor; send it SIGTERM when all its workers are up."""
+    supervisor = Started(child, **options)
+    for _ in range(signals):
+        wait_for(lambda: all(mark.exists() for mark in started))
+        supervisor.process.terminate()
+        time.sleep(0.2)
+    return supervisor.end()
 
 
 def wait_for(condition: Callable[[], object]) -> None:
@@ -281,12 +303,10 @@ def shows(times):
 def lives(folder: Path, child: str, until: Callable[[list[str]], object], **options: Any) -> str:
     """Run a supervisor over lives until they are as the test expects; return what it said."""
     child = LIFE.format(folder=str(folder)) + child
-    with subprocess.Popen(program(child, **options), stderr=subprocess.PIPE, text=True) as supervisor:
-        mark = folder / "lives"
-        wait_for(lambda: mark.exists() and until(mark.read_text().split()))
-        supervisor.terminate()
-        _, said = supervisor.communicate(timeout=TIMEOUT_S)
-    return said
+    supervisor, mark = Started(child, **options), folder / "lives"
+    wait_for(lambda: mark.exists() and until(mark.read_text().split()))
+    supervisor.process.terminate()
+    return supervisor.end()[1]
 
 
 def test_a_worker_that_shows_no_sign_of_life_any_more_is_killed_and_started_again(tmp_path: Path) -> None:
@@ -343,11 +363,11 @@ os.write(int(sys.argv[1]), b"1")
 with open({str(lives)!r}, "a") as file: file.write("x")
 os.abort()
 """
-    with subprocess.Popen(program(child), stderr=subprocess.DEVNULL) as supervisor:
-        wait_for(lambda: supervisor.poll() is not None or (lives.exists() and len(lives.read_text()) > 6))
-        assert supervisor.poll() is None, "given up"
-        supervisor.terminate()
-        assert supervisor.wait(TIMEOUT_S) in {0, 1}, "1 where the signal met a worker that was just dying"
+    supervisor = Started(child)
+    wait_for(lambda: not supervisor.process.is_alive() or (lives.exists() and len(lives.read_text()) > 6))
+    assert supervisor.process.is_alive(), "given up"
+    supervisor.process.terminate()
+    assert supervisor.end()[0] in {0, 1}, "1 where the signal met a worker that was just dying"
 
 
 def test_a_worker_that_is_stopped_while_it_starts_ends_cleanly(tmp_path: Path) -> None:
@@ -369,16 +389,12 @@ def live(name="started"):
 def test_a_signal_that_another_thread_receives_ends_it_too(tmp_path: Path) -> None:
     mark = tmp_path / "started"
     child = f"import pathlib, time; pathlib.Path({str(mark)!r}).touch(); time.sleep(60)"
-    command = program(child)
-    command[-1] = f"""
-import pathlib, signal, threading, time
-def receive():
-    while not pathlib.Path({str(mark)!r}).exists():
-        time.sleep(0.02)
-    signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
-threading.Thread(target=receive, daemon=True).start()
-{command[-1]}"""
-    assert subprocess.run(command, timeout=TIMEOUT_S, check=False).returncode == 0
+
+    def receive() -> None:
+        wait_for(mark.exists)
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+
+    assert Started(child, first=threading.Thread(target=receive, daemon=True).start).end()[0] == 0
 
 
 def test_each_gpu_has_a_worker_of_its_own_and_one_signal_ends_them_all(tmp_path: Path) -> None:
@@ -416,13 +432,15 @@ live()
     assert 'worker_process_ended device="GPU 1" exit_code=-6 ' in said
 
 
-@pytest.mark.parametrize("code", [3, os.EX_CONFIG])
-def test_a_gpu_that_never_works_is_tried_again_as_long_as_another_one_does(code: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("failure", [3, os.EX_CONFIG])
+def test_a_gpu_that_never_works_is_tried_again_as_long_as_another_one_does(
+    failure: int, tmp_path: Path
+) -> None:
     broken = f"""
 if gpu == "1":
     with folder.joinpath("starts").open("a") as file: file.write("x")
     if folder.joinpath("starts").stat().st_size > 7: folder.joinpath("mark1").touch()
-    sys.exit({code})
+    sys.exit({failure})
 time.sleep(0.3)  # the other one says first that it cannot
 live("mark")
 """
@@ -525,16 +543,13 @@ if os.fork() == 0:
 os.wait()
 time.sleep(60)
 """
-    command = program(child)
-    as_first = "import ctypes; ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER\n"
-    command[-1] = as_first + command[-1]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as supervisor:
-        wait_for(lambda: mark.exists() and mark.read_text())
-        wait_for(lambda: not Path(f"/proc/{mark.read_text()}").exists())
-        assert supervisor.poll() is None
-        supervisor.terminate()
-        supervisor.communicate(timeout=TIMEOUT_S)
-    assert supervisor.returncode == 0
+    is_subreaper = partial(ctypes.CDLL(None).prctl, PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    supervisor = Started(child, first=is_subreaper)
+    wait_for(lambda: mark.exists() and mark.read_text())
+    wait_for(lambda: not Path(f"/proc/{mark.read_text()}").exists())
+    assert supervisor.process.is_alive()
+    supervisor.process.terminate()
+    assert supervisor.end()[0] == 0
 
 
 def test_the_folder_of_the_sockets_is_locked_and_those_of_killed_supervisors_are_removed(
