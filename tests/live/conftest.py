@@ -79,6 +79,24 @@ class Stage:
 
 
 @pytest.fixture(scope="session")
+def warm_commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder of programs, `gradcam` and `python`: see `devtools.warm_python`."""
+    from devtools import warm_python
+
+    with warm_python.running(tmp_path_factory.mktemp("warm"), warm_python.COMMANDS) as programs:
+        yield programs
+
+
+@pytest.fixture(scope="session")
+def warm_tensorflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The same, which have TensorFlow, too."""
+    from devtools import warm_python
+
+    with warm_python.running(tmp_path_factory.mktemp("warm"), warm_python.TENSORFLOW) as programs:
+        yield programs
+
+
+@pytest.fixture(scope="session")
 def make_stage(
     tmp_path_factory: pytest.TempPathFactory, photos: Path, public_server: Any, redis_servers: dict[int, str]
 ) -> Iterator[Callable[..., Stage]]:

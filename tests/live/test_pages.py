@@ -3,7 +3,7 @@
 A page is one shell session: its `bash` blocks share variables, its `python` blocks are programs that run in
 between; one that imports nothing continues the one before. A `text` block after one of them is what it
 prints; `...` stands for anything. A command that is not run stands in NOT_RUN, a page that another test runs
-in ELSEWHERE.
+in ELSEWHERE. Each command is a process, which on most pages is forked from one that has TensorFlow: see COLD.
 """
 
 import json
@@ -56,6 +56,7 @@ NOT_RUN = {  # how a command begins -> why it is not run here
     r"scripts/faults ": "attacks for minutes: tests/faults",
     r"valkey-cli ": "asks for the password of an administrator",
 }
+COLD = {"README.md", "docs/how-to/run-a-worker.md", "docs/tutorial/web-app.md"}  # here each starts anew
 RUN = ("bash", "python")
 SHOWN = {
     "go",
@@ -141,7 +142,8 @@ def place(tmp_path: Path) -> Path:
     """A folder that looks like the clone, where commands may write, and where `gradcam dev` has run."""
     (tmp_path / "gradcam-dev").mkdir()
     (tmp_path / "gradcam-dev" / "environment").write_text("export GRADCAM_OUTPUT=s3://results/cams\n")
-    for name in ("deploy", "scripts", "worker", ".venv"):
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    for name in ("deploy", "scripts", "worker"):
         (tmp_path / name).symlink_to(ROOT / name)
     return tmp_path
 
@@ -159,11 +161,11 @@ def here(stage: Any, photos: Path) -> Callable[[str], str]:
     return substitute
 
 
-def environment(stage: Any) -> dict[str, str]:
-    """What an operator has set: the keys, and where broker and S3 are."""
+def environment(stage: Any, programs: Path = Path(sys.executable).parent) -> dict[str, str]:
+    """What an operator has set: the keys, and where programs, broker and S3 are."""
     return {
         **os.environ,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PATH": f"{programs}:{os.environ['PATH']}",
         "GRADCAM_BROKER_URL": stage.settings.broker_url,
         "GRADCAM_S3_ENDPOINT_URL": stage.settings.s3_endpoint_url,
         "GRADCAM_FORWARD": stage.settings.forward,
@@ -174,9 +176,14 @@ def environment(stage: Any) -> dict[str, str]:
 
 @pytest.mark.parametrize("page", SESSIONS, ids=name_of)
 def test_the_commands_and_programs_of_a_page_work(
-    page: Path, stage: Any, place: Path, here: Callable[[str], str]
+    page: Path, stage: Any, place: Path, here: Callable[[str], str], request: pytest.FixtureRequest
 ) -> None:
     session = runnable(page)
+    if name_of(page) in COLD:
+        programs = Path(sys.executable).parent
+    else:
+        programs = request.getfixturevalue("warm_tensorflow")
+    (place / ".venv" / "bin" / "activate").write_text(f"PATH={programs}:$PATH\n")
     script = ["set -euo pipefail"]
     for number, block in enumerate(session):
         script.append(f"echo '{MARK.format(number)}'")
@@ -188,7 +195,7 @@ def test_the_commands_and_programs_of_a_page_work(
     done = subprocess.run(
         ["bash", "-c", "\n".join(script)],
         cwd=place,
-        env=environment(stage),
+        env=environment(stage, programs),
         capture_output=True,
         text=True,
         check=False,

@@ -1,0 +1,58 @@
+"""A forked program is a process like any other to whoever starts it."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from devtools import warm_python
+
+PROGRAM = """
+import os, sys, warnings
+print(sys.argv[1:], os.getcwd(), os.environ["ASKED"], sys.stdin.read(), "fractions" in sys.modules)
+print(__name__, file=sys.stderr)
+if sys.argv[1:] == ["warn"]:
+    warnings.warn("old", DeprecationWarning)
+if sys.argv[1:] == ["die"]:
+    os.kill(os.getpid(), 9)
+sys.exit(7)
+"""
+
+
+def test_a_program_has_its_words_folder_environment_streams_and_end(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(PROGRAM)
+
+    def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command,
+            cwd=tmp_path,
+            env={**os.environ, "ASKED": "yes"},
+            input="given",
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    with warm_python.running(tmp_path / "warm", ["fractions"]) as programs:
+        ended = run(programs / "python", "program.py", "a", "b c")
+        assert (ended.returncode, ended.stderr) == (7, "__main__\n")
+        assert ended.stdout == f"['a', 'b c'] {tmp_path} yes given True\n"
+        strict = ["-W", "error::DeprecationWarning:__main__"]
+        assert "DeprecationWarning: old" in run(programs / "python", *strict, "program.py", "warn").stderr
+        assert run(programs / "python", "program.py", "die").returncode == -signal.SIGKILL
+        assert run(programs / "gradcam", "no-command").returncode == 2
+        code = "import sys; print(sys.executable, 'fractions' in sys.modules)"
+        assert run(programs / "python", "-c", code).stdout == f"{sys.executable} False\n", (
+            "it is Python itself"
+        )
+        (tmp_path / "waits.py").write_text("import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(600)")
+        with subprocess.Popen([programs / "python", tmp_path / "waits.py"], stdout=subprocess.PIPE) as waits:
+            assert waits.stdout
+            process = int(waits.stdout.readline())
+            waits.terminate()
+            assert waits.wait(30) == -signal.SIGTERM
+        with pytest.raises(ProcessLookupError):
+            os.kill(process, 0)
