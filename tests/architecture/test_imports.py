@@ -1,5 +1,6 @@
 """What importing costs, seen from a fresh interpreter."""
 
+import gc
 import importlib
 import subprocess
 import sys
@@ -79,6 +80,14 @@ def test_opencv_gets_its_pixel_limit_whichever_module_comes_first() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert int(done.stdout) == 2**28
+
+
+def test_the_garbage_collector_runs_again_after_an_import_also_one_that_fails() -> None:
+    with extras.without_garbage_collection():
+        with pytest.raises(ModuleNotFoundError), extras.without_garbage_collection():
+            importlib.import_module("no_such_module")
+        assert not gc.isenabled(), "until the outer one ends"
+    assert gc.isenabled()
 
 
 def test_what_is_hidden_is_there_again_afterwards_and_for_other_threads(

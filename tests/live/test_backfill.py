@@ -45,6 +45,7 @@ class BackfillSystem:
 
     stage: Any
     listed: Path
+    programs: Path  # commands that are forked
 
     @contextlib.contextmanager
     def worker(self) -> Iterator[None]:
@@ -59,12 +60,13 @@ class BackfillSystem:
         finally:
             parent_watch.stop(process)
 
-    def start(self, name: str, *more: str) -> "subprocess.Popen[str]":
+    def start(self, name: str, *more: str, forked: bool = True) -> "subprocess.Popen[str]":
         """`gradcam backfill`, with an output of this name."""
+        gradcam = [self.programs / "gradcam"] if forked else [sys.executable, "-P", "-m", "gradcam_worker"]
         given = [str(self.listed), "--top-n", "2", "--shard-rows", str(SHARD)]
         where = ["--output", self.uri(name)]
         return subprocess.Popen(
-            [sys.executable, "-P", "-m", "gradcam_worker", "backfill", *given, *where, *more],
+            [*gradcam, "backfill", *given, *where, *more],
             env=os.environ | self.stage.settings.to_environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -73,7 +75,7 @@ class BackfillSystem:
 
     def run(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(
-            [sys.executable, "-P", "-m", "gradcam_worker", "backfill", *arguments],
+            [self.programs / "gradcam", "backfill", *arguments],
             env=os.environ | self.stage.settings.to_environment(),
             capture_output=True,
             text=True,
@@ -101,7 +103,9 @@ class BackfillSystem:
 
 
 @pytest.fixture(scope="module")
-def system(make_stage: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> BackfillSystem:
+def system(
+    make_stage: Callable[..., Any], warm_commands: Path, tmp_path_factory: pytest.TempPathFactory
+) -> BackfillSystem:
     stage = make_stage("backfill")
     rng = np.random.default_rng(7)
     uris = [
@@ -113,18 +117,55 @@ def system(make_stage: Callable[..., Any], tmp_path_factory: pytest.TempPathFact
     uris.append("s3://photos/none.png")
     listed = tmp_path_factory.mktemp("lists") / "photos.csv"
     listed.write_text("id,image\n" + "".join(f"{row},{uris[row % 8]}\n" for row in range(ROWS)))
-    return BackfillSystem(stage, listed)
+    return BackfillSystem(stage, listed, warm_commands)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def at_work(system: Any) -> Iterator[BackfillSystem]:
+    """With a worker, which stays from the first test that needs one."""
     with system.worker():
         yield system
 
 
+def test_two_at_once_get_turns_and_one_is_cancelled_and_gone_on_with(
+    system: Any, request: pytest.FixtureRequest
+) -> None:
+    one, other = system.start("one"), system.start("other", "--rate", "60")
+    ledger = RedisLedger(system.stage.settings)
+    registry = RedisBackfillRegistry(ledger.server)
+
+    def facts(name: str) -> dict[str, Any]:
+        record = registry.find(system.uri(name))
+        return record.facts if record and record.is_running else {"in_flight": 0, "done": 0}
+
+    wait_for(lambda: facts("one")["in_flight"] and facts("other")["in_flight"], "that both wait for a worker")
+    request.getfixturevalue("at_work")
+    wait_for(lambda: facts("one")["done"] and facts("other")["done"], "that both get somewhere")
+    canceled = system.run("cancel", system.uri("other"))
+    assert canceled.returncode == 0, canceled.stderr
+    assert "The backfill was running and is stopped." in canceled.stdout
+    _, err = other.communicate(timeout=WAIT_S)
+    assert other.returncode == 6
+    assert "cancelled on request" in err
+    stopped = system.run("status", system.uri("other"), "--json")
+    assert json.loads(stopped.stdout)["state"] == "stopped"
+    again = system.start("other", "--resume")
+    for process, name in ((one, "one"), (again, "other")):
+        out, err = process.communicate(timeout=WAIT_S)
+        assert process.returncode == 0, err
+        assert out.startswith("Complete: 525 of 600 rows are explained.")
+        assert system.rows(name) == dict.fromkeys(range(ROWS), 1)
+    names = ledger.server.redis.scan_iter(f"{system.stage.settings.key_prefix}job:*")
+    documents = ledger.read_many([str(name).rpartition(":")[2] for name in names]).values()
+    begun = sorted((each.started_at, each.metadata["backfill"]) for each in documents if each.started_at)
+    ours = {system.output(name).require_plan().id: name for name in ("one", "other")}
+    turns = [ours[backfill] for _, backfill in begun if backfill in ours]
+    assert "other" in turns[:10], f"it waits for all of the first: {turns}"  # how often, its rate decides
+
+
 def test_a_backfill_is_stopped_killed_and_resumed_and_has_each_row_once(at_work: Any) -> None:
     system = at_work
-    first = system.start("stopped", "--rate", "100")
+    first = system.start("stopped", "--rate", "100", forked=False)
     wait_for(lambda: system.shards("stopped") >= 2, "the first shards")
     second = system.run(
         str(system.listed),
@@ -203,40 +244,6 @@ def test_a_list_that_changes_has_what_is_new_computed_and_nothing_else_also_once
     change("twice")
     assert run("--changed").items() >= {"rows": 200, "reused": 118, "shards": 10, "files": 7}.items()
     assert system.rows("grows") == dict.fromkeys(range(200), 1)
-
-
-def test_two_at_once_get_turns_and_one_is_cancelled_and_gone_on_with(system: Any) -> None:
-    one, other = system.start("one"), system.start("other", "--rate", "60")
-    ledger = RedisLedger(system.stage.settings)
-    registry = RedisBackfillRegistry(ledger.server)
-
-    def facts(name: str) -> dict[str, Any]:
-        record = registry.find(system.uri(name))
-        return record.facts if record and record.is_running else {"in_flight": 0, "done": 0}
-
-    wait_for(lambda: facts("one")["in_flight"] and facts("other")["in_flight"], "that both wait for a worker")
-    with system.worker():
-        wait_for(lambda: facts("one")["done"] and facts("other")["done"], "that both get somewhere")
-        canceled = system.run("cancel", system.uri("other"))
-        assert canceled.returncode == 0, canceled.stderr
-        assert "The backfill was running and is stopped." in canceled.stdout
-        _, err = other.communicate(timeout=WAIT_S)
-        assert other.returncode == 6
-        assert "cancelled on request" in err
-        stopped = system.run("status", system.uri("other"), "--json")
-        assert json.loads(stopped.stdout)["state"] == "stopped"
-        again = system.start("other", "--resume")
-        for process, name in ((one, "one"), (again, "other")):
-            out, err = process.communicate(timeout=WAIT_S)
-            assert process.returncode == 0, err
-            assert out.startswith("Complete: 525 of 600 rows are explained.")
-            assert system.rows(name) == dict.fromkeys(range(ROWS), 1)
-    names = ledger.server.redis.scan_iter(f"{system.stage.settings.key_prefix}job:*")
-    documents = ledger.read_many([str(name).rpartition(":")[2] for name in names]).values()
-    begun = sorted((each.started_at, each.metadata["backfill"]) for each in documents if each.started_at)
-    ours = {system.output(name).require_plan().id: name for name in ("one", "other")}
-    turns = [ours[backfill] for _, backfill in begun if backfill in ours]
-    assert "other" in turns[:10], f"it waits for all of the first: {turns}"  # how often, its rate decides
 
 
 def test_a_stream_that_says_no_more_keeps_nobody_from_stopping(system: Any) -> None:

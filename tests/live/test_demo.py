@@ -27,7 +27,14 @@ def start(folder: Path, **variables: str) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
         cwd=folder,
-        env={**os.environ, "TMPDIR": str(scratch), "PYTHONUNBUFFERED": "1", **variables},
+        # OpenVINO takes seconds to convert a network.
+        env={
+            **os.environ,
+            "TMPDIR": str(scratch),
+            "PYTHONUNBUFFERED": "1",
+            "GRADCAM_FORWARD": "tensorflow",
+            **variables,
+        },
     )
 
 

@@ -46,7 +46,7 @@ class Development:
         self.folder, self.log, self.port = folder, folder / "said.txt", servers.free_port()
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> None:
+    def start(self, *, until_ready: bool = True) -> None:
         command = [str(PROGRAMS / "gradcam"), "dev", "gradcam-dev", "--port", str(self.port)]
         variables = {**os.environ, "TMPDIR": str(self.folder), "GRADCAM_THREADS": "4"}
         variables["GRADCAM_FORWARD"] = "tensorflow"  # OpenVINO takes seconds to convert a network
@@ -54,7 +54,8 @@ class Development:
             self.process = subprocess.Popen(
                 command, cwd=self.folder, env=variables, stdout=output, stderr=output, start_new_session=True
             )
-        until(lambda: b"Ready" in self.log.read_bytes() or self.process.poll() is not None, self.log)  # type: ignore[union-attr]
+        said = b"Ready" if until_ready else b"For your app"  # before that worker and HTTP API have started
+        until(lambda: said in self.log.read_bytes() or self.process.poll() is not None, self.log)  # type: ignore[union-attr]
         assert self.process.poll() is None, self.log.read_text()
 
     def stop(self) -> int:
@@ -127,6 +128,25 @@ def test_an_example_starts_by_the_two_lines_of_the_lesson(development: Developme
         shell.wait(30)
 
 
+def test_a_port_or_a_folder_in_use_is_named(development: Development, silent_port: int) -> None:
+    for words, said in (
+        (["--port", str(silent_port)], f"Port {silent_port} of 127.0.0.1 is in use: choose another one"),
+        (
+            ["gradcam-dev", "--port", str(servers.free_port())],
+            "Another gradcam dev uses gradcam-dev/: choose",
+        ),
+    ):
+        done = subprocess.run(
+            [PROGRAMS / "gradcam", "dev", *words],
+            cwd=development.folder,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 1
+        assert said in done.stderr
+
+
 def test_jobs_are_explained_and_kept_and_nothing_is_left_running(
     development: Development, photos: Path
 ) -> None:
@@ -150,26 +170,9 @@ def test_jobs_are_explained_and_kept_and_nothing_is_left_running(
     while left := development.left():
         assert time.monotonic() < end, left
         time.sleep(0.1)
-    development.start()
+    (development.folder / "gradcam-dev" / "environment").unlink()
+    development.start(until_ready=False)
     assert development.settings == kept, "what an app exports stays the same"
     with GradcamClient(settings=kept) as client:
         assert client.status(document.id) == document
-
-
-def test_a_port_or_a_folder_in_use_is_named(development: Development, silent_port: int) -> None:
-    for words, said in (
-        (["--port", str(silent_port)], f"Port {silent_port} of 127.0.0.1 is in use: choose another one"),
-        (
-            ["gradcam-dev", "--port", str(servers.free_port())],
-            "Another gradcam dev uses gradcam-dev/: choose",
-        ),
-    ):
-        done = subprocess.run(
-            [PROGRAMS / "gradcam", "dev", *words],
-            cwd=development.folder,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 1
-        assert said in done.stderr
+    assert development.stop() == 130, "also while it starts"

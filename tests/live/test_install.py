@@ -55,8 +55,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_base_install_is_a_client_and_with_the_extra_cli_it_has_the_command(
-    tmp_path: Path, wheel: Path, valkey: str
+    tmp_path: Path, wheel: Path, valkey: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv(
+        "PIP_NO_COMPILE", "0"
+    )  # by which pip is told not to compile; programs do it when they run
     python = release.environment(tmp_path / "env", wheel)
     check_client(python, valkey)
     assert release.environment(tmp_path / "env", wheel, "cli") == python, "more is added to what is there"

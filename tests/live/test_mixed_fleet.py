@@ -63,6 +63,7 @@ class Fleet:
     settings: Settings
     folder: Path
     package: Path  # of the previous release
+    answers: "subprocess.Popen[str]"  # its client
     image: str
     hook: str
     ids: list[str] = field(default_factory=list)
@@ -114,16 +115,12 @@ class Fleet:
 
     def previous(self, command: str, given: object) -> Any:
         """What the previous release answers, given this."""
-        done = subprocess.run(
-            [sys.executable, "-P", str(PROGRAM), command],
-            env=os.environ | self.environment("previous"),
-            input=json.dumps(given),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
+        assert self.answers.stdin
+        assert self.answers.stdout
+        asked = {"command": command, "environment": self.environment("previous"), "given": given}
+        self.answers.stdin.write(json.dumps(asked) + "\n")
+        self.answers.stdin.flush()
+        return json.loads(self.answers.stdout.readline() or '"it has ended"')
 
     @contextlib.contextmanager
     def worker(self, release: str) -> Iterator["subprocess.Popen[bytes]"]:
@@ -167,6 +164,19 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def answers(package: Path) -> Iterator["subprocess.Popen[str]"]:
+    """The client of the previous release."""
+    with subprocess.Popen(
+        [sys.executable, "-P", str(PROGRAM), "answer"],
+        env=os.environ | {"PYTHONPATH": str(package)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        yield process
+
+
 @pytest.fixture
 def gate() -> Iterator[threading.Event]:
     """Images come when it is open."""
@@ -177,7 +187,12 @@ def gate() -> Iterator[threading.Event]:
 
 @pytest.fixture
 def fleet(
-    tmp_path: Path, package: Path, http_server: Any, answer: Any, gate: threading.Event
+    tmp_path: Path,
+    package: Path,
+    answers: "subprocess.Popen[str]",
+    http_server: Any,
+    answer: Any,
+    gate: threading.Event,
 ) -> Iterator[Fleet]:
     def slow() -> None:
         gate.wait(WAIT_S)
@@ -203,7 +218,7 @@ def fleet(
             max_batch=4,
             shutdown_timeout_s=1,
         )
-        yield Fleet(settings, tmp_path, package, image, hook)
+        yield Fleet(settings, tmp_path, package, answers, image, hook)
 
 
 def check_every_job_has_ended_once(fleet: Fleet, received: list[tuple[str, bytes]]) -> None:

@@ -247,7 +247,7 @@ def planted(
     app, told = broker.make_app(stage.settings), list[str]()
     ids: dict[str, str] = {}
     hostile: dict[str, str] = {}
-    with stage.worker("secrets"):
+    with stage.worker("secrets", tiny=True):
         for made, kind in ((jobs, ids), (hostile_jobs, hostile)):
             for what, fields in made(stage, public_server, Answer, photo).items():
                 kind[what] = new_id()

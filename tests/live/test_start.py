@@ -44,23 +44,28 @@ def pid_of(document: StatusDocument) -> int:
     return int(document.worker.id.rpartition(":")[2])
 
 
-def said_by(settings: Settings, *arguments: str) -> str:
+def said_by(settings: Settings, programs: Path, *arguments: str) -> str:
     """What a command prints that ends well."""
     environment = os.environ | settings.to_environment()
     done = subprocess.run(
-        [*COMMAND, *arguments], env=environment, capture_output=True, text=True, check=True, timeout=WAIT_S
+        [programs / "gradcam", *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=WAIT_S,
     )
     return done.stdout
 
 
-def test_a_worker_takes_jobs_and_is_seen_by_whoever_looks(stage: Any) -> None:
+def test_a_worker_takes_jobs_and_is_seen_by_whoever_looks(stage: Any, warm_tensorflow: Path) -> None:
     job_id = stage.client.submit(image="s3://photos/chelsea.jpg", **FIELDS)
     document = stage.client.wait(job_id, WAIT_S)
     assert document.status == "succeeded"
     wait_for(stage.client.workers)
     look, shown = (
-        json.loads(said_by(stage.settings, "top", "--json")),
-        said_by(stage.settings, "top", "--once"),
+        json.loads(said_by(stage.settings, warm_tensorflow, "top", "--json")),
+        said_by(stage.settings, warm_tensorflow, "top", "--once"),
     )
     assert look["ended"]["succeeded"] >= 1
     (worker,) = look["workers"]

@@ -1,5 +1,6 @@
 """The extras of this package: which one brings an optional package, and how it is installed."""
 
+import gc
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -98,6 +99,18 @@ def hidden_in_commands(*packages: str) -> Iterator[None]:
         yield
     finally:
         sys.meta_path.remove(hiding)
+
+
+@contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    """Import many modules without the garbage collector: it takes a fifth of the time and finds nothing."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def is_installed(package: str) -> bool:

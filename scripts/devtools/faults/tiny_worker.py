@@ -10,6 +10,7 @@ network and what the backend says of its device is the product's own: see `tiny_
 import sys
 from pathlib import Path
 
+from gradcam_worker import extras
 from gradcam_worker.settings import Settings
 
 SCRIPTS = Path(__file__).parents[2]
@@ -18,13 +19,13 @@ SCRIPTS = Path(__file__).parents[2]
 def work(ready_fd: int) -> int:
     """What `gradcam worker --unsupervised --ready-fd` does."""
     sys.path.append(str(SCRIPTS))
-    from devtools.faults import tiny_network  # the supervisor needs nothing of it
+    with extras.without_garbage_collection():
+        from devtools.faults import tiny_network  # the supervisor needs nothing of it
 
-    tiny_network.do_without_keras()
-    from gradcam_worker.images import prepare
-    from gradcam_worker.inference.pixel_pool import Block
-    from gradcam_worker.runtime import engine_process, worker_process
-
+        tiny_network.do_without_keras()
+        from gradcam_worker.images import prepare
+        from gradcam_worker.inference.pixel_pool import Block
+        from gradcam_worker.runtime import engine_process, worker_process
     settings = Settings.from_environment()
     if settings.role == "engine":
         return engine_process.run(settings, ready_fd, load=lambda _: tiny_network.Poisonable())

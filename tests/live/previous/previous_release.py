@@ -2,13 +2,15 @@
 
 python previous_release.py supervise       its worker, with a small network in place of Keras's
 python previous_release.py work FD         what its supervisor starts
-python previous_release.py submit          its client submits the jobs of standard input, says their ids
-python previous_release.py read            says how it understands what the present release has written
+python previous_release.py answer          what its client says: a line of JSON for each of standard input
+
+A line names a command, the environment of its settings, and what is given to it.
 """
 
 import base64
 import json
 import logging
+import os
 import sys
 from importlib import import_module
 from types import ModuleType
@@ -43,15 +45,14 @@ def work(ready_fd: int) -> int:
     return int(previous("process").run(settings, ready_fd=ready_fd, load=lambda row: network()))
 
 
-def submit() -> None:
-    """Jobs from standard input, each as JSON; their ids to standard output."""
+def submit(jobs: list[Any]) -> list[str]:
+    """Submit jobs; return their ids."""
     client = previous("client").GradcamClient()
-    json.dump([client.submit(job) for job in json.load(sys.stdin)], sys.stdout)
+    return [client.submit(job) for job in jobs]
 
 
-def read() -> None:
+def read(asked: dict[str, Any]) -> dict[str, Any]:
     """Messages (bytes in base64, and their queues) and ids, read as strictly as ever."""
-    asked = json.load(sys.stdin)
     envelope, contract = previous("envelope"), previous("contract")
     jobs = []
     for item, queue in asked["messages"]:
@@ -62,7 +63,17 @@ def read() -> None:
         jobs.append(json.loads(contract.Job.parse(payload).to_json()) if whole else payload)
     client = previous("client").GradcamClient()
     documents = {one: json.loads(client.status(one).to_json()) for one in asked["ids"]}
-    json.dump({"jobs": jobs, "documents": documents}, sys.stdout)
+    return {"jobs": jobs, "documents": documents}
+
+
+def answer() -> None:
+    """Do what each line of standard input asks for, and say what came of it."""
+    for line in sys.stdin:
+        asked = json.loads(line)
+        os.environ.update(asked["environment"])
+        command = submit if asked["command"] == "submit" else read
+        sys.stdout.write(json.dumps(command(asked["given"])) + "\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":
@@ -71,7 +82,5 @@ if __name__ == "__main__":
             sys.exit(supervise())
         case ["work", ready_fd]:
             sys.exit(work(int(ready_fd)))
-        case ["submit"]:
-            submit()
-        case ["read"]:
-            read()
+        case ["answer"]:
+            answer()

@@ -158,17 +158,18 @@ def worker(*, devices: str | None, unsupervised: bool, ready_fd: int | None) -> 
     settings = Settings.from_environment(devices=devices)
     configure_logging(settings.log_format, settings.log_level)
     if ready_fd is not None and settings.role == "engine":
-        from gradcam_worker.runtime import engine_process
-
+        with extras.without_garbage_collection():
+            from gradcam_worker.runtime import engine_process
         return engine_process.run(settings, ready_fd)
     if ready_fd is not None:
-        from gradcam_worker.runtime import worker_process
-
+        with extras.without_garbage_collection():
+            from gradcam_worker.runtime import worker_process
         return worker_process.run_supervised(settings, ready_fd)
     from gradcam_worker.runtime import preflight
 
     if unsupervised:
-        from gradcam_worker.runtime import worker_process
+        with extras.without_garbage_collection():
+            from gradcam_worker.runtime import worker_process
         from gradcam_worker.runtime.devices import use_single_device
 
         settings = use_single_device(settings)

@@ -30,7 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Python searches for garbage twice as it exits: that takes seconds where TensorFlow is loaded.
     atexit.register(gc.freeze)
     try:
-        from gradcam_worker.cli import commands
+        with extras.without_garbage_collection():
+            from gradcam_worker.cli import commands
     except ModuleNotFoundError as error:
         if error.name not in CLI_PACKAGES:
             raise

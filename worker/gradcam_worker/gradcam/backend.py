@@ -37,7 +37,12 @@ def _silent_stderr() -> Iterator[None]:
 # start, for data and models that no command has. JAX as the backend needs some of them.
 UNUSED = ("jax", "pandas", "scipy", "sklearn") if os.environ.get("KERAS_BACKEND") == "tensorflow" else ()
 
-with _silent_stderr(), extras.required("Loading a network"), extras.hidden_in_commands(*UNUSED):
+with (
+    _silent_stderr(),
+    extras.required("Loading a network"),
+    extras.hidden_in_commands(*UNUSED),
+    extras.without_garbage_collection(),
+):
     try:
         import keras as keras  # noqa: PLC0414  # re-exported
     except (AttributeError, TypeError, ValueError) as error:  # keras.json, or KERAS_BACKEND

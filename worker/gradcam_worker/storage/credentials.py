@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -131,18 +132,23 @@ class ModelFiles(JSONFileLoader):  # type: ignore[misc]  # as above
     """Reads botocore's descriptions of services without what no program needs: 2 MB instead of 11.
 
     That is their documentation, and the endpoints of services that are not asked here. Objects become plain
-    dictionaries, which are half as large as the ordered ones of botocore.
+    dictionaries, which are half as large as the ordered ones of botocore. Sessions share them.
     """
 
     def load_file(self, file_path: str) -> Any:
         """Return what a file holds; None: there is none. `file_path` has no suffix."""
-        for suffix, open_file in ((".json", open), (".json.gz", gzip.open)):
-            path = Path(f"{file_path}{suffix}")
-            if path.is_file():
-                with open_file(path, "rb") as file:
-                    data = json.loads(file.read(), object_pairs_hook=_without_documentation)
-                return _without_other_services(data) if Path(file_path).name == "endpoints" else data
-        return None
+        return _read_model_file(file_path)
+
+
+@cache  # botocore reads a dozen files, the most of what a client costs
+def _read_model_file(file_path: str) -> Any:
+    for suffix, open_file in ((".json", open), (".json.gz", gzip.open)):
+        path = Path(f"{file_path}{suffix}")
+        if path.is_file():
+            with open_file(path, "rb") as file:
+                data = json.loads(file.read(), object_pairs_hook=_without_documentation)
+            return _without_other_services(data) if Path(file_path).name == "endpoints" else data
+    return None
 
 
 def _without_documentation(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
