@@ -72,18 +72,13 @@ if backend.name() == "jax":
 
     def allowed():
         return {"tensorfloat32": True, "highest": False}[jax.config.jax_default_matmul_precision]
-elif backend.name() == "torch":
+else:
     import torch
 
     assert torch.get_num_threads() == 1
 
     def allowed():
         return torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32
-else:
-    import tensorflow as tf
-
-    assert tf.config.threading.get_intra_op_parallelism_threads() == 1
-    allowed = tf.config.experimental.tensor_float_32_execution_enabled
 for wanted in (True, False):
     backend.allow_tf32(wanted)
     assert allowed() == wanted
@@ -112,19 +107,14 @@ def on_other_backend(request: pytest.FixtureRequest, tmp_path_factory: pytest.Te
         pytest.skip(f"{backend} is not installed")
     path = tmp_path_factory.mktemp(backend) / "computed.npz"
     programs = WITHOUT_TENSORFLOW, DEVICE_PROGRAM, RANDOM_LAYER_PROGRAM, METHODS_PROGRAM
-    run_on(backend, "\n".join(programs), str(PROGRAM), str(path))
-    with np.load(path) as saved:
-        return dict(saved)
-
-
-def run_on(backend: str, program: str, *arguments: str) -> None:
-    """Run a program in a process with another backend."""
+    command = [sys.executable, "-c", "\n".join(programs), str(PROGRAM), str(path)]
     variables = {**os.environ, "KERAS_BACKEND": backend}
     if backend == "jax":
         variables["XLA_FLAGS"] = LITTLE_OPTIMIZATION
-    command = [sys.executable, "-c", program, *arguments]
     done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    with np.load(path) as saved:
+        return dict(saved)
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -156,8 +146,22 @@ def test_heatmaps_of_all_methods_agree_with_and_without_flip_and_for_the_probabi
         assert_allclose(on_other_backend[f"{case} heatmaps"], expected, atol=1e-3, err_msg=case)
 
 
-def test_threads_memory_and_tf32_can_be_set() -> None:
-    run_on("tensorflow", DEVICE_PROGRAM)
+def test_threads_memory_and_tf32_can_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    import tensorflow as tf
+
+    from gradcam_worker.gradcam import backend
+
+    threads: list[int] = []  # TensorFlow takes them only before it has computed anything
+    monkeypatch.setattr(tf.config.threading, "set_intra_op_parallelism_threads", threads.append)
+    for count in (0, 1):
+        backend.set_intra_op_threads(count)
+    assert threads == [1]
+    backend.reset_peak_memory()
+    assert backend.peak_memory() is None
+    for wanted in (True, False):
+        backend.allow_tf32(wanted)
+        assert tf.config.experimental.tensor_float_32_execution_enabled() == wanted
+        assert [backend.arithmetic(dtype) for dtype in ("float32", "bfloat16")] == ["float32", "bfloat16"]
 
 
 def test_gpu_memory_is_allocated_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:

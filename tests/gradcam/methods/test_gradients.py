@@ -1,5 +1,3 @@
-import subprocess
-import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -210,30 +208,21 @@ def test_nothing_is_compiled_by_xla_on_the_cpu(parts: "Parts", monkeypatch: pyte
     assert not tf.config.optimizer.get_jit()
 
 
-TRANSFORMER = """
-import keras
-import numpy as np
+def test_several_classes_of_one_image_go_back_through_attention_which_ended_the_process(wrap: Wrap) -> None:
+    import keras
 
-from gradcam_worker.gradcam import wrap_model
-
-layers = keras.layers
-keras.utils.set_random_seed(0)
-inputs = keras.Input((224, 224, 3))
-x = layers.Reshape((196, 64))(layers.Conv2D(64, 16, 16)(inputs))
-x = layers.Add(name="first")([x, layers.MultiHeadAttention(2, 32)(x, x)])
-y = layers.LayerNormalization(name="last")(x)
-x = layers.Add()([x, layers.MultiHeadAttention(2, 32)(y, y)])
-network = wrap_model(keras.Model(inputs, layers.Dense(3)(x[:, 0])), preprocessing="tf", target_layer="last")
-pixels = np.random.default_rng(0).integers(0, 256, (1, 224, 224, 3), np.uint8)
-together = network.compute(pixels, np.array([[0, 1, 2]], np.int32)).raw
-single = [network.compute(pixels, np.array([[id]], np.int32)).raw for id in range(3)]
-assert np.abs(together - np.concatenate(single, 1)).max() <= 1e-5 * np.abs(together).max()
-"""
-
-
-def test_several_classes_of_one_image_go_back_through_attention_which_ended_the_process() -> None:
-    done = subprocess.run([sys.executable, "-c", TRANSFORMER], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    layers = keras.layers
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((224, 224, 3))
+    x = layers.Reshape((196, 64))(layers.Conv2D(64, 16, 16)(inputs))
+    x = layers.Add(name="first")([x, layers.MultiHeadAttention(2, 32)(x, x)])
+    y = layers.LayerNormalization(name="last")(x)
+    x = layers.Add()([x, layers.MultiHeadAttention(2, 32)(y, y)])
+    network = wrap(keras.Model(inputs, layers.Dense(3)(x[:, 0])), "last")
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 224, 224, 3), np.uint8)
+    together = network.compute(pixels, np.array([[0, 1, 2]], np.int32)).raw
+    single = [network.compute(pixels, np.array([[one]], np.int32)).raw for one in range(3)]
+    assert np.abs(together - np.concatenate(single, 1)).max() <= 1e-5 * np.abs(together).max()
 
 
 @pytest.mark.parametrize("attends", [True, False])

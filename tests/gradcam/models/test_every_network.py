@@ -30,14 +30,15 @@ THEIRS = [row for row in ROWS if not row.shipped]  # Keras's own
 IN_THE_SUITE = (
     *("efficientnet_lite0", "convnexttiny", "densenet121", "efficientnetb0", "efficientnetv2b0"),
     *("inceptionresnetv2", "inceptionv3", "mobilenet", "mobilenetv2", "mobilenetv3small", "nasnetmobile"),
-    *("resnet50", "resnet50v2", "vgg16", "vgg19", "xception"),
+    *("resnet50", "resnet50v2", "vgg16", "xception"),
 )
-FILES_IN_THE_SUITE = ("mobilenetv3small", "mobilenet")  # EfficientNetB0's: see test_imagenet_step.py
+FILES_IN_THE_SUITE = ("mobilenetv3small",)  # EfficientNetB0's: see test_imagenet_step.py
 LEFT_TO_THE_COMMAND = (
     *("convnextsmall", "convnextbase", "convnextlarge", "convnextxlarge", "densenet169", "densenet201"),
     *(f"efficientnetb{number}" for number in range(1, 8)),
     *(f"efficientnetv2{size}" for size in ("b1", "b2", "b3", "s", "m", "l")),
     *("mobilenetv3large", "nasnetlarge", "resnet101", "resnet152", "resnet101v2", "resnet152v2"),
+    "vgg19",  # VGG16 with three layers more, in a module of its own
 )
 WEIGHTS = "s3://models/imagenet.weights.h5"
 DOCUMENT = Path(__file__).parents[3] / "docs" / "reference" / "networks.md"
@@ -58,7 +59,7 @@ def test_each_network_is_either_built_in_the_suite_or_left_to_the_command() -> N
 
 @pytest.mark.tensorflow
 def test_the_suite_builds_the_smallest_of_each_architecture() -> None:
-    assert {row.name for row in ROWS if is_smallest_of_its_architecture(row)} == {*IN_THE_SUITE}
+    assert {row.name for row in ROWS if is_smallest_of_its_architecture(row)} == {*IN_THE_SUITE, "vgg19"}
 
 
 def test_the_table_in_the_docs_has_these_rows() -> None:
@@ -190,7 +191,7 @@ def test_it_has_the_layer_of_its_row_one_graph_in_all_ways_and_a_short_backward_
 
     Weights from a file, from the download of Keras and from a registry entry have one graph, in all networks.
     That the files are read alike, and that the pass can be compiled, the command sees in the smallest network
-    of each architecture: what fails there is a kind of layer. The suite reads files for some of them.
+    of each architecture: what fails there is a kind of layer. The suite reads files for two of them.
     """
     import tensorflow as tf
 
@@ -264,7 +265,7 @@ def build_without_values(
     from gradcam_worker.gradcam.models import loading
 
     keras.utils.clear_session()
-    with keras.StatelessScope():
+    with keras.StatelessScope(initialize_variables=False):
         model = build_with_keras(row)
         built_graphs.append(graph_of(model))
         assert model.requested_files == list(row.keras_files)

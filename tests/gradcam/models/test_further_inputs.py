@@ -78,10 +78,16 @@ def pixels(noise: Callable[..., NDArray[np.uint8]]) -> NDArray[np.uint8]:
     ids=["gradcam", "layercam", "flip", "earlier"],
 )
 def test_patients_in_one_pass_are_explained_as_with_their_values_built_in(
-    shape: dict[str, bool], method: Method, wrap: Wrap, pixels: NDArray[np.uint8]
+    shape: dict[str, bool],
+    method: Method,
+    wrap: Wrap,
+    pixels: NDArray[np.uint8],
+    request: pytest.FixtureRequest,
 ) -> None:
     import keras
 
+    if shape or method.name != "gradcam":  # one shape is traced, too
+        request.getfixturevalue("eagerly")
     keras.utils.set_random_seed(3)
     model = patient_model(keras, **shape)
     network = wrap(model, inputs=INPUTS)

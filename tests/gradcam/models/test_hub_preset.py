@@ -16,6 +16,7 @@ import json, socket, sys, tomllib
 from pathlib import Path
 import numpy as np
 import keras_hub
+import tensorflow
 from gradcam_worker.errors import GradcamError
 from gradcam_worker.gradcam import explain_image
 from gradcam_worker.gradcam.conversion.convert import convert
@@ -30,6 +31,9 @@ from dataclasses import asdict
 def no_network(*_):
     raise AssertionError("the network is used")
 socket.socket.connect = no_network
+# Each pass is run once or twice: to trace it takes longer, as in the fixture `eagerly`.
+tensorflow.config.run_functions_eagerly(True)
+tensorflow.vectorized_map = lambda pull, values: tensorflow.stack([*map(pull, tensorflow.unstack(values))])
 
 models, layers = keras_hub.models, keras_hub.layers
 vit = models.ViTBackbone(
@@ -68,7 +72,7 @@ for name in ("vit", "resnet"):
     lines = registry_lines(converted, Path(f"{name}.keras"))
     Path("networks.toml").write_text("\\n".join(lines))
     (row,) = Registry(Path("networks.toml")).operator_networks()
-    loaded = load_network(row, file=WeightsFile(Path(f"{name}.keras"), row.file.sha256))
+    loaded = load_network(row, file=WeightsFile(Path(f"{name}.keras"), row.file.sha256), forward="tensorflow")
     again = {one.id: one.probability for one in explain_image(loaded, photo, top_n=3).explained}
     found[name] = {
         "layer": network.facts.default_layer,

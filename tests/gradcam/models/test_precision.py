@@ -58,6 +58,7 @@ def test_the_facts_name_the_precision_and_the_last_layer_stays_in_float32(precis
     assert network._model.get_layer("scores").dtype_policy.name == "float32"
 
 
+@pytest.mark.usefixtures("eagerly")
 @fewer_digits
 def test_every_photo_keeps_its_best_class_and_scores_stay_close(
     precision: str, compute_photos: ComputePhotos
