@@ -90,6 +90,11 @@ def test_the_garbage_collector_runs_again_after_an_import_also_one_that_fails() 
     assert gc.isenabled()
 
 
+def test_a_command_imports_no_telemetry_that_nobody_asks_for() -> None:
+    loaded = loaded_by("from gradcam_worker.cli.main import main; main(['--version'])")
+    assert loaded & {"redis", "opentelemetry"} == {"redis"}
+
+
 def test_what_is_hidden_is_there_again_afterwards_and_for_other_threads(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -19,7 +19,7 @@ from devtools.processes import family
 pytestmark = [pytest.mark.live, pytest.mark.timeout(400)]
 ROWS = 600
 RUNS = 3  # all but the last one are killed, with their worker
-RATE = 200  # rows a second: so slowly that no run is over before its kill
+RATE = 100  # rows a second: so slowly that no run is over before its kill
 LATER_S = 0.5  # at most, after a worker has begun a shard
 PATIENCE_S = 300
 
@@ -52,7 +52,7 @@ def test_a_backfill_survives_that_everybody_is_killed_with_each_row_exactly_once
         uris = (f"s3://photos/{number % IMAGES}.jpg" for number in range(ROWS))
         source = backfill_command.write_input(cluster.folder / "input.csv", uris)
         output, log = f"{cluster.settings.output}/kills", cluster.folder / "submitter.log"
-        words = backfill_command.command(source, output, NETWORK, "--shard-rows", "32", "--rate", str(RATE))
+        words = backfill_command.command(source, output, NETWORK, "--shard-rows", "16", "--rate", str(RATE))
         for run in range(RUNS):
             cluster.work()
             resumed = ["--resume"] if run else []

@@ -9,16 +9,21 @@ import os
 import sys
 
 from devtools.faults import tiny_worker
-from gradcam_worker.gradcam.classes import ClassIndex, Label
-from gradcam_worker.testing import TinyNetwork
 
 HOSTILE: str = json.loads(os.environ["HOSTILE_TEXT"])
 
 
-if __name__ == "__main__":
+def work(ready_fd: int) -> int:
+    """`tiny_worker.work`, with other names."""
+    from gradcam_worker.gradcam.classes import ClassIndex, Label
+    from gradcam_worker.testing import TinyNetwork
+
+    names = (HOSTILE, "green", "\x1b[31mblue\n")
     TinyNetwork.labels = ClassIndex(
-        (Label(0, "n1", HOSTILE), Label(1, "n2", "green"), Label(2, "n3", "\x1b[31mblue\n"))
+        tuple(Label(number, f"n{number + 1}", name) for number, name in enumerate(names))
     )
-    sys.exit(
-        tiny_worker.supervise(__file__) if sys.argv[1] == "supervise" else tiny_worker.work(int(sys.argv[2]))
-    )
+    return tiny_worker.work(ready_fd)
+
+
+if __name__ == "__main__":
+    sys.exit(tiny_worker.supervise(__file__) if sys.argv[1] == "supervise" else work(int(sys.argv[2])))

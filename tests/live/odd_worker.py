@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from devtools.faults import tiny_worker
+from gradcam_worker import extras
 
 HUNG_AFTER_S = 4.0  # without a turn of the loop: a test has not got half a minute
 ANSWERED_S = 1.5  # ago: whoever has not answered since is away
@@ -32,9 +33,10 @@ def hang() -> None:
 
 def work(ready_fd: int) -> int:
     """`tiny_worker.work`, with a loop that can hang, and jobs that can be stuck."""
-    from gradcam_worker.broker.consumer import JobConsumer
-    from gradcam_worker.observability import health
-    from gradcam_worker.runtime import liveness
+    with extras.without_garbage_collection():
+        from gradcam_worker.broker.consumer import JobConsumer
+        from gradcam_worker.observability import health
+        from gradcam_worker.runtime import liveness
 
     prepare: Any = import_module("gradcam_worker.images.prepare")
     decode = prepare.decode

@@ -316,11 +316,17 @@ def test_a_worker_whose_loop_hangs_is_started_again(house: Any) -> None:
     assert "silent_s=5 " in said
 
 
-def test_a_broker_that_is_killed_started_again_and_stopped_for_a_while_costs_no_job(house: Any) -> None:
+def test_a_broker_that_is_down_at_the_start_killed_started_again_and_stopped_for_a_while_costs_no_job(
+    house: Any,
+) -> None:
     home = house(stalled_after_s=10)
     ids: list[str] = []
+    home.broker.stop()
     with home.worker():
+        wait_for(lambda: "cannot be reached" in home.log(), "the worker's start")
+        home.broker.start()
         home.client.wait(home.submit(), WAIT_S)
+        assert "worker_process_ended" not in home.log(), "it has waited"
         for fault in (0.1, 1, 4, "stopped", 0.1):
             ids += [home.submit() for _ in range(15)]
             if fault == "stopped":
@@ -340,13 +346,3 @@ def test_a_broker_that_is_killed_started_again_and_stopped_for_a_while_costs_no_
         attempt = home.status(one).attempt
         event = f"job_attempt_finished status=succeeded job_id={one} attempt={attempt}\n"
         assert said.count(event) == 1
-
-
-def test_a_worker_that_starts_while_the_broker_is_down_waits_for_it(house: Any) -> None:
-    home = house()
-    home.broker.stop()
-    with home.worker():
-        wait_for(lambda: "cannot be reached" in home.log(), "the worker's start")
-        home.broker.start()
-        assert home.client.wait(home.submit(), WAIT_S).status == "succeeded"
-    assert "worker_process_ended" not in home.log()

@@ -6,7 +6,7 @@ Both hold what constraints.txt says. Installing TensorFlow and what it needs aga
 import re
 import runpy
 import shlex
-import shutil
+import subprocess
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from importlib.util import cache_from_source
@@ -31,21 +31,24 @@ def copy(extras: Sequence[str], venv: Path) -> str:
     """
     (target,) = venv.glob("lib/python*/site-packages")
     wanted = runpy.run_path(str(ROOT / "scripts" / "setup"))["requirements"](extras)
+    names: dict[str, list[str]] = {}  # by the folder of packages
     for package in {one.name: one for one in _installed(["pip", *wanted])}.values():
+        there = names.setdefault(str(package.locate_file("")), [])
         for file in package.files or ():
             if ".." not in file.parts:  # else it is a program
-                source = Path(str(file.locate()))
-                _copy(source, target / file)
+                there.append(str(file))
                 if file.suffix == ".py":
-                    _copy(Path(cache_from_source(source)), Path(cache_from_source(target / file)))
+                    there.append(cache_from_source(file))
+    for folder, files in names.items():
+        _copy(Path(folder), target, files)
     return shlex.join(wanted)
 
 
-def _copy(source: Path, target: Path) -> None:
-    """Copy a file, with its times; a module may not have been compiled yet."""
-    if source.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(source, target)
+def _copy(source: Path, target: Path, files: Sequence[str]) -> None:
+    """Copy files with their times; a module may not have been compiled yet."""
+    there = "\0".join(file for file in sorted({*files}) if (source / file).exists())
+    command = ["xargs", "-0", "cp", "--parents", "--preserve=mode,timestamps", "-t", str(target)]
+    subprocess.run(command, cwd=source, input=there.encode(), check=True)
 
 
 def _installed(requirements: Sequence[str]) -> Iterator[metadata.Distribution]:

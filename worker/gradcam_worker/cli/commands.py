@@ -195,8 +195,8 @@ def deliver() -> int:
       GRADCAM_BROKER_URL=redis://queue:6379/0 GRADCAM_WEBHOOK_HOSTS=app.example.com gradcam deliver
     """
     _require("httpx", "standardwebhooks")  # fail here, not when the first event is delivered
-    from gradcam_worker.runtime import delivery_process, preflight
-
+    with extras.without_garbage_collection():
+        from gradcam_worker.runtime import delivery_process, preflight
     settings = Settings.from_environment()
     configure_logging(settings.log_format, settings.log_level)
     preflight.check(settings, stores=False)

@@ -20,7 +20,7 @@ def serve(host: str, port: int) -> int:
     Example:
       GRADCAM_BROKER_URL=redis://queue:6379/0 gradcam serve --port 8000
     """
-    with extras.required("The command gradcam serve", "serve"):
+    with extras.required("The command gradcam serve", "serve"), extras.without_garbage_collection():
         from gradcam_worker.gateway import server
     settings = Settings.from_environment()
     configure_logging(settings.log_format, settings.log_level)

@@ -34,8 +34,8 @@ def spawn(
     Returns:
         The keeper of the program: end it with `stop`.
     """
-    # -P: a folder in the working directory must not be imported instead of this package.
-    keeper = [sys.executable, "-P", "-m", "gradcam_worker.runtime.parent_watch", str(grace_s), *command]
+    # By its file, without site-packages: the keeper needs neither, and starts in half of the time.
+    keeper = [sys.executable, "-I", "-S", __file__, str(grace_s), *command]
     output = log.open("ab") if log else None
     try:
         return subprocess.Popen(
