@@ -1,9 +1,8 @@
 """The page at `/` as people meet it: `gradcam serve`, a worker, a real browser."""
 
+import contextlib
 import json
-import os
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +15,9 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
 from gradcam_worker.errors import UnknownJob, UnsupportedMediaType
+from gradcam_worker.gateway.access.api_keys import ApiKey, ApiKeys
+from gradcam_worker.gateway.access.tenants import SCOPES, TenantPolicy, Tenants
+from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.operations import servers
 from gradcam_worker.runtime import parent_watch
 
@@ -199,15 +201,10 @@ def test_a_job_that_waits_says_that_no_worker_runs_and_can_be_cancelled(visitor:
 def test_where_keys_are_needed_the_page_asks_for_one_and_keeps_it_in_its_tab(
     visitor: Visitor, site: str, place: Any
 ) -> None:
-    def gradcam(*words: str) -> str:
-        return subprocess.check_output(
-            [sys.executable, "-P", "-m", "gradcam_worker", *words],
-            env={**os.environ, **place.settings.to_environment()},
-            text=True,
-        )
-
-    gradcam("tenants", "set", "acme")
-    key = json.loads(gradcam("keys", "create", "acme", "--json"))["key"]
+    with contextlib.closing(RedisLedger(place.settings)) as ledger:
+        Tenants(ledger.server).store(TenantPolicy(name="acme", output="s3://results/cams/acme"))
+        key, record = ApiKey.make("acme", scopes=SCOPES)
+        ApiKeys(ledger.server).store(record)
     try:
         visitor.until(lambda: visitor.driver.refresh() or visitor.find("key-dialog").is_displayed())
         assert visitor.run("document.activeElement.id") == "key"

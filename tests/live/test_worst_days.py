@@ -201,16 +201,16 @@ def test_a_killed_workers_jobs_run_again_within_half_a_minute(house: Any, gate: 
 def test_a_poison_job_ends_after_its_attempts_and_takes_its_neighbours_with_it_once(house: Any) -> None:
     home = house(lease_s=1)
     healthy = [home.submit() for _ in range(8)]
-    poison = home.submit(picture(tiny_network.POISON), max_attempts=3)
+    poison = home.submit(picture(tiny_network.POISON), max_attempts=2)
     healthy += [home.submit() for _ in range(12)]
     with home.worker():
         ended = home.client.wait(poison, WAIT_S)
         done = [home.client.wait(one, WAIT_S) for one in healthy]
     assert ended.error is not None
-    assert (ended.status, ended.attempt, ended.error.code) == ("failed", 3, "max_attempts_exceeded")
+    assert (ended.status, ended.attempt, ended.error.code) == ("failed", 2, "max_attempts_exceeded")
     assert {one.status for one in done} == {"succeeded"}
     assert max(one.attempt for one in done) <= 2
-    assert home.log().count("exit_code=-9 ") == 3
+    assert home.log().count("exit_code=-9 ") == 2
 
 
 def test_a_worker_that_is_asked_to_stop_takes_nothing_new_keeps_its_leases_and_finishes(
