@@ -16,6 +16,7 @@ from gradcam_worker.batch import ShardExplainer, explain_images
 from gradcam_worker.errors import InvalidInput, InvalidJob, UnknownClass, UnknownNetwork
 from gradcam_worker.execution.services import Services
 from gradcam_worker.gradcam.imaging.overlay import encode
+from gradcam_worker.runtime import service_factory
 from gradcam_worker.settings import Settings
 from gradcam_worker.testing import fake_services
 
@@ -36,6 +37,12 @@ NETWORK = "efficientnet_lite0"
 
 def services(_: Settings, images: dict[str, Any] = IMAGES) -> Services:
     return fake_services(images)
+
+
+@pytest.fixture(autouse=True)
+def _no_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Limit no threads of a backend that computes nothing here: for that it is imported."""
+    monkeypatch.setattr(service_factory, "prepare", lambda _: None)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 from numpy.typing import NDArray
@@ -56,6 +56,7 @@ def shown_part(photo: Size, sizing: Sizing) -> tuple[int, int, int, int]:
 
 class TestKnownObject:
     @pytest.mark.parametrize("name", FITS)
+    @settings(deadline=None)
     @given(data=st.data())
     def test_box_and_peak_lie_on_an_object_anywhere_in_what_the_network_sees(
         self, name: str, data: st.DataObject
@@ -187,6 +188,7 @@ PLACEMENTS = st.builds(
 
 
 class TestBack:
+    @settings(deadline=None)
     @given(
         PLACEMENTS,
         st.integers(1, 40),

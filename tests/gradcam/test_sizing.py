@@ -5,7 +5,7 @@ from dataclasses import fields
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradcam_worker.errors import InvalidSettings
@@ -43,6 +43,7 @@ def torchvision_resize(height: int, width: int, short_side: int) -> tuple[int, i
 
 
 class TestLayout:
+    @settings(deadline=None)
     @given(SIZES, INPUTS)
     def test_squash_fills_the_input_whatever_the_proportions(
         self, photo: tuple[int, int], size: tuple[int, int]
@@ -61,6 +62,7 @@ class TestLayout:
         assert layout == Layout(torchvision_resize(*photo, 256), top, left)
         assert layout == Sizing("nearest", "crop", short_side=256).layout(photo, (224, 224))
 
+    @settings(deadline=None)
     @given(SIZES, st.integers(8, 600), st.integers(1, 600))
     def test_the_sides_of_a_crop_are_torchvisions(
         self, photo: tuple[int, int], side: int, short_side: int
@@ -103,6 +105,7 @@ class TestPlacement:
     def test_a_photo_with_the_inputs_proportions_is_shown_whole(self, fit: Fit) -> None:
         assert Sizing(fit=fit).placement((500, 500), (224, 224)) is None
 
+    @settings(deadline=None)
     @given(SIZES, INPUTS, FITTED, st.floats(0, 1), st.floats(0, 1))
     def test_a_place_in_the_input_is_mapped_to_the_photo_and_back(
         self, photo: tuple[int, int], size: tuple[int, int], sizing: Sizing, across: float, down: float
@@ -114,6 +117,7 @@ class TestPlacement:
         assert x * layout.resized[1] / photo[1] - layout.left == pytest.approx(across * size[1], abs=1e-6)
         assert y * layout.resized[0] / photo[0] - layout.top == pytest.approx(down * size[0], abs=1e-6)
 
+    @settings(deadline=None)
     @given(SIZES, INPUTS, FITTED)
     def test_the_pixels_on_which_the_grid_lies_are_those_with_their_centre_on_it(
         self, photo: tuple[int, int], size: tuple[int, int], sizing: Sizing

@@ -1,7 +1,7 @@
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradcam_worker.net.ip_policy import GLOBAL_UNICAST, objection, parse_networks
@@ -77,6 +77,7 @@ def test_no_answer_of_the_table_is_without_an_objection(found: tuple[str, ...], 
     assert any(objection(ip_address(address)) for address in found)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**32 - 1))
 def test_a_disguise_never_makes_an_ipv4_address_acceptable(bits: int) -> None:
     address = IPv4Address(bits)
@@ -95,6 +96,7 @@ def test_a_disguise_never_makes_an_ipv4_address_acceptable(bits: int) -> None:
         assert bool(objection(ip_address(disguise), admitted)) == bool(objection(address))
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**128 - 1))
 def test_beyond_global_unicast_there_is_no_address_to_dial(bits: int) -> None:
     address = IPv6Address(bits)

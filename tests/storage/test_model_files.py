@@ -13,8 +13,11 @@ KEYS = {"aws_access_key_id": "id", "aws_secret_access_key": "secret"}
 
 @cache
 def sessions() -> tuple[Any, Any]:
-    """Ours, and botocore's own."""
-    return credentials.create_session("eu-central-1"), Session()
+    """Ours, and botocore's own, without the data that all tests share."""
+    found = credentials.create_session("eu-central-1"), Session()
+    for session in found:
+        session.get_component("data_loader")._cache = {}
+    return found
 
 
 @pytest.mark.parametrize("region", ["eu-central-1", "us-east-1", "cn-north-1", "us-gov-west-1", "mars-1"])

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from devtools.planted.shapes import CLASSES, SIDE, Plant, draw
-from gradcam_worker.gradcam import Network, wrap_model
+from gradcam_worker.gradcam import Network
 
 TRAINING_IMAGES = 2000
 EPOCHS = 8
@@ -67,4 +67,6 @@ def _convolution(layers: Any, channels: int, kernel: int, stride: int) -> list[A
 
 def wrap(model: Any) -> Network:
     """The network of a model, for `gradcam_worker.gradcam`."""
+    from gradcam_worker.gradcam import wrap_model  # imports TensorFlow
+
     return wrap_model(model, preprocessing="unit", labels=CLASSES)

@@ -2,11 +2,11 @@
 
 import pytest
 
+from devtools.planted.compare_evidence import examine, in_lines
+
 
 @pytest.mark.tensorflow
 def test_a_watermark_is_named_first_and_other_images_of_one_training_name_nothing() -> None:
-    from devtools.planted.compare_evidence import examine, in_lines  # imports TensorFlow
-
     outcomes = examine([20], [22], compared=300, images=700, epochs=5)
     assert [(one.case, one.seeds, one.is_right) for one in outcomes] == [
         ("other images", (20, 20), True),
