@@ -231,6 +231,7 @@ class TestKnownAnswers:
 
 
 @pytest.mark.tensorflow
+@pytest.mark.usefixtures("eagerly")
 def test_of_the_cat_what_tells_it_from_a_dog_and_from_a_tabby_are_different_regions(
     lite0: Any, photos: Path
 ) -> None:

@@ -205,6 +205,7 @@ def test_what_is_no_method_is_refused_with_those_there_are(wrong: Method | str) 
 
 @pytest.mark.tensorflow
 class TestOnPhotos:
+    @pytest.mark.usefixtures("eagerly")
     @pytest.mark.parametrize("name", METHODS)
     def test_every_method_sees_the_helmet_and_the_counterfactual_everything_else(
         self, name: str, lite0: Any, photos: Any

@@ -78,6 +78,7 @@ def test_on_the_notebooks_own_networks_its_numbers_are_ours(
     assert np.count_nonzero(np.nan_to_num(heatmaps).max((1, 2))) >= 2
 
 
+@pytest.mark.usefixtures("eagerly")
 @pytest.mark.parametrize(
     ("photo", "wanted"),
     [("astronaut", [-1, -2, 812, 560]), ("camera", [-1, 872, 759]), ("coffee", [-1, 967])],
