@@ -127,6 +127,7 @@ def make_stage(
                 retry_backoff_max_s=1,
                 threads=4,
                 forward="tensorflow",  # OpenVINO takes seconds to convert a network
+                max_batch=8,  # to measure it takes seconds, too
                 shutdown_timeout_s=30,
                 **{"lease_s": 3, "lost_after_s": 5, "preload": ("efficientnet_lite0",), **changes},
             )

@@ -27,12 +27,13 @@ def start(folder: Path, **variables: str) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
         cwd=folder,
-        # OpenVINO takes seconds to convert a network.
+        # To convert a network, and to measure how many images to batch, takes seconds each.
         env={
             **os.environ,
             "TMPDIR": str(scratch),
             "PYTHONUNBUFFERED": "1",
             "GRADCAM_FORWARD": "tensorflow",
+            "GRADCAM_MAX_BATCH": "8",
             **variables,
         },
     )

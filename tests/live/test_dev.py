@@ -49,7 +49,8 @@ class Development:
     def start(self, *, until_ready: bool = True) -> None:
         command = [str(PROGRAMS / "gradcam"), "dev", "gradcam-dev", "--port", str(self.port)]
         variables = {**os.environ, "TMPDIR": str(self.folder), "GRADCAM_THREADS": "4"}
-        variables["GRADCAM_FORWARD"] = "tensorflow"  # OpenVINO takes seconds to convert a network
+        # To convert a network, and to measure how many images to batch, takes seconds each.
+        variables |= {"GRADCAM_FORWARD": "tensorflow", "GRADCAM_MAX_BATCH": "8"}
         with self.log.open("wb") as output:
             self.process = subprocess.Popen(
                 command, cwd=self.folder, env=variables, stdout=output, stderr=output, start_new_session=True
