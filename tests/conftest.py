@@ -78,7 +78,7 @@ USES_STAGE = {
     f"tests/live/{name}.py": "tests/live/test_pages.py"
     for name in ("test_queue_doc", "test_river", "test_start")
 }
-MAX_WAITING = 2  # processes that run files of `live` and `faults`
+WAITING_FIRST = 2  # processes that begin with what waits
 FOLDERS_OF_SERVERS = {"live", "faults", "devtools", "deploy"}
 
 
@@ -133,12 +133,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Whole files, from both ends: one process begins with what waits, the others with what computes.
+    """Whole files, from both ends: two processes begin with what waits, a third one with what computes.
 
-    So a test of real processes, which mostly waits, and the training of a network share the two cores; what
-    is small comes last, wherever there is room. A third process only computes: files that start servers and
-    workers, which need memory and have deadlines, run two at a time at most. Not by the mark `xdist_group`:
-    xdist 3.8 writes it into `_nodeid`, which pytest 9 does not read any more.
+    So tests of real processes, which mostly wait, and the training of a network share the two cores; what is
+    small comes last, wherever there is room. Not by the mark `xdist_group`: xdist 3.8 writes it into
+    `_nodeid`, which pytest 9 does not read any more.
     """
     from xdist.scheduler import LoadScopeScheduling
 
@@ -149,12 +148,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
         def _reschedule(self, node: Any) -> None:
             super()._reschedule(node)
-            if not (node.shutting_down or self._files_for(node)):
+            if not (node.shutting_down or self.workqueue):
                 node.shutdown()  # once it has run what it was given
 
         def _assign_work_unit(self, node: Any) -> None:
-            if files := self._files_for(node):
-                path = (min if node is self.nodes[0] else max)(files, key=_place)
+            if self.workqueue:
+                nearest = min if self.nodes.index(node) < WAITING_FIRST else max
+                path = nearest(self.workqueue, key=_place)
                 self.workqueue.move_to_end(path, last=False)  # where the next one is taken from
                 super()._assign_work_unit(node)
 
@@ -172,11 +172,6 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
                 for other in self.nodes:
                     self._reschedule(other)
             return crashed
-
-        def _files_for(self, node: Any) -> list[str]:
-            """What is left that a process may run."""
-            may_wait = self.nodes.index(node) < MAX_WAITING
-            return [path for path in self.workqueue if may_wait or _place(path)[0]]
 
     return FromBothEnds(config, log)
 

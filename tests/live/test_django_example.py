@@ -117,7 +117,7 @@ def site(make_stage: Callable[..., Any], tmp_path_factory: pytest.TempPathFactor
         environment=environment,
     )
     try:
-        with stage.worker("worker", tiny=True):
+        with stage.worker("worker"):
             wait_for(lambda: answers(url) and stage.client.workers())
             yield site
     finally:
@@ -180,7 +180,7 @@ def test_photos_are_explained_and_seen_in_the_admin(site: Site, visitor: Any, ph
         WebDriverWait(visitor, TIMEOUT_S).until(lambda _: visitor.find_elements(By.CLASS_NAME, "success"))
         assert not visitor.find_elements(By.CLASS_NAME, "warning"), "a worker runs"
     # The list asks nobody: what it knows comes by webhook.
-    wait_for(lambda: "red, " in row_text(visitor, site, "chelsea.jpg"))
+    wait_for(lambda: "Egyptian cat, " in row_text(visitor, site, "chelsea.jpg"))
     wait_for(lambda: ImageNotFound.public_message in row_text(visitor, site, "nothing"))
     visitor.get(f"{site.url}/photos/photo/add/")
     visitor.find_element(By.NAME, "image").send_keys("s3://private/cat.jpg\n")
