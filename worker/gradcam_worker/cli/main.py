@@ -31,9 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     atexit.register(gc.freeze)
     try:
         with extras.without_garbage_collection():
-            with extras.hidden_in_commands(
-                "opentelemetry"
-            ):  # Redis's client has metrics that nobody asks for
+            # Redis's client has metrics that nobody asks for, and imports all of OpenTelemetry for them.
+            with extras.hidden_in_commands("opentelemetry"):
                 import gradcam_worker.redis_server.client  # noqa: F401  # imports it
             from gradcam_worker.cli import commands
     except ModuleNotFoundError as error:
