@@ -1,6 +1,7 @@
 """The FastAPI example as a visitor meets it: uvicorn, a real browser, a real worker behind it."""
 
 import importlib.util
+import logging
 import re
 import shlex
 import sys
@@ -327,6 +328,14 @@ def test_where_the_broker_is_away_a_visitor_is_asked_to_come_again(
 ) -> None:
     monkeypatch.setenv("GRADCAM_BROKER_URL", f"redis://127.0.0.1:{free_port}/0")
     monkeypatch.setenv("PAGE_IMAGES", "s3://other/place,s3://photos")
+    for name in (
+        "uvicorn",
+        "uvicorn.error",
+    ):  # set up otherwise where a test has run a server in this process
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
+        monkeypatch.setattr(logging.getLogger(name), "disabled", False)
+        monkeypatch.setattr(logging.getLogger(name), "filters", [])
+        caplog.set_level(logging.WARNING, name)
     spec = importlib.util.spec_from_file_location("fastapi_app", EXAMPLE)
     assert spec
     assert spec.loader

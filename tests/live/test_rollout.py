@@ -77,7 +77,10 @@ def test_a_version_that_cannot_work_is_never_ready_and_one_that_can_takes_over(
     stage: Any, held: tuple[str, threading.Event]
 ) -> None:
     job_id, opened = held
-    with pod(stage, "old", shutdown_timeout_s=1) as (old, old_port), ExitStack() as pods:
+    with (
+        pod(stage, "old", shutdown_timeout_s=1, fetch_timeout_s=WAIT_S) as (old, old_port),
+        ExitStack() as pods,
+    ):
         wait_for(lambda: is_ready(old_port), "the old worker's readiness")
         wait_for(lambda: stage.client.status(job_id).status == "running", "the job's start")
         bad = {name: pods.enter_context(pod(stage, name, **changes)) for name, changes in BROKEN.items()}

@@ -13,7 +13,8 @@ KEYS = {"aws_access_key_id": "id", "aws_secret_access_key": "secret"}
 
 @cache
 def sessions() -> tuple[Any, Any]:
-    """Ours, and botocore's own, without the data that all tests share."""
+    """Ours, and botocore's own, without the data that all tests share, and that clients in use change."""
+    credentials._read_model_file.cache_clear()
     found = credentials.create_session("eu-central-1"), Session()
     for session in found:
         session.get_component("data_loader")._cache = {}
