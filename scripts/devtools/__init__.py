@@ -15,7 +15,6 @@ devtools.bench`), with the folder `scripts` on the import path; so are those tha
 import os
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 SCRIPTS = Path(__file__).resolve().parents[1]
 ROOT = SCRIPTS.parent  # of the repository
@@ -30,8 +29,3 @@ def import_path() -> dict[str, str]:
     """What has to be in the environment of a process that imports this package."""
     before = os.environ.get("PYTHONPATH")
     return {"PYTHONPATH": f"{SCRIPTS}{os.pathsep}{before}" if before else str(SCRIPTS)}
-
-
-def exit_on_sigterm(number: int, _: object) -> NoReturn:
-    """A handler of SIGTERM: it leaves the `with` blocks, which stop what they have started."""
-    sys.exit(128 + number)

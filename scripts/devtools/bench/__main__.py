@@ -6,9 +6,10 @@ import sys
 
 import click
 
-from devtools import ROOT, exit_on_sigterm
+from devtools import ROOT
 from devtools.bench.report import BENCHES, NothingToMeasure, in_markdown, load, run, write
 from gradcam_worker import extras
+from gradcam_worker.operations.signals import exit_on_sigterm
 
 PAGE = ROOT / "docs" / "explanation" / "performance.md"
 

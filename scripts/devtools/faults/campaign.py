@@ -19,8 +19,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from devtools import exit_on_sigterm
 from devtools.faults.verdict import PROMISES, Verdict
+from gradcam_worker.operations.signals import exit_on_sigterm
 
 
 @dataclass(frozen=True)

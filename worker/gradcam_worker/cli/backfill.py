@@ -24,8 +24,8 @@ from gradcam_worker.cli.options import (
     json_option,
     with_default_target,
 )
-from gradcam_worker.cli.signals import interrupted_by_sigterm
 from gradcam_worker.errors import InvalidInput, InvalidJob, NoWorker, UnknownNetwork, UriNotAllowed
+from gradcam_worker.operations.signals import interrupted_by_sigterm
 from gradcam_worker.operations.terminal import console
 from gradcam_worker.schemas.model import describe
 from gradcam_worker.schemas.options import is_default_target

@@ -16,10 +16,10 @@ import click
 
 from gradcam_worker.broker.publisher import Publisher
 from gradcam_worker.cli.options import json_option
-from gradcam_worker.cli.signals import interrupted_by_sigterm
 from gradcam_worker.errors import InvalidExport
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.ledger.redis.transfer import ImportCounts, LedgerImport, export_ledger
+from gradcam_worker.operations.signals import interrupted_by_sigterm
 from gradcam_worker.operations.terminal import console
 from gradcam_worker.settings import Settings
 from gradcam_worker.text.visible import counted

@@ -7,13 +7,12 @@ workers that run already: a smoke test of a deployment.
 
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from pydantic import SecretStr
 from rich.live import Live
@@ -27,6 +26,7 @@ from gradcam_worker.gradcam.decoding.decode import decode
 from gradcam_worker.gradcam.imaging.overlay import encode
 from gradcam_worker.gradcam.imaging.sheet import as_tile, sheet
 from gradcam_worker.operations import servers
+from gradcam_worker.operations.signals import exit_on_sigterm
 from gradcam_worker.operations.terminal import console
 from gradcam_worker.runtime import parent_watch
 from gradcam_worker.schemas.job import Job
@@ -139,11 +139,6 @@ def _explain(
 
 def _print(text: str) -> None:
     console.out.print(text, markup=False, soft_wrap=True)
-
-
-def exit_on_sigterm(*_: object) -> NoReturn:
-    """A handler of SIGTERM: it leaves the `with` blocks, which stop what they have started."""
-    sys.exit(143)
 
 
 def _submit(objects: SettingsObjects, client: GradcamClient, uploads: str) -> list[DemoJob]:

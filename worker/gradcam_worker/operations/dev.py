@@ -21,7 +21,8 @@ from gradcam_worker.errors import GradcamError, InvalidSettings, WorkerLost
 from gradcam_worker.gradcam.classes import DATA
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.operations import servers
-from gradcam_worker.operations.demo import BUCKETS, NETWORK, SHUTDOWN_TIMEOUT_S, exit_on_sigterm
+from gradcam_worker.operations.demo import BUCKETS, NETWORK, SHUTDOWN_TIMEOUT_S
+from gradcam_worker.operations.signals import exit_on_sigterm
 from gradcam_worker.operations.terminal import console
 from gradcam_worker.runtime import parent_watch
 from gradcam_worker.settings import Settings

@@ -1,9 +1,11 @@
 """What a signal does to a command that leaves something to be put away."""
 
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
 
 
 @contextmanager
@@ -18,3 +20,8 @@ def interrupted_by_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def exit_on_sigterm(number: int, _: FrameType | None) -> NoReturn:
+    """A handler of SIGTERM: it leaves the `with` blocks, which stop what they have started."""
+    sys.exit(128 + number)
