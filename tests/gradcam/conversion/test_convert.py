@@ -13,9 +13,7 @@ from numpy.testing import assert_allclose
 from gradcam_worker.errors import MissingExtra
 from gradcam_worker.gradcam.conversion import formats
 from gradcam_worker.gradcam.conversion.formats import Format
-from gradcam_worker.gradcam.conversion.sources import open_source
 from gradcam_worker.gradcam.files.model_file import Refused
-from gradcam_worker.gradcam.models.own_layers import NotImported
 
 pytestmark = [
     pytest.mark.tensorflow,
@@ -210,12 +208,17 @@ def test_a_lambda_becomes_layers_where_its_code_may_run(library: str, name: str,
 def test_modules_are_imported_before_a_model_of_any_format_is_loaded(
     form: Format, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from gradcam_worker.gradcam.conversion.sources import open_source
+    from gradcam_worker.gradcam.models.own_layers import NotImported
+
     monkeypatch.setattr(formats, "keras_version", lambda *_: "2.15.0")
     with pytest.raises(NotImported, match="no_such"):
         open_source(tmp_path, form, tmp_path, None, allow_code=True, imports=("no_such",))
 
 
 def test_modules_have_no_meaning_for_a_file_without_layers(tmp_path: Path) -> None:
+    from gradcam_worker.gradcam.conversion.sources import open_source
+
     with pytest.raises(Refused, match=r"no layers of my\.layers: convert it without --import"):
         open_source(tmp_path, "tflite", tmp_path, None, allow_code=True, imports=("my.layers",))
 

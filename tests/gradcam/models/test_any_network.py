@@ -10,7 +10,6 @@ from numpy.testing import assert_allclose
 
 from gradcam_worker.errors import NetworkIncompatible, UnknownLayer
 from gradcam_worker.gradcam.catalog import Head
-from gradcam_worker.gradcam.models.load_checks import TENSORFLOW_NAME
 from tests.gradcam.small_networks import ALL_CLASSES, COLUMNS, ROWS, Wrap, add_classifier, backbone
 
 pytestmark = pytest.mark.tensorflow
@@ -268,6 +267,8 @@ class TestNothingToExplain:
     def test_a_name_is_taken_where_tensorflow_compiles_a_layer_of_that_name(self, name: str) -> None:
         import keras
         import tensorflow as tf
+
+        from gradcam_worker.gradcam.models.load_checks import TENSORFLOW_NAME
 
         layer = keras.layers.Dense(2, name=name)
         layer.build((None, 2))
