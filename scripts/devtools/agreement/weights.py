@@ -6,6 +6,7 @@ file is then read from an operator's folder, as Keras's download, and by an entr
 
 import gc
 import json
+import math
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -129,7 +130,10 @@ def initialised(normal: Floats, uniform: Floats) -> Iterator[None]:
     starts = np.random.default_rng(SEED)
 
     def cut(pool: Floats, shape: Any) -> Floats:
-        return np.resize(pool[starts.integers(len(pool) // 2 + 1) :], shape)
+        start, count = int(starts.integers(len(pool) // 2 + 1)), math.prod(shape)
+        if start + count > len(pool):
+            return np.resize(pool[start:], shape)
+        return pool[start : start + count].reshape(shape)  # which `resize` would copy to the end of the pool
 
     def of_deviation(shape: Any, mean: float = 0.0, stddev: float = 1.0, **_: Any) -> Floats:
         return np.clip(cut(normal, shape), -2, 2) * np.float32(stddev) + np.float32(mean)
@@ -156,8 +160,9 @@ def _graph_and_logits(model: Any, inputs: Any) -> tuple[str, Array]:
 
 def graph_of(model: Any) -> str:
     """The configuration of a model, without the name of its input, which differs in a copy."""
-    [name] = (layer["name"] for layer in model.get_config()["layers"] if layer["class_name"] == "InputLayer")
-    return json.dumps(model.get_config()).replace(f'"{name}"', '"input"')
+    config = model.get_config()
+    [name] = (layer["name"] for layer in config["layers"] if layer["class_name"] == "InputLayer")
+    return json.dumps(config).replace(f'"{name}"', '"input"')
 
 
 def _from_download(row: NetworkRow, path: Path) -> Any:

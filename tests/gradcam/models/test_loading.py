@@ -192,6 +192,7 @@ def test_keras_json_in_a_home_folder_is_ignored_and_a_download_is_found_there(
     download.parent.mkdir()
     download.touch()
     program = (
+        "from gradcam_worker import extras; extras.run_as_command()\n"
         "import numpy as np\nfrom gradcam_worker.gradcam import backend\n"
         "from gradcam_worker.gradcam import catalog\n"
         "from gradcam_worker.gradcam.models import loading; config = backend.keras.config\n"

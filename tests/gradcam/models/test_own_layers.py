@@ -1,19 +1,19 @@
-"""Layers that a model brings: modules that the registry names, in a real package that only a child sees."""
+"""Layers that a model brings: modules that the registry names, in a real package."""
 
-import os
-import subprocess
 import sys
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 
+from gradcam_worker.errors import GradcamError
 from gradcam_worker.gradcam.catalog import PREPROCESSING, NetworkRow
+from gradcam_worker.gradcam.registry.registry import Registry
 from gradcam_worker.text.visible import ending
 
 pytestmark = pytest.mark.tensorflow
 
-TIMEOUT_S = 120
 LAYERS = """
 import keras
 from keras.layers import Dense  # not its own
@@ -34,24 +34,6 @@ class Shift(keras.layers.Layer):  # not registered
     def call(self, values):
         return values + 1.0
 """
-LOAD = """
-import sys
-from pathlib import Path
-from gradcam_worker.errors import GradcamError
-from gradcam_worker.gradcam.models.loading import load_network
-from gradcam_worker.gradcam.registry.registry import Registry
-from gradcam_worker.gradcam.files.weights import WeightsFile, file_sha256
-for name, row in Registry(Path("networks.toml")).rows().items():
-    if row.file:
-        assert not any(module.startswith("mole_layers") for module in sys.modules), "imported too early"
-for row in Registry(Path("networks.toml")).operator_networks():
-    file = WeightsFile(Path("own.keras"), row.file.sha256)
-    try:
-        network = load_network(row, file=file, forward="tensorflow")
-        print(row.name, "layer", network.facts.default_layer)
-    except GradcamError as error:
-        print(row.name, error.code, error)
-"""
 TABLE = """
 [networks.{name}]
 model = "own.keras"
@@ -61,44 +43,9 @@ input_size = [32, 32]
 """
 
 
-def run(folder: Path, program: str) -> str:
-    """Run a program in a child process that finds the package."""
-    environment = os.environ | {"PYTHONPATH": str(folder)}
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def save(folder: Path) -> None:
-    """Save a model with layers of the package, and forget it."""
-    import keras
-
-    before = {*keras.saving.get_custom_objects()}
-    own = import_module("mole_layers.layers")
-    inputs = keras.Input((32, 32, 3))
-    x = own.Scale(3.0, name="scale")(keras.layers.Conv2D(4, 3, name="last")(inputs))
-    x = keras.layers.GlobalAveragePooling2D()(own.Shift(name="shift")(x))
-    keras.Model(inputs, keras.layers.Dense(3, "softmax")(x)).save(folder / "own.keras")
-    for name in {*keras.saving.get_custom_objects()} - before:
-        del keras.saving.get_custom_objects()[name]
-    for name in [name for name in sys.modules if name.startswith("mole_layers")]:
-        del sys.modules[name]
-
-
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras's own, as it saves
-def test_layers_of_a_package_that_the_registry_names_are_found_and_else_the_reason_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from gradcam_worker.gradcam.files.weights import file_sha256
-
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The current folder, with the package, which is importable from it and forgotten afterwards."""
     package = tmp_path / "mole_layers"
     package.mkdir()
     (package / "__init__.py").touch()
@@ -107,8 +54,62 @@ def test_layers_of_a_package_that_the_registry_names_are_found_and_else_the_reas
         "import keras\nraise OSError('no licence' + ' for this' * 90 + ', END')"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    save(tmp_path)
-    sha256 = file_sha256(tmp_path / "own.keras")
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    forget()
+
+
+def imported() -> list[str]:
+    """The modules of the package that are imported."""
+    return [name for name in sys.modules if name.startswith("mole_layers")]
+
+
+def forget() -> None:
+    """Forget the package, as a process that has not imported it."""
+    import keras
+
+    for name in [name for name in keras.saving.get_custom_objects() if name.startswith("moles>")]:
+        del keras.saving.get_custom_objects()[name]
+    for name in imported():
+        del sys.modules[name]
+
+
+def save(folder: Path) -> str:
+    """Save a model with layers of the package, and forget the package. Return the checksum of the file."""
+    import keras
+
+    from gradcam_worker.gradcam.files.weights import file_sha256
+
+    own = import_module("mole_layers.layers")
+    inputs = keras.Input((32, 32, 3))
+    x = own.Scale(3.0, name="scale")(keras.layers.Conv2D(4, 3, name="last")(inputs))
+    x = keras.layers.GlobalAveragePooling2D()(own.Shift(name="shift")(x))
+    keras.Model(inputs, keras.layers.Dense(3, "softmax")(x)).save(folder / "own.keras")
+    forget()
+    return file_sha256(folder / "own.keras")
+
+
+def load(row: NetworkRow) -> str:
+    """Load a network in a process that has not imported the package: its default layer, or why not."""
+    from gradcam_worker.gradcam.files.weights import WeightsFile
+    from gradcam_worker.gradcam.models.loading import load_network
+
+    forget()
+    assert row.file
+    try:
+        network = load_network(
+            row, file=WeightsFile(Path("own.keras"), row.file.sha256), forward="tensorflow"
+        )
+    except GradcamError as error:
+        return f"{error.code} {error}"
+    return f"layer {network.facts.default_layer}"
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras's own, as it saves
+def test_layers_of_a_package_that_the_registry_names_are_found_and_else_the_reason_is_told(
+    folder: Path,
+) -> None:
+    sha256 = save(folder)
     imports = {
         "without": "",
         "absent": 'imports = ["mole_layers.lairs"]',
@@ -117,8 +118,10 @@ def test_layers_of_a_package_that_the_registry_names_are_found_and_else_the_reas
         "named": 'imports = ["mole_layers.layers"]',
     }
     tables = (f"{TABLE.format(name=name, sha256=sha256)}{line}\n" for name, line in imports.items())
-    (tmp_path / "networks.toml").write_text("".join(tables))
-    told = dict(line.split(" ", 1) for line in run(tmp_path, LOAD).splitlines())
+    (folder / "networks.toml").write_text("".join(tables))
+    rows = Registry(folder / "networks.toml").operator_networks()
+    assert not imported(), "imported too early"
+    told = {row.name: load(row) for row in rows}
     assert told["named"] == "layer shift/add"
     assert told["without"].startswith("network_incompatible ")
     assert "it has 'Scale', which is no part of Keras" in told["without"]
