@@ -24,6 +24,13 @@ def find(store: Store, job: Job, row: NetworkRow = ROW) -> tuple[Manifest, Manif
     return artifacts.find_manifest(store, job.id, job, DIGEST, row, Deadline(30))
 
 
+def write_manifest(store: Store, folder: str, made: Manifest, deadline: Deadline) -> ManifestRef:
+    last, reference = artifacts.encode_manifest(store, folder, made)
+    with store.upload(deadline) as upload:
+        upload.finish(last)
+    return reference
+
+
 def manifest(job: Job, **changes: Any) -> Manifest:
     fields: dict[str, Any] = {"job_id": job.id, "job_fingerprint": artifacts.job_fingerprint(job), **changes}
     return Manifest(
@@ -50,7 +57,7 @@ def manifest(job: Job, **changes: Any) -> Manifest:
 def test_a_manifest_is_found_again_as_it_was_written(job: Job) -> None:
     store = MemoryStore()
     assert find(store, job) is None
-    ref = artifacts.write_manifest(store, job.id, manifest(job), Deadline(30))
+    ref = write_manifest(store, job.id, manifest(job), Deadline(30))
     assert find(store, job) == (manifest(job), ref)
     assert ref.manifest_sha256 == hashlib.sha256(store.objects[f"{job.id}/manifest.json"]).hexdigest()
 
@@ -80,7 +87,7 @@ def test_the_manifest_of_another_job_is_ignored_and_logged(
     caplog.set_level(logging.WARNING, logger="gradcam")
     other = "01890a5d-ac96-774b-bcce-b302099a8057"
     store = MemoryStore()
-    artifacts.write_manifest(store, job.id, manifest(job, job_id=other), Deadline(30))
+    write_manifest(store, job.id, manifest(job, job_id=other), Deadline(30))
     assert find(store, job) is None
     assert (
         f'manifest_replaced uri=memory://{job.id}/manifest.json reason="it is of job {other}"' in caplog.text
@@ -106,7 +113,7 @@ def test_the_manifest_of_a_different_job_with_the_same_id_is_ignored_and_logged(
     caplog.set_level(logging.WARNING, logger="gradcam")
     store = MemoryStore()
     earlier_job = Job.parse({**job.model_dump(mode="json"), **change})
-    artifacts.write_manifest(store, job.id, manifest(earlier_job), Deadline(30))
+    write_manifest(store, job.id, manifest(earlier_job), Deadline(30))
     assert find(store, earlier_job) is not None
     assert find(store, job) is None
     assert 'reason="it is of a different job with this id"' in caplog.text
@@ -114,7 +121,7 @@ def test_the_manifest_of_a_different_job_with_the_same_id_is_ignored_and_logged(
 
 def test_metadata_timeout_and_idempotency_key_do_not_change_the_fingerprint(job: Job) -> None:
     store = MemoryStore()
-    artifacts.write_manifest(store, job.id, manifest(job), Deadline(30))
+    write_manifest(store, job.id, manifest(job), Deadline(30))
     same_work = job.model_copy(update={"metadata": {"user": "7"}, "timeout_s": 7.0, "idempotency_key": "k"})
     assert find(store, same_work) is not None
 
@@ -124,14 +131,14 @@ def test_the_manifest_of_other_bytes_at_the_same_uri_is_ignored_and_logged(
 ) -> None:
     caplog.set_level(logging.WARNING, logger="gradcam")
     store, other_sha256 = MemoryStore(), "0" * 64
-    artifacts.write_manifest(store, job.id, manifest(job), Deadline(30))
+    write_manifest(store, job.id, manifest(job), Deadline(30))
     assert artifacts.find_manifest(store, job.id, job, other_sha256, ROW, Deadline(30)) is None
     assert f'reason="it is of an image with sha256 {DIGEST}"' in caplog.text
 
 
 def test_a_manifest_without_a_job_fingerprint_is_ignored(job: Job) -> None:
     store = MemoryStore()
-    artifacts.write_manifest(store, job.id, manifest(job, job_fingerprint=None), Deadline(30))
+    write_manifest(store, job.id, manifest(job, job_fingerprint=None), Deadline(30))
     assert find(store, job) is None
 
 
@@ -143,7 +150,7 @@ def test_the_manifest_of_other_weights_of_a_registered_network_is_ignored(job: J
         network = written.network.model_copy(
             update={"weights_sha256": sha256, "preprocessing": row.preprocessing.name}
         )
-        artifacts.write_manifest(store, job.id, written.model_copy(update={"network": network}), Deadline(30))
+        write_manifest(store, job.id, written.model_copy(update={"network": network}), Deadline(30))
         assert (find(store, job, row) is not None) is is_found
 
 
@@ -164,7 +171,7 @@ def test_the_manifest_of_other_labels_or_of_another_head_is_ignored_and_logged(
     caplog.set_level(logging.WARNING, logger="gradcam")
     store, written = MemoryStore(), manifest(job)
     dog = ClassScore(rank=1, id=1, wnid="", name="dog", probability=0.5)
-    artifacts.write_manifest(store, job.id, written.model_copy(update={"predictions": (dog,)}), Deadline(30))
+    write_manifest(store, job.id, written.model_copy(update={"predictions": (dog,)}), Deadline(30))
     assert (find(store, job, row) is None) == bool(why)
     assert (why or "") in caplog.text
 
@@ -175,7 +182,7 @@ def test_a_manifest_whose_colours_were_converted_is_ignored_by_a_worker_that_con
     caplog.set_level(logging.WARNING, logger="gradcam")
     store, written = MemoryStore(), manifest(job)
     image = written.input.model_copy(update={"converted_from": ColorRecord(kind="icc", name="Display P3")})
-    artifacts.write_manifest(store, job.id, written.model_copy(update={"input": image}), Deadline(30))
+    write_manifest(store, job.id, written.model_copy(update={"input": image}), Deadline(30))
     for converts in (True, False):
         found = artifacts.find_manifest(
             store, job.id, job, DIGEST, ROW, Deadline(30), convert_colors=converts
@@ -197,7 +204,7 @@ def test_no_manifest_is_written_by_an_attempt_that_was_fenced_or_is_out_of_time(
     store, fenced = MemoryStore(), Deadline(30)
     fenced.cancel(AttemptFenced("overtaken"))
     with pytest.raises(AttemptFenced):
-        artifacts.write_manifest(store, job.id, manifest(job), fenced)
+        write_manifest(store, job.id, manifest(job), fenced)
     with pytest.raises(JobTimeout):
-        artifacts.write_manifest(store, job.id, manifest(job), Deadline(0))
+        write_manifest(store, job.id, manifest(job), Deadline(0))
     assert store.objects == {}

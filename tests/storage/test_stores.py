@@ -1,5 +1,6 @@
 import errno
 import os
+import queue
 import resource
 import subprocess
 import sys
@@ -123,6 +124,62 @@ def test_many_uploads_at_once_share_threads() -> None:
     slow.put = lambda *_: threads.add(threading.get_ident())
     S3Store(slow, "b", "").put_many(OBJECTS[:4], Deadline(30))
     assert len(threads) == 1
+
+
+def test_an_upload_begins_before_all_of_its_objects_are_there() -> None:
+    slow: Any = Slow()
+    begun = queue.Queue[str]()
+    slow.put = lambda *args: begun.put(args[1])
+    with S3Store(slow, "b", "").upload(Deadline(30)) as upload:
+        for item in OBJECTS[:3]:
+            upload.add(item)
+            slow.begun.append(begun.get(timeout=30))
+        upload.finish(("m.json", b"", "application/json"))
+    slow.begun.append(begun.get())
+    assert slow.begun == [*(key for key, _, _ in OBJECTS[:3]), "m.json"]
+
+
+@pytest.mark.parametrize("uploads", [1, 2, 9])
+def test_the_end_of_an_upload_finds_all_of_it_written(uploads: int) -> None:
+    for _ in range(50):  # a thread that ends just now must not leave an object behind
+        slow: Any = Slow(uploads=uploads, pool=ThreadPoolExecutor(4))
+        slow.put = lambda *args, begun=slow.begun: begun.append(args[1])
+        with S3Store(slow, "b", "").upload(Deadline(30)) as upload:
+            for item in OBJECTS[:4]:
+                upload.add(item)
+            upload.finish(("m.json", b"", "application/json"))
+        assert sorted(slow.begun[:-1]) == [key for key, _, _ in OBJECTS[:4]]
+        assert slow.begun[-1] == "m.json"
+
+
+def test_an_upload_that_failed_begins_nothing_more_and_says_so_in_the_end() -> None:
+    slow: Any = Slow(fail={"j/0.jpg"})
+    with S3Store(slow, "b", "").upload(Deadline(30)) as upload:
+        upload.add(OBJECTS[0])
+        slow.pool.shutdown()  # waits for it
+        upload.add(OBJECTS[1])
+        with pytest.raises(
+            StorageUnavailable, match=r"s3://b/j/0\.jpg could not be written: the disk is full"
+        ):
+            upload.finish(("m.json", b"", "application/json"))
+    assert slow.begun == ["j/0.jpg"]
+
+
+def test_an_upload_that_is_left_early_begins_nothing_more() -> None:
+    slow: Any = Slow(pool=ThreadPoolExecutor(1))
+    with S3Store(slow, "b", "").upload(Deadline(30)) as upload:
+        for item in OBJECTS:
+            upload.add(item)
+    slow.pool.shutdown()
+    assert len(slow.begun) <= 1
+
+
+def test_an_upload_of_any_store_ends_with_its_last_object(store: Store) -> None:
+    with store.upload(Deadline(30)) as upload:
+        for item in OBJECTS:
+            upload.add(item)
+        upload.finish(("j/m.json", b"{}", "application/json"))
+    assert [store.get(key) for key in (*(key for key, _, _ in OBJECTS), "j/m.json")]
 
 
 def test_what_is_there_is_found_and_what_is_not_is_none(store: Store) -> None:

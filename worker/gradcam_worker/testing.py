@@ -12,6 +12,7 @@ import base64
 import hashlib
 import mimetypes
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,7 +49,7 @@ with extras.required("gradcam_worker.testing", "testing"):
     from gradcam_worker.schemas.job import ImageRef, Job, Webhook
     from gradcam_worker.schemas.status import StatusEvent, WorkerRef
     from gradcam_worker.settings import Settings
-    from gradcam_worker.storage.filesystem import Object, put_each
+    from gradcam_worker.storage.filesystem import CollectedUpload, Object, put_each
 
 __all__ = [
     "EagerNetwork",
@@ -100,6 +101,10 @@ class MemoryStore:
     ) -> list[str]:
         """See `gradcam_worker.storage.stores.Store.put_many`: in order."""
         return put_each(self.put, objects, deadline, last)
+
+    def upload(self, deadline: Deadline) -> AbstractContextManager["CollectedUpload"]:
+        """See `gradcam_worker.storage.stores.Store.upload`."""
+        return nullcontext(CollectedUpload(self.put_many, deadline))
 
     def find(self, key: str, deadline: Deadline) -> bytes | None:
         """See `gradcam_worker.storage.stores.Store.find`."""

@@ -78,7 +78,7 @@ PARTS = {  # name -> the functions that are it, as `module:name`, where they are
     "arrays": "artifacts.render:_encode_arrays",
     "hash": "artifacts.artifacts:describe",
     "manifest": "artifacts.artifacts:build_manifest",
-    "upload": "artifacts.artifacts:upload artifacts.artifacts:write_manifest",
+    "upload": "storage.stores:S3Upload.add storage.stores:S3Upload.finish",
     "put": "storage.stores:S3Store._put",
     "dataset file": "artifacts.dataset:to_bytes",
 }

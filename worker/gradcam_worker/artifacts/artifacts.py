@@ -73,17 +73,9 @@ def describe(store: Store, folder: str, rendered: RenderResult) -> list[Artifact
     ]
 
 
-def upload(store: Store, folder: str, rendered: RenderResult, deadline: Deadline) -> None:
-    """Upload all artifacts of a shard's row.
-
-    Raises:
-        GradcamError: Whatever `Store.put_many` raises.
-    """
-    store.put_many(_objects(folder, rendered.artifacts), deadline)
-
-
-def _objects(folder: str, artifacts: Sequence[RenderedArtifact]) -> list[Object]:
-    return [(f"{folder}/{artifact.name}", artifact.data, artifact.media_type) for artifact in artifacts]
+def object_of(folder: str, artifact: RenderedArtifact) -> Object:
+    """Make the object of an artifact of a job, or of a shard's row."""
+    return f"{folder}/{artifact.name}", artifact.data, artifact.media_type
 
 
 def build_manifest(
@@ -270,21 +262,11 @@ def class_scores(predictions: tuple[Prediction, ...]) -> tuple[ClassScore, ...]:
     return tuple(ClassScore(**vars(prediction)) for prediction in predictions)
 
 
-def write_manifest(
-    store: Store,
-    folder: str,
-    manifest: Manifest,
-    deadline: Deadline,
-    artifacts: Sequence[RenderedArtifact] = (),
-) -> ManifestRef:
-    """Upload the artifacts of a job, and when all of them are written its manifest.
-
-    Raises:
-        GradcamError: Whatever `Store.put_many` raises.
-    """
+def encode_manifest(store: Store, folder: str, manifest: Manifest) -> tuple[Object, ManifestRef]:
+    """Make the object of a manifest, which is written when all artifacts are, and the reference to it."""
     text, key = manifest.model_dump_json(indent=1).encode(), f"{folder}/{MANIFEST}"
-    store.put_many(_objects(folder, artifacts), deadline, (key, text, "application/json"))
-    return ManifestRef(manifest_uri=store.uri(key), manifest_sha256=hashlib.sha256(text).hexdigest())
+    reference = ManifestRef(manifest_uri=store.uri(key), manifest_sha256=hashlib.sha256(text).hexdigest())
+    return (key, text, "application/json"), reference
 
 
 def job_fingerprint(job: Job) -> str:

@@ -1,7 +1,7 @@
 """The artifacts of one explained image, as bytes, before they are uploaded."""
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -72,6 +72,7 @@ def render(
     deadline: Deadline,
     *,
     source: Source,
+    ready: Callable[[RenderedArtifact], object] = lambda _: None,
 ) -> RenderResult:
     """Render the artifacts of a job, or of a row of a shard.
 
@@ -81,6 +82,7 @@ def render(
         explanation: Its heatmaps.
         deadline: By when all artifacts have to be rendered.
         source: The job or row, as a report describes it.
+        ready: Is called with each artifact as soon as it is made.
 
     Raises:
         JobTimeout: The deadline passed.
@@ -96,11 +98,14 @@ def render(
         for heatmap in explanation.shown:
             deadline.check("render")
             class_boxes.append(region.hot_box(heatmap, image.decoded.size, threshold, explanation.placement))
-    artifacts = []
-    for spec in specs:
-        for artifact in _render(spec, image, explanation, boxes, source):
+    made: dict[int, list[RenderedArtifact]] = {index: [] for index in range(len(specs))}
+    # Arrays first: they take no time, and are uploaded while images are drawn.
+    for index in sorted(made, key=lambda index: not isinstance(specs[index], HeatmapSpec)):
+        for artifact in _render(specs[index], image, explanation, boxes, source):
             deadline.check("render")
-            artifacts.append(artifact)
+            made[index].append(artifact)
+            ready(artifact)
+    artifacts = [artifact for of_spec in made.values() for artifact in of_spec]
     threshold = manifest_spec.threshold
     regions = (box and SalientRegion(threshold=threshold, box_xyxy=box) for box in boxes[threshold])
     return RenderResult(artifacts, tuple(regions))

@@ -100,6 +100,11 @@ def _explain(
                 )
     if inferred:
         explanation = inferred.explanation
+        context.metrics |= {
+            "batch_wait_s": round(inferred.waited_s, 4),
+            "explain_s": round(inferred.computed_s, 4),
+            "batch_size": inferred.batch_size,
+        }
     else:  # no batch waits for this job any more
         with context.enter_stage("explain"):
             explanation = explain_in_passes(
@@ -114,32 +119,30 @@ def _explain(
             )
     if placement:
         explanation = replace(explanation, placement=placement)
-    size = record.height, record.width
-    located = locate(explanation, size, job.annotations, mask, Labels(network.labels))
+    located = locate(
+        explanation, (record.height, record.width), job.annotations, mask, Labels(network.labels)
+    )
     if job.metrics:
         with context.enter_stage("measure"):
             explanation = services.inference.measure(
                 network, pixels, explanation, job.metrics, context.deadline, bulk=bulk, values=values
             )
-    with context.enter_stage("render"):
-        rendered = render(
-            job.artifacts,
-            image,
-            explanation,
-            context.deadline,
-            source=Source(job.id, spec_of(method), context.created_at, job.metadata),
-        )
-        image.release()
-    with context.enter_stage("upload"):
-        records = artifacts.describe(store, folder, rendered)
-        manifest = artifacts.build_manifest(job, record, explanation, rendered, records, located)
-        reference = artifacts.write_manifest(store, folder, manifest, context.deadline, rendered.artifacts)
-    if inferred:
-        context.metrics |= {
-            "batch_wait_s": round(inferred.waited_s, 4),
-            "explain_s": round(inferred.computed_s, 4),
-            "batch_size": inferred.batch_size,
-        }
+    with store.upload(context.deadline) as upload:
+        with context.enter_stage("render"):
+            rendered = render(
+                job.artifacts,
+                image,
+                explanation,
+                context.deadline,
+                source=Source(job.id, spec_of(method), context.created_at, job.metadata),
+                ready=lambda artifact: upload.add(artifacts.object_of(folder, artifact)),
+            )
+            image.release()
+        with context.enter_stage("upload"):
+            records = artifacts.describe(store, folder, rendered)
+            manifest = artifacts.build_manifest(job, record, explanation, rendered, records, located)
+            last, reference = artifacts.encode_manifest(store, folder, manifest)
+            upload.finish(last)
     return _job_result(job, manifest, reference)
 
 

@@ -172,7 +172,7 @@ class ShardRows:
                     source=Source(self.row_id(index), self._shard.method, self._context.created_at),
                 )
             folder = f"overlays/{self.row_id(index)}"
-            artifacts.upload(self._store, folder, rendered, deadline)
+            self._store.put_many([artifacts.object_of(folder, one) for one in rendered.artifacts], deadline)
             records = artifacts.describe(self._store, folder, rendered)
             for artifact, record in zip(rendered.artifacts, records, strict=True):
                 if artifact.class_index is not None:

@@ -98,6 +98,15 @@ class Retries:
         """Seconds left, never below zero."""
         return max(min(self._deadline.left_s(), self._end_s - time.monotonic()), 0.0)
 
+    def begin_again(self) -> None:
+        """Give the calls that are not done all of the time again."""
+        self._started_s = time.monotonic()
+        self._end_s = self._started_s + self._policy.total_s
+
+    def end(self) -> None:
+        """Repeat no try from now on."""
+        self._ended = True
+
     def check(self, doing: str) -> None:
         """Raise the error that ended the job; TimeoutError where only the time of this work is up."""
         self._deadline.check(doing)
@@ -179,7 +188,7 @@ class Retries:
             timeout_s = min(self.left_s(), CANCEL_POLL_INTERVAL_S)
             ended, missing = wait(missing, timeout=timeout_s, return_when=FIRST_EXCEPTION)
             if any(call.exception() for call in ended if not call.cancelled()):
-                self._ended = True
+                self.end()
                 missing = {call for call in missing if not call.cancel()}
         for call in missing:
             call.cancel()

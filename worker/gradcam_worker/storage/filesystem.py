@@ -10,7 +10,7 @@ import os
 import stat
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import BinaryIO
 
@@ -86,6 +86,10 @@ class FolderStore:
     ) -> list[str]:
         """See `Store.put_many`: one after the other, which is fast enough for a disk."""
         return put_each(self.put, objects, deadline, last)
+
+    def upload(self, deadline: Deadline) -> AbstractContextManager["CollectedUpload"]:
+        """See `Store.upload`: everything is written in the end."""
+        return nullcontext(CollectedUpload(self.put_many, deadline))
 
     def find(self, key: str, deadline: Deadline) -> bytes | None:
         """See `Store.find`."""
@@ -227,6 +231,24 @@ def _write_to_disk(file: BinaryIO, data: bytes) -> None:
     file.flush()
     os.fchmod(file.fileno(), FILE_MODE)  # regardless of the umask
     os.fsync(file.fileno())
+
+
+class CollectedUpload:
+    """See `gradcam_worker.storage.store.Upload`."""
+
+    def __init__(
+        self, put_many: Callable[[Sequence[Object], Deadline, Object | None], object], deadline: Deadline
+    ) -> None:
+        """`put_many` is a store's method."""
+        self._put_many, self._deadline, self._items = put_many, deadline, list[Object]()
+
+    def add(self, item: Object) -> None:
+        """See `Upload.add`."""
+        self._items.append(item)
+
+    def finish(self, last: Object | None = None) -> None:
+        """See `Upload.finish`."""
+        self._put_many(self._items, self._deadline, last)
 
 
 def put_each(

@@ -1,12 +1,32 @@
 """What a storage for artifacts can do. It imports no client of S3: see `gradcam_worker.storage.stores`."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.storage.filesystem import Object
 
-__all__ = ["Object", "Store"]
+__all__ = ["Object", "Store", "Upload"]
+
+
+class Upload(Protocol):
+    """Objects that are written while further ones are made."""
+
+    def add(self, item: Object) -> None:
+        """Write an object: soon, or when `finish` is called. No error is raised."""
+        ...
+
+    def finish(self, last: Object | None = None) -> None:
+        """Wait until all objects are written.
+
+        Args:
+            last: An object that is written when all others are.
+
+        Raises:
+            GradcamError: Whatever `Store.put_many` raises.
+        """
+        ...
 
 
 class Store(Protocol):
@@ -50,6 +70,16 @@ class Store(Protocol):
             StorageUnavailable: The storage failed.
             OutputNotAllowed: The job's location cannot be written.
             JobTimeout: The deadline is over; or the error that it was cancelled with.
+        """
+        ...
+
+    def upload(self, deadline: Deadline) -> AbstractContextManager[Upload]:
+        """`put_many` of objects that are not all there yet.
+
+        Where the block ends before `finish` has returned, no further write is started.
+
+        Args:
+            deadline: The job's.
         """
         ...
 

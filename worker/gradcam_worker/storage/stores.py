@@ -5,6 +5,8 @@ import threading
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import unquote
@@ -32,35 +34,95 @@ PROBE = replace(SINGLE_TRY, total_s=5.0)  # a worker is to say within 10 s that 
 MAX_OUTPUT_BYTES, MAX_NAME_BYTES = 640, 200
 
 
-class _Round:
-    """The objects of one upload. Each thread that runs it writes the next ones until none is left."""
+class S3Upload:
+    """See `gradcam_worker.storage.store.Upload`: in parallel, from the first object on.
 
-    def __init__(self, put: Callable[[Object], None], objects: Sequence[Object], last: Object | None) -> None:
-        """`put` writes one object; `last` is written when all others are."""
-        self._put, self._waiting, self._last = put, deque(objects), last
-        self._unwritten, self._failed = len(objects), False
+    Each thread that takes part writes the next objects until none is left. Each costs time, and with many
+    uploads at once none becomes faster: so they share the threads that one alone would have.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        put: Callable[[Object], None],
+        start: Callable[[Callable[[], None]], "Future[None]"],
+        retries: Retries,
+        uploads: int,
+    ) -> None:
+        """Nothing is written yet.
+
+        Args:
+            uri: Where it writes to.
+            put: Writes one object.
+            start: Runs a function in a thread.
+            retries: How long to try.
+            uploads: How many there are at once, this one included.
+        """
+        self._uri, self._put, self._start_thread = uri, put, start
+        self._retries, self._uploads = retries, uploads
+        self._waiting = deque[Object]()
+        self._last: Object | None = None
+        self._count = self._unwritten = self._threads = 0  # objects, those not yet written, threads that run
+        self._ended = False  # no further write is started
+        self._calls: list[Future[None]] = []
         self._lock = threading.Lock()
 
-    def run(self) -> None:
-        """Write objects until none is left, or until one has failed, also in another thread."""
+    def add(self, item: Object) -> None:
+        """See `Upload.add`."""
+        with self._lock:
+            self._waiting.append(item)
+            self._count += 1
+            self._unwritten += 1
+            self._start_threads(self._count // self._uploads)
+
+    def finish(self, last: Object | None = None) -> None:
+        """See `Upload.finish`."""
+        with self._lock:
+            self._last = last
+            self._start_threads(max(self._count // self._uploads, 1), at_least=1 if last else 0)
+        self._retries.begin_again()
         try:
-            while item := self._next():
+            self._retries.wait_for(self._calls, "upload")
+        except S3_ERRORS as error:
+            message = f"{self._uri} could not be written: {describe(error)}"
+            raise StorageUnavailable(message) from error
+
+    def end(self) -> None:
+        """Start no further write, and repeat none."""
+        self._ended = True
+        self._retries.end()
+
+    def _start_threads(self, most: int, *, at_least: int = 0) -> None:
+        """Start threads until there are `most`, or one for each object. The lock is held."""
+        wanted = min(most, max(self._unwritten, at_least))
+        while self._threads < wanted and not self._ended:
+            self._threads += 1
+            self._calls.append(self._start_thread(self._run))
+
+    def _run(self) -> None:
+        """Write objects until none is left, or until one has failed, also in another thread."""
+        written = 0
+        try:
+            while item := self._next(written):
                 self._put(item)
-                with self._lock:
-                    self._unwritten -= 1
+                written = 1
         except BaseException:
-            self._failed = True
+            self._ended = True
             raise
 
-    def _next(self) -> Object | None:
+    def _next(self, written: int) -> Object | None:
+        """The next object for a thread that has just written so many."""
         with self._lock:
-            if self._failed:
-                return None
-            if self._waiting:
-                return self._waiting.popleft()
-            if self._unwritten:  # another thread is writing the others, and goes on with the last one
-                return None
-            self._unwritten, item, self._last = 1, self._last, None
+            self._unwritten -= written
+            item = None
+            if self._waiting and not self._ended:
+                item = self._waiting.popleft()
+            elif (
+                self._last and not self._unwritten and not self._ended
+            ):  # else another thread goes on with it
+                self._unwritten, item, self._last = 1, self._last, None
+            if item is None:
+                self._threads -= 1
             return item
 
 
@@ -96,32 +158,36 @@ class S3Store:
 
     def put(self, key: str, data: bytes, media_type: str) -> str:
         """See `Store.put`."""
-        return self._put_all([], NO_DEADLINE, self._single_try.start(), (key, data, media_type))[0]
+        with self._upload(NO_DEADLINE, self._single_try.start()) as upload:
+            upload.finish((key, data, media_type))
+        return self.uri(key)
 
     def put_many(
         self, objects: Sequence[Object], deadline: Deadline, last: Object | None = None
     ) -> list[str]:
         """See `Store.put_many`: in parallel."""
-        return self._put_all(objects, deadline, STORAGE.start(deadline), last)
+        with self.upload(deadline) as upload:
+            for item in objects:
+                upload.add(item)
+            upload.finish(last)
+        return [self.uri(key) for key, _, _ in (*objects, *([last] if last else []))]
 
-    def _put_all(
-        self, objects: Sequence[Object], deadline: Deadline, retries: Retries, last: Object | None
-    ) -> list[str]:
+    def upload(self, deadline: Deadline) -> AbstractContextManager[S3Upload]:
+        """See `Store.upload`."""
+        return self._upload(deadline, STORAGE.start(deadline))
+
+    @contextmanager
+    def _upload(self, deadline: Deadline, retries: Retries) -> Iterator[S3Upload]:
         def put(item: Object) -> None:
             deadline.check("upload")
             self._put(item, retries)
 
-        round_ = _Round(put, objects, last)
         with self._s3.uploading() as uploads:
-            # Each thread that takes part costs time, and with many uploads at once none becomes faster.
-            threads = max(len(objects) // uploads, 1)
-            started = [self._s3.pool.submit(round_.run) for _ in range(threads)]
+            upload = S3Upload(self.uri(""), put, self._s3.pool.submit, retries, uploads)
             try:
-                retries.wait_for(started, "upload")
-            except S3_ERRORS as error:
-                message = f"{self.uri('')} could not be written: {describe(error)}"
-                raise StorageUnavailable(message) from error
-        return [self.uri(key) for key, _, _ in (*objects, *([last] if last else []))]
+                yield upload
+            finally:
+                upload.end()
 
     def _put(self, item: Object, retries: Retries) -> None:
         key, data, media_type = item
