@@ -579,6 +579,10 @@ class Settings(BaseSettings):
     """processes of each device that fetch, decode, draw and upload, while one more process computes; 0: one
     process does both; `auto`: for a GPU one for each core but one of its share, at most 16, else 0
     """
+    one_core: bool = True
+    """each job process computes on one core at a time, an idle one if there is any, which takes less CPU
+    time; `false` where something else binds processes to cores
+    """
     engine_pool_bytes: Annotated[int, Field(ge=2**20)] = 128 * 1024 * 1024
     """memory in which one job process hands pixels to the engine process: if it is full, jobs wait"""
     role: Literal["worker", "engine", "jobs"] = "worker"

@@ -23,6 +23,7 @@ from gradcam_worker.resilience.outages import Outages
 from gradcam_worker.resilience.stall import StallDetector
 from gradcam_worker.runtime import background, service_factory
 from gradcam_worker.runtime.offered_networks import NetworkReport
+from gradcam_worker.runtime.one_core import keep_on_one_core
 from gradcam_worker.schemas.ids import process_name, utc_now
 from gradcam_worker.schemas.status import WorkerRef
 from gradcam_worker.settings import Settings
@@ -86,8 +87,10 @@ def build_worker(
         stall=stall,
     )
     redis_checks = ServerMonitor(settings)
-    own_loops = [leases.loop, breaker.loop, redis_checks.loop, stall.loop]
-    return WorkerComponents(handler, outages, [*own_loops, *shared_loops], redis_checks)
+    loops = [leases.loop, breaker.loop, redis_checks.loop, stall.loop, *shared_loops]
+    if settings.role == "jobs" and settings.one_core and (binding := keep_on_one_core()):
+        loops.append(binding)
+    return WorkerComponents(handler, outages, loops, redis_checks)
 
 
 def _engine_state(inference: InferenceClient[Any], settings: Settings) -> dict[str, object]:
