@@ -69,6 +69,7 @@ def test_a_job_process_is_light_and_never_imports_a_backend(
     path, log = tmp_path / "engine", tmp_path / "log"
     changes = {
         "job_processes": 2,
+        "one_core": True,
         "devices": "cpu",
         "image_schemes": ("file",),
         "image_roots": (str(photos),),
@@ -83,6 +84,10 @@ def test_a_job_process_is_light_and_never_imports_a_backend(
         assert client.wait(job_id, WAIT_S).status == "succeeded"
         mapped = Path(f"/proc/{pid}/maps").read_text()
         state = Path(f"/proc/{pid}/status").read_text()
+        cores = {
+            frozenset(os.sched_getaffinity(int(one.name))) for one in Path(f"/proc/{pid}/task").iterdir()
+        }
+    assert any(len(one) == 1 for one in cores), "a loop may be choosing a core just now"
     lines = [line for line in log.read_text().splitlines() if line.startswith("import time:")]
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in lines}
     assert {"celery", "cv2", "gradcam_worker"} <= imported

@@ -157,6 +157,16 @@ def test_job_processes_have_few_heaps_unless_the_operator_says_otherwise(
     assert "MALLOC_ARENA_MAX" not in plan_processes(host, Settings(job_processes=1))[1].variables
 
 
+@pytest.mark.parametrize(("cores", "is_off"), [(4, False), (3, True)])
+def test_job_processes_stay_on_one_core_where_there_is_one_for_each_process(cores: int, is_off: bool) -> None:
+    def variable(**settings: Any) -> str | None:
+        plan = plan_processes(GPUS[:1], Settings(job_processes=3, **settings), lambda: cores)
+        return plan[-1].variables.get("GRADCAM_ONE_CORE")
+
+    assert variable() == ("false" if is_off else None)
+    assert variable(one_core=True) is None
+
+
 def test_a_worker_that_cannot_start_is_given_up_with_a_sentence() -> None:
     code, said = supervise("raise SystemExit(3)")
     assert code == 1

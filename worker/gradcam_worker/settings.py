@@ -580,8 +580,8 @@ class Settings(BaseSettings):
     process does both; `auto`: for a GPU one for each core but one of its share, at most 16, else 0
     """
     one_core: bool = True
-    """each job process computes on one core at a time, an idle one if there is any, which takes less CPU
-    time; `false` where something else binds processes to cores
+    """keep each job process on one core at a time, an idle one if there is any: it takes less CPU time. Not
+    by default where there are fewer cores than processes
     """
     engine_pool_bytes: Annotated[int, Field(ge=2**20)] = 128 * 1024 * 1024
     """memory in which one job process hands pixels to the engine process: if it is full, jobs wait"""

@@ -103,6 +103,8 @@ def plan_processes(
         label, variables = f"engine-{device.number}", {"GRADCAM_ROLE": "engine"}
         processes.append(Process(f"{device.name}, engine", label, "engine", device, variables))
         variables = _job_variables(device, settings, count)
+        if "one_core" not in settings.model_fields_set and cores() < (count + ENGINE_CORES) * len(chosen):
+            variables["GRADCAM_ONE_CORE"] = "false"
         processes += [
             Process(
                 f"{device.name}, jobs {number}", f"jobs-{device.number}-{number}", "jobs", device, variables
