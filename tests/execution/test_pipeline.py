@@ -67,12 +67,13 @@ def run(
 def test_a_job_writes_overlays_arrays_and_last_its_manifest() -> None:
     job = make_job()
     _, store, _ = run(job)
-    assert list(store.objects) == [
+    *artifacts, last = store.objects
+    assert sorted(artifacts) == [
+        f"{job.id}/heatmaps.npz",
         f"{job.id}/overlay-1-0-red.jpg",
         f"{job.id}/overlay-2-2-blue.jpg",
-        f"{job.id}/heatmaps.npz",
-        f"{job.id}/manifest.json",
     ]
+    assert last == f"{job.id}/manifest.json"
 
 
 def test_the_manifest_describes_every_artifact() -> None:
@@ -207,13 +208,13 @@ ALL_FORMATS = [
 def test_all_formats_can_be_requested_at_once_and_are_in_the_manifest() -> None:
     job = make_job(artifacts=ALL_FORMATS)
     _, store, _ = run(job)
-    names = [name.partition("/")[2] for name in store.objects]
+    arrays, *names = (name.partition("/")[2] for name in store.objects)
+    assert arrays == "heatmaps.npy", "it is uploaded while the others are drawn"
     assert names == [
         "overlay-1-0-red.png",
         "overlay-2-2-blue.png",
         "overlay-1-0-red.webp",
         "overlay-2-2-blue.webp",
-        "heatmaps.npy",
         "heatmap-1-0-red.png",
         "heatmap-2-2-blue.png",
         "grid.png",
@@ -223,7 +224,8 @@ def test_all_formats_can_be_requested_at_once_and_are_in_the_manifest() -> None:
     ]
     manifest = Manifest.model_validate_json(store.objects[f"{job.id}/manifest.json"])
     described = [record for explained in manifest.explanations for record in explained.artifacts]
-    assert {record.uri.rpartition("/")[2] for record in (*described, *manifest.artifacts)} == {*names[:-1]}
+    recorded = {record.uri.rpartition("/")[2] for record in (*described, *manifest.artifacts)}
+    assert recorded == {arrays, *names[:-1]}
     for record in (*described, *manifest.artifacts):
         data = store.objects[record.uri.removeprefix("memory://")]
         assert record.sha256 == hashlib.sha256(data).hexdigest()

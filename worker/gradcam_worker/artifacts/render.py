@@ -98,9 +98,12 @@ def render(
         for heatmap in explanation.shown:
             deadline.check("render")
             class_boxes.append(region.hot_box(heatmap, image.decoded.size, threshold, explanation.placement))
-    made: dict[int, list[RenderedArtifact]] = {index: [] for index in range(len(specs))}
     # Arrays first: they take no time, and are uploaded while images are drawn.
-    for index in sorted(made, key=lambda index: not isinstance(specs[index], HeatmapSpec)):
+    arrays = {
+        index for index, spec in enumerate(specs) if isinstance(spec, HeatmapSpec) and spec.format != "png"
+    }
+    made: dict[int, list[RenderedArtifact]] = {index: [] for index in range(len(specs))}
+    for index in sorted(made, key=lambda index: index not in arrays):
         for artifact in _render(specs[index], image, explanation, boxes, source):
             deadline.check("render")
             made[index].append(artifact)
