@@ -42,7 +42,7 @@ class Environment:
     def pip(self, *arguments: str) -> str:
         """Install into it with the pip of the Python that runs this; return why that failed, else nothing."""
         pip = [sys.executable, "-m", "pip", "--python", str(self.python), "--disable-pip-version-check"]
-        command = [*pip, "install", "-q", *arguments]
+        command = [*pip, "install", "-q", "--no-compile", *arguments]  # Python does, what it imports
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         reasons = [
             f"pip ended with {done.returncode}",

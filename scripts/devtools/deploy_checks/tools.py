@@ -42,7 +42,8 @@ def run(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
         message = f"{name} is not installed in {FOLDER}: delete that and run scripts/check-deploy."
         raise Missing(message)
     homes = {f"HELM_{kind}_HOME": str(FOLDER / "home") for kind in ("CACHE", "CONFIG", "DATA")}
-    command, variables = [program, *arguments], {**os.environ, **homes}
+    variables = {**os.environ, **homes, "GOGC": "off"}  # a third of what helm costs: it ends at once
+    command = [program, *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=variables)
 
 
