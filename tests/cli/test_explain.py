@@ -35,8 +35,13 @@ def one_lite0(eagerly: None, lite0: Network, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.tensorflow
 class TestExplain:
     def test_files_are_explained_into_folders(
-        self, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+        self,
+        photos: Path,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
+        monkeypatch.setenv("GRADCAM_MAX_BATCH", "2")  # to measure it takes seconds
         (tmp_path / "cut.jpg").write_bytes((photos / "coffee.jpg").read_bytes()[:-2])
         images = [*(str(photos / f"{name}.jpg") for name in ("coffee", "camera")), str(tmp_path / "cut.jpg")]
         assert main(["explain", *images, "--top-n", "2", "-o", str(tmp_path)]) == 0

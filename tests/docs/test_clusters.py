@@ -33,8 +33,8 @@ BEFORE = {
 LOADED_ONCE = """
 from functools import cache
 from gradcam_worker import extras
-from gradcam_worker.gradcam.models import loading
 extras.run_as_command()  # TensorFlow without what it imports for others
+from gradcam_worker.gradcam.models import loading
 load = loading.load_network
 load_named = cache(lambda name: load(name, forward="tensorflow"))
 loading.load_network = lambda row, **_: load_named(row.name)
@@ -61,7 +61,9 @@ def run(text: str, folder: Path) -> str:
         "TF_CPP_MIN_LOG_LEVEL": "2",
         "RAY_USAGE_STATS_ENABLED": "0",
         "TMPDIR": "/tmp",  # noqa: S108  # Ray's sockets need a short path
-        "GRADCAM_FORWARD": "tensorflow",  # OpenVINO takes seconds to convert a network
+        # To convert a network, and to measure how many images to batch, takes seconds each.
+        "GRADCAM_FORWARD": "tensorflow",
+        "GRADCAM_MAX_BATCH": "8",
     }
     done = subprocess.run(
         [sys.executable, "-c", text],
