@@ -74,19 +74,20 @@ class ReplicatedServer:
         self.sentinels: list[int] = []  # their ports
 
     def __enter__(self) -> Self:
-        with ExitStack() as stack:
+        with ExitStack() as undone:
+            undone.callback(self._stack.close)  # where something does not start
             for name in ("a", "b", "c"):
                 folder = self._folder / name
                 folder.mkdir()
-                self.replicas.append(Replica(folder, servers.free_port(), stack))
+                self.replicas.append(Replica(folder, servers.free_port(), self._stack))
             first, *others = self.replicas
             first.start(*self._options)
             for other in others:
                 other.start(*self._options, "--replicaof", "127.0.0.1", str(first.port))
             for number in range(SENTINELS):
-                stack.enter_context(self._sentinel(number, first.port))
+                self._stack.enter_context(self._sentinel(number, first.port))
             self._await_replicas()
-            self._stack = stack.pop_all()
+            undone.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
