@@ -164,20 +164,20 @@ class Ids:
     """
 
     def __init__(self) -> None:
-        self._hashes: list[array[int]] = []
-        self._rows: list[array[int]] = []
+        self._hashes = [array("q")] * SEGMENTS  # one, which stays empty, until there are ids
+        self._rows = [array("I")] * SEGMENTS
 
     def add(self, name: str, row: int) -> int | None:
         """Add a row's id; return the number of the earlier row with the same id, if any."""
-        if not self._hashes:
-            self._hashes = [array("q") for _ in range(SEGMENTS)]
-            self._rows = [array("I") for _ in range(SEGMENTS)]
         value = hash(name)
         segment = value % SEGMENTS
         hashes = self._hashes[segment]
         index = bisect_left(hashes, value)
         if index < len(hashes) and hashes[index] == value:
             return self._rows[segment][index]
+        if not hashes:
+            hashes = self._hashes[segment] = array("q")
+            self._rows[segment] = array("I")
         hashes.insert(index, value)
         self._rows[segment].insert(index, row)
         return None
