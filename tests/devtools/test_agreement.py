@@ -1,6 +1,7 @@
 import json
 import re
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,18 @@ class TestAgreement:
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         from devtools.agreement import report
+        from devtools.agreement.photos import photographs
+        from gradcam_worker.gradcam.models.loading import load_network
 
         page = tmp_path / "agreement.md"
         committed = report.PAGE.read_text(encoding="utf-8")
         page.write_text(committed.replace("2.5e-07", "0.5"))
         monkeypatch.setattr(report, "PAGE", page)
+        # One network for both sections, two photos and two classes of each.
+        load = cache(lambda name: load_network(name, forward="tensorflow"))
+        monkeypatch.setattr(report, "load_network", load)
+        monkeypatch.setattr(report, "photographs", lambda size: photographs(size)[:2])
+        monkeypatch.setattr(report, "TOP", report.TOP[:2])
         report.main(["batch", "tape", "--json", "--write"], standalone_mode=False)
         document = json.loads(capsys.readouterr().out)
         assert {"keras", "tensorflow", "numpy"} <= set(document["versions"])
