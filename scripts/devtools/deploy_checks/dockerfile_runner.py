@@ -23,6 +23,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -210,6 +211,7 @@ class Builder:
         return {"HOME": scratch, **variables, "PATH": path, "TMPDIR": scratch}
 
 
+@cache
 def pip_configuration() -> dict[str, str]:
     """The configuration of this user's pip as variables: another user cannot read its files."""
     command = [sys.executable, "-m", "pip", "config", "list"]
