@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from devtools.warm_python import process_of
+
 PROC = Path("/proc")
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
@@ -20,11 +22,14 @@ MACHINE = "machine"  # stands for all processes beside the names of ours
 
 
 def children(pid: int) -> list[int]:
-    """Return the processes that a process has started and that still run."""
+    """Return the processes that a process has started and that still run.
+
+    Of one that only stands for another one, see `warm_python`, it is the other one.
+    """
     pids: list[int] = []
     for path in (PROC / str(pid) / "task").glob("*/children"):
-        with contextlib.suppress(OSError):  # the thread has ended meanwhile
-            pids += map(int, path.read_text(encoding="ascii").split())
+        with contextlib.suppress(OSError):  # the thread, or a child, has ended meanwhile
+            pids += map(process_of, map(int, path.read_text(encoding="ascii").split()))
     return pids
 
 

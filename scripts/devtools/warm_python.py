@@ -4,54 +4,71 @@
         subprocess.run([programs / "gradcam", "explain", "photo.jpg"])
 
 Most of the CPU time of a command is its imports: half a second, with TensorFlow four. A command is still a
-process of its own, with its own folder, environment, standard streams and exit code. It is no test of how a
-command starts: what it imports is there already.
+process of its own, with its own folder, environment, open files and exit code; `process_of` tells which one.
+What it starts by `sys.executable` is such a process, too. It is no test of how a command starts: what it
+imports is there already.
 """
 
-import builtins
+import fcntl
 import gc
 import json
 import os
-import runpy
 import selectors
 import signal
 import socket
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from devtools import import_path
+from devtools import forks, import_path
 from gradcam_worker import extras
 from gradcam_worker.runtime import parent_watch
 
+OURS = "fork "  # begins the name of a process that stands for another one, see `process_of`
 COMMANDS = ("gradcam_worker.cli.commands", "boto3", "celery", "cv2", "pyarrow.dataset")
 TENSORFLOW = (*COMMANDS, "gradcam_worker.gradcam.backend")
 START_S = 120
 LENGTH_BYTES = 4  # before a request, which says how long it is
+MAX_FILES = 16  # of a program, when it starts
 # Stands for a command: it sends what it was called with, and waits for the end.
 STAND_IN = """#!{python} -IS
 import array, json, os, signal, socket, sys
 name, words = os.path.basename(sys.argv[0]), sys.argv[1:]
 file = words[:]
-while file[:1] == ["-W"]:
-    file = file[2:]
-if name == "python" and (not file or file[0].startswith("-")):
+while file[:1] in (["-P"], ["-W"]):
+    file = file[1 if file[0] == "-P" else 2 :]
+if name == "python" and (not file or file[0].startswith("-") and file[0] != "-m"):
     os.execv({python!r}, [{python!r}, *words])
+files = []
+for number in map(int, os.listdir("/proc/self/fd")):
+    try:
+        if os.get_inheritable(number):
+            files.append(number)
+    except OSError:  # it was of the folder that was listed
+        pass
 with socket.socket(socket.AF_UNIX) as server:
     server.connect({address!r})
-    asked = {{"name": name, "words": words, "folder": os.getcwd(), "environment": dict(os.environ)}}
+    asked = {{
+        "program": os.path.abspath(sys.argv[0]),
+        "words": words,
+        "folder": os.getcwd(),
+        "environment": dict(os.environ),
+        "files": files,
+    }}
     request = json.dumps(asked).encode()
-    streams = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0, 1, 2]))]
-    server.sendmsg([len(request).to_bytes({length})], streams)
+    sent = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", files))]
+    server.sendmsg([len(request).to_bytes({length})], sent)
     server.sendall(request)
     answers = server.makefile("r")
     process = int(answers.readline())
-    for number in (signal.SIGINT, signal.SIGTERM):
+    with open("/proc/self/comm", "w") as own:
+        own.write(f"{ours}{{process}}")
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, lambda number, _: os.kill(process, number))
     code = int(answers.readline())
 if code < 0:
@@ -75,7 +92,7 @@ def running(folder: Path, imported: Sequence[str]) -> Iterator[Path]:
     """
     programs, address = folder / "programs", folder / "socket"
     programs.mkdir(parents=True)
-    text = STAND_IN.format(python=sys.executable, address=str(address), length=LENGTH_BYTES)
+    text = STAND_IN.format(python=sys.executable, address=str(address), length=LENGTH_BYTES, ours=OURS)
     for name in ("gradcam", "python"):
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
@@ -95,15 +112,24 @@ def running(folder: Path, imported: Sequence[str]) -> Iterator[Path]:
         parent_watch.stop(process)
 
 
+def process_of(pid: int) -> int:
+    """Return the process for which one stands that a program of ours runs in; any other process itself."""
+    name = ""
+    with suppress(OSError):  # it has ended
+        name = Path(f"/proc/{pid}/comm").read_text(encoding="ascii", errors="replace")
+    return int(name.removeprefix(OURS)) if name.startswith(OURS) else pid
+
+
 def main(address: str, *imported: str) -> None:
-    """Import, then fork for each request; in a fork, run its program and return."""
+    """Import, then fork for each request; in a fork, run its program."""
     extras.run_as_command()  # TensorFlow as commands import it, which is the smaller part
-    for module in imported:
-        import_module(module)
+    with extras.without_garbage_collection():
+        for module in imported:
+            import_module(module)
     gc.freeze()  # a fork neither searches nor copies what is imported
     extras._is_command = False  # noqa: SLF001  # a program is none, until it says so
     if request := _serve(Path(address)):
-        _run(request)
+        forks.end_with(partial(_run, request))
 
 
 def _serve(address: Path) -> dict[str, Any] | None:
@@ -141,7 +167,7 @@ def _serve(address: Path) -> dict[str, Any] | None:
 
 def _begin(connection: socket.socket, selector: selectors.BaseSelector) -> dict[str, Any] | None:
     """Read a request and fork; return the request in the fork. Raises EOFError if there is none."""
-    head, streams, _, _ = socket.recv_fds(connection, LENGTH_BYTES, 3)
+    head, files, _, _ = socket.recv_fds(connection, LENGTH_BYTES, MAX_FILES)
     with connection.makefile("rb", buffering=0) as rest:
         request = b""
         while len(request) < int.from_bytes(head):
@@ -150,41 +176,37 @@ def _begin(connection: socket.socket, selector: selectors.BaseSelector) -> dict[
             request += data
     process = os.fork()
     if process:
-        for stream in streams:
-            os.close(stream)
+        for file in files:
+            os.close(file)
         connection.sendall(f"{process}\n".encode())
         ended = os.pidfd_open(process)
-        for file in (ended, connection):
-            selector.register(file, selectors.EVENT_READ, (process, ended, connection))
+        for one in (ended, connection):
+            selector.register(one, selectors.EVENT_READ, (process, ended, connection))
         return None
-    for number, stream in enumerate(streams):
-        os.dup2(stream, number)
-        os.close(stream)
     connection.close()
-    asked: dict[str, Any] = json.loads(request)
-    return asked
+    return {**json.loads(request), "received": files}
 
 
 def _run(asked: dict[str, Any]) -> None:
-    """Run a program as Python does it, with its folder, environment and words."""
+    """Run a program as Python does it, with its folder, files, environment and words."""
+    files, received = asked["files"], asked["received"]
+    copies = [fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, max(*files, *received) + 1) for file in received]
+    for copy, number in zip(copies, files, strict=True):
+        os.dup2(copy, number)
+    forks.keep_files(files)
     os.chdir(asked["folder"])
+    program, words = Path(asked["program"]), asked["words"]
+    sys.orig_argv = [program.name, *words]
+    sys.executable = str(program.with_name("python"))
+    if program.name != "gradcam":
+        forks.run(words, asked["environment"])
+        return
     os.environ.clear()
     os.environ.update(asked["environment"])
-    words: list[str] = asked["words"]
-    sys.orig_argv = [asked["name"], *words]
-    if asked["name"] == "gradcam":
-        from gradcam_worker.cli.main import main as gradcam
+    from gradcam_worker.cli.main import main as gradcam
 
-        sys.argv = ["gradcam", *words]
-        sys.exit(gradcam())
-    while words[0] == "-W":
-        given: Any = words[1].split(":")
-        action, _, category, module = given
-        warnings.filterwarnings(action, category=getattr(builtins, category), module=module)
-        words = words[2:]
-    sys.argv = words
-    sys.path.insert(0, str(Path(words[0]).resolve().parent))
-    runpy.run_path(words[0], run_name="__main__")
+    sys.argv = ["gradcam", *words]
+    sys.exit(gradcam())
 
 
 if __name__ == "__main__":

@@ -4,11 +4,12 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from devtools import warm_python
+from devtools import processes, warm_python
 
 PROGRAM = """
 import os, sys, warnings
@@ -16,9 +17,14 @@ print(sys.argv[1:], os.getcwd(), os.environ["ASKED"], sys.stdin.read(), "fractio
 print(__name__, file=sys.stderr)
 if sys.argv[1:] == ["warn"]:
     warnings.warn("old", DeprecationWarning)
-if sys.argv[1:] == ["die"]:
-    os.kill(os.getpid(), 9)
+if sys.argv[1:2] == ["die"]:
+    os.kill(os.getpid(), int(sys.argv[2]))
 sys.exit(7)
+"""
+WAITS = """
+import os, sys, time
+os.write(int(sys.argv[1]), f"{os.getpid()} {' '.join(sys.path)}\\n".encode())
+time.sleep(600)
 """
 
 
@@ -42,17 +48,24 @@ def test_a_program_has_its_words_folder_environment_streams_and_end(tmp_path: Pa
         assert ended.stdout == f"['a', 'b c'] {tmp_path} yes given True\n"
         strict = ["-W", "error::DeprecationWarning:__main__"]
         assert "DeprecationWarning: old" in run(programs / "python", *strict, "program.py", "warn").stderr
-        assert run(programs / "python", "program.py", "die").returncode == -signal.SIGKILL
+        for number in (signal.SIGKILL, signal.SIGINT):
+            assert run(programs / "python", "program.py", "die", str(int(number))).returncode == -number
         assert run(programs / "gradcam", "no-command").returncode == 2
         code = "import sys; print(sys.executable, 'fractions' in sys.modules)"
         assert run(programs / "python", "-c", code).stdout == f"{sys.executable} False\n", (
             "it is Python itself"
         )
-        (tmp_path / "waits.py").write_text("import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(600)")
-        with subprocess.Popen([programs / "python", tmp_path / "waits.py"], stdout=subprocess.PIPE) as waits:
-            assert waits.stdout
-            process = int(waits.stdout.readline())
+        (tmp_path / "waits.py").write_text(WAITS)
+        listens, told = os.pipe()
+        words = [str(programs / "python"), "-P", str(tmp_path / "waits.py"), str(told)]
+        with os.fdopen(listens) as said, subprocess.Popen(words, pass_fds=[told]) as waits:
+            os.close(told)
+            forked, *path = said.readline().split()
+            assert str(tmp_path) not in path, "-P"
+            end = time.monotonic() + 30
+            while int(forked) not in processes.children(os.getpid()):
+                assert time.monotonic() < end
             waits.terminate()
             assert waits.wait(30) == -signal.SIGTERM
         with pytest.raises(ProcessLookupError):
-            os.kill(process, 0)
+            os.kill(int(forked), 0)

@@ -1,7 +1,7 @@
 """What the attacks' tests share."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,14 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))  # for `devtools`
 
 if TYPE_CHECKING:
     from devtools.faults.verdict import Verdict
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _forked_workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    from devtools.faults import tiny_worker
+
+    with tiny_worker.forked(tmp_path_factory.mktemp("forked")):
+        yield
 
 
 @pytest.fixture

@@ -62,9 +62,9 @@ class Stage:
         """`gradcam worker`, supervisor and all, in a process of its own; `tiny`: without TensorFlow."""
         from devtools.faults import tiny_worker
 
-        program = [tiny_worker.__file__, "supervise"] if tiny else ["-m", "gradcam_worker", "worker"]
+        command = tiny_worker.command() if tiny else [sys.executable, "-P", "-m", "gradcam_worker", "worker"]
         process = parent_watch.spawn(
-            [sys.executable, "-P", *program],
+            command,
             log=self.logs / f"{name}.log",
             environment=self.settings.to_environment(),
             grace_s=self.settings.shutdown_timeout_s + 15,
@@ -76,6 +76,14 @@ class Stage:
 
     def log(self, name: str) -> str:
         return (self.logs / f"{name}.log").read_text()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _forked_workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    from devtools.faults import tiny_worker
+
+    with tiny_worker.forked(tmp_path_factory.mktemp("forked")):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -50,7 +50,7 @@ class BackfillSystem:
     @contextlib.contextmanager
     def worker(self) -> Iterator[None]:
         process = parent_watch.spawn(
-            [sys.executable, "-P", tiny_worker.__file__, "supervise"],
+            tiny_worker.command(),
             log=self.stage.logs / "worker.log",
             environment=self.stage.settings.to_environment(),
             grace_s=45,

@@ -3,16 +3,18 @@
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from devtools import command, import_path
+from devtools import import_path
 from devtools.bench import simulated_network
 from devtools.bench.memory import KINDS
 from devtools.bench.simulated_network import Passes, SimulatedNetwork
+from devtools.faults import tiny_worker
 from gradcam_worker.gradcam.catalog import CATALOG
 from gradcam_worker.runtime import devices
 from gradcam_worker.settings import Settings
@@ -20,11 +22,14 @@ from gradcam_worker.settings import Settings
 
 def figures(name: str, *, code: int = 0, **variables: str) -> Any:
     """What `scripts/bench NAME --quick --json` prints."""
-    bench, variables = (
-        command("bench", name, "--quick", "--json"),
-        {**os.environ, **import_path(), **variables},
+    bench = ["-P", "-m", "devtools.bench", name, "--quick", "--json"]
+    done = subprocess.run(
+        [sys.executable, *bench] if variables else tiny_worker.python(*bench),
+        env={**os.environ, **import_path(), **variables},
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    done = subprocess.run(bench, env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == code, done.stderr[-2000:]
     return json.loads(done.stdout)
 

@@ -19,6 +19,7 @@ from pydantic import SecretStr
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
+from devtools.faults import tiny_worker
 from gradcam_worker.errors import ImageNotFound, UriNotAllowed
 from gradcam_worker.net import webhook_signing
 from gradcam_worker.operations import servers
@@ -58,7 +59,7 @@ class Site:
     environment: dict[str, str]
 
     def run(self, *arguments: str) -> str:
-        command = [sys.executable, str(EXAMPLE), *arguments]
+        command = tiny_worker.python(str(EXAMPLE), *arguments)
         done = subprocess.run(
             command, cwd=self.folder, env=self.environment, capture_output=True, text=True, check=False
         )

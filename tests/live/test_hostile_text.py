@@ -9,7 +9,6 @@ import hashlib
 import io
 import json
 import re
-import sys
 import time
 import zlib
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
 from devtools import import_path
-from devtools.faults import tiny_network
+from devtools.faults import tiny_network, tiny_worker
 from gradcam_worker.broker import publisher
 from gradcam_worker.cli.main import main
 from gradcam_worker.client.client import GradcamClient
@@ -230,12 +229,7 @@ def test_no_text_of_anybody_forges_a_line_a_document_a_page_or_a_terminal(
         )
         desk, log = Desk(settings, tmp_path), tmp_path / "worker.log"
         worker = parent_watch.spawn(
-            [
-                sys.executable,
-                "-P",
-                str(Path(__file__).with_name("hostile_worker.py")),
-                "supervise",
-            ],
+            tiny_worker.command(Path(__file__).with_name("hostile_worker.py")),
             log=log,
             environment={**settings.to_environment(), **import_path(), "HOSTILE_TEXT": json.dumps(HOSTILE)},
         )

@@ -124,9 +124,9 @@ class Fleet:
 
     @contextlib.contextmanager
     def worker(self, release: str) -> Iterator["subprocess.Popen[bytes]"]:
-        program = PROGRAM if release == "previous" else tiny_worker.__file__
         environment = self.environment(release)
-        command = [sys.executable, "-P", str(program), "supervise"]
+        previous = [sys.executable, "-P", str(PROGRAM), "supervise"]
+        command = previous if release == "previous" else tiny_worker.command()
         # The keeper above it is this release's own, and has no other package on its path.
         keeper = parent_watch.spawn(
             ["env", *(f"{name}={value}" for name, value in environment.items()), *command],

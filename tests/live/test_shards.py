@@ -4,7 +4,6 @@ import base64
 import contextlib
 import json
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +32,6 @@ pytestmark = [pytest.mark.live]
 
 WAIT_S = 100
 SHARDS, IN_HAND, THREADS = 20, 2, 3
-WORKER = (sys.executable, "-P", tiny_worker.__file__, "supervise")
 
 
 def picture(color: tuple[int, int, int]) -> str:
@@ -138,7 +136,7 @@ class Yard:
     @contextlib.contextmanager
     def worker(self, name: str) -> Iterator[subprocess.Popen[bytes]]:
         process = parent_watch.spawn(
-            WORKER,
+            tiny_worker.command(),
             log=self.folder / f"{name}.log",
             environment=self.settings.to_environment(),
             grace_s=self.settings.shutdown_timeout_s + 15,

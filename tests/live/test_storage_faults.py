@@ -2,7 +2,6 @@
 
 import base64
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -74,7 +73,7 @@ def test_a_worker_without_storage_says_so_takes_no_jobs_and_finishes_all_when_it
             return job_id
 
         worker = parent_watch.spawn(
-            [sys.executable, "-P", tiny_worker.__file__, "supervise"],
+            tiny_worker.command(),
             log=tmp_path / "worker.log",
             environment=settings.to_environment(),
             grace_s=settings.shutdown_timeout_s + 15,

@@ -22,6 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from devtools import import_path, processes
 from devtools.faults import tiny_network, tiny_worker
+from devtools.faults.engine import of_role
 from gradcam_worker import __version__
 from gradcam_worker.backfill.registry import RedisBackfillRegistry
 from gradcam_worker.broker import publisher
@@ -73,9 +74,9 @@ class Plant:
         self.ledger, self.client = RedisLedger(self.settings), GradcamClient(settings=self.settings)
 
     @contextlib.contextmanager
-    def running(self, name: str, *command: str) -> Iterator[Any]:
+    def running(self, name: str, command: list[str]) -> Iterator[Any]:
         process = parent_watch.spawn(
-            [sys.executable, "-P", *command],
+            command,
             log=self.folder / f"{name}.log",
             environment={
                 **self.settings.to_environment(),
@@ -166,7 +167,7 @@ def test_a_worker_shows_every_metric_and_whether_it_is_well(
     plant: Plant, http_server: Any, answer: Any
 ) -> None:
     told = http_server.url("/told", answer(204))
-    with plant.running("worker", str(ODD), "supervise"):
+    with plant.running("worker", tiny_worker.command(ODD)):
         wait_for(lambda: plant.ask("/ready")[0] == 200, "readiness")
         assert [plant.ask(path)[0] for path in ("/live", "/startup")] == [200, 200]
         hooks = [{"url": told, "events": ["job.succeeded"]}]
@@ -223,20 +224,10 @@ def test_a_worker_shows_every_metric_and_whether_it_is_well(
         wait_for(lambda: plant.ask("/ready")[0] == 200, "that the broker is found again")
 
 
-def engines(pid: int) -> list[int]:
-    """The engine processes below a process."""
-    found = []
-    for one in processes.family(pid):
-        with contextlib.suppress(OSError):
-            if b"GRADCAM_ROLE=engine" in Path(f"/proc/{one}/environ").read_bytes().split(b"\0"):
-                found.append(one)
-    return found
-
-
 def test_one_port_shows_engine_and_job_processes_and_whether_they_are_well(plant: Plant) -> None:
     plant = replace(plant, settings=plant.settings.model_copy(update={"job_processes": 2}))
     members = ("engine-0", "jobs-0-1", "jobs-0-2")
-    with plant.running("worker", tiny_worker.__file__, "supervise") as process:
+    with plant.running("worker", tiny_worker.command()) as process:
         wait_for(lambda: plant.ask("/ready")[0] == 200, "readiness")
         assert [plant.ask(path)[0] for path in ("/live", "/startup")] == [200, 200]
         for one in [plant.submit((20 * number, 80, 90)) for number in range(6)]:
@@ -258,7 +249,7 @@ def test_one_port_shows_engine_and_job_processes_and_whether_they_are_well(plant
             f"queue_jobs{{priority={route}}}" for route in ROUTES
         ], "once, and not for each process"
 
-        engine = engines(process.pid)
+        engine = of_role("engine", processes.family(process.pid), plant.folder / "worker.log")
         send(engine, signal.SIGSTOP)
         wait_for(lambda: plant.ask("/ready")[0] == 503, "that the engine is missed")
         assert plant.why("/ready")["engine-0"] == "does not answer"
@@ -292,7 +283,8 @@ def test_without_a_worker_events_are_delivered_and_lost_jobs_queued_again(
     plant.ledger.submit(job)
     lost = plant.ledger.claim(plant.ledger.read(job.id), WorkerRef(id="gone", device="cpu")).document
     assert lost.status == "running"
-    with plant.running("deliver", "-m", "gradcam_worker", "deliver") as process:
+    command = [sys.executable, "-P", "-m", "gradcam_worker", "deliver"]
+    with plant.running("deliver", command) as process:
         wait_for(lambda: plant.ask("/ready")[0] == 200, "readiness")
         wait_for(lambda: http_server.received, "a delivery")
         wait_for(lambda: plant.ledger.read(job.id).status == "queued", "that the job is queued again")

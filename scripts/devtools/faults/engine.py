@@ -14,6 +14,7 @@ import re
 import signal
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from http.client import HTTPException
@@ -47,11 +48,23 @@ THREE_CLASSES: dict[str, Any] = {"target": {"top_n": 3}, "artifacts": [{"kind": 
 
 def processes_of(worker: Worker, role: str) -> list[int]:
     """The processes of a worker that have this role: `engine` or `jobs`."""
+    return of_role(role, children(worker.supervisor) if worker.supervisor else [], worker.log)
+
+
+def of_role(role: str, pids: Iterable[int], log: Path) -> list[int]:
+    """Return the processes among these that run, and that a supervisor has started for this role.
+
+    Args:
+        role: `engine` or `jobs`.
+        pids: The processes.
+        log: What the supervisor has logged.
+    """
+    line = rf'worker_process_started device="[^"]*, {role}\b.*" pid=(\d+)'
+    started = {*map(int, re.findall(line, log.read_text(encoding="utf-8", errors="replace")))}
     found = []
-    for pid in children(worker.supervisor) if worker.supervisor else ():
+    for pid in started.intersection(pids):
         with contextlib.suppress(OSError):
-            variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-            if f"GRADCAM_ROLE={role}".encode() in variables:
+            if Path(f"/proc/{pid}/cmdline").read_bytes():  # else it has ended
                 found.append(pid)
     return found
 

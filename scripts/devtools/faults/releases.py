@@ -39,6 +39,8 @@ class Release:
     @property
     def worker_command(self) -> list[str]:
         """`gradcam worker` of this release, with a small network."""
+        if not self.folder:
+            return tiny_worker.command(self.worker)
         return [sys.executable, "-P", str(self.worker), "supervise"]
 
     def environment(self, settings: Settings) -> dict[str, str]:
