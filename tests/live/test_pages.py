@@ -119,14 +119,15 @@ def programs(given: list[Block]) -> Iterator[Block]:
 
 def runnable(page: Path) -> list[Block]:
     """The blocks of a page that this module runs; those of the README that docs/ has too, only there."""
-    known = {block.text for other in PAGES if other not in WRITTEN for block in blocks(other)}
+    others = () if page != README else (other for other in PAGES if other not in WRITTEN)
+    known = {block.text for other in others for block in blocks(other)}
     return [
         block
         for block in programs(blocks(page))
         if block.language in RUN
         and block.command.strip(" \n")
         and name_of(page) not in ELSEWHERE
-        and not (page == README and block.text in known)
+        and block.text not in known
     ]
 
 
@@ -169,6 +170,7 @@ def environment(stage: Any, programs: Path = Path(sys.executable).parent) -> dic
         "GRADCAM_BROKER_URL": stage.settings.broker_url,
         "GRADCAM_S3_ENDPOINT_URL": stage.settings.s3_endpoint_url,
         "GRADCAM_FORWARD": stage.settings.forward,
+        "GRADCAM_MAX_BATCH": str(stage.settings.max_batch),
         "AWS_ACCESS_KEY_ID": stage.settings.s3_access_key_id,
         "AWS_SECRET_ACCESS_KEY": stage.settings.s3_secret_access_key.get_secret_value(),
     }

@@ -245,12 +245,13 @@ class TestMetadata:
     """Metadata cannot make an image fail, change it, take memory, or appear on standard error."""
 
     FORGED = b'x\n{"level":"critical","message":"ledger wiped"}\n\x1b[31mRED'
+    LARGE = zlib.compress(bytes(20_000_000))
     CHUNKS: ClassVar[dict[str, bytes]] = {
-        "a profile of 20 MB": chunk(b"iCCP", b"x\0\0" + zlib.compress(bytes(20_000_000))),
+        "a profile of 20 MB": chunk(b"iCCP", b"x\0\0" + LARGE),
         "a profile that is no zlib": chunk(b"iCCP", b"x\0\0not zlib"),
         "a profile of another color space": chunk(b"iCCP", FORGED + b"\0\0" + zlib.compress(bytes(200))),
-        "a text of 20 MB": chunk(b"iTXt", b"a\0\1\0\0\0" + zlib.compress(bytes(20_000_000))),
-        "a packed text": chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(20_000_000))),
+        "a text of 20 MB": chunk(b"iTXt", b"a\0\1\0\0\0" + LARGE),
+        "a packed text": chunk(b"zTXt", b"a\0\0" + LARGE),
         "a text with a wrong checksum": chunk(b"tEXt", b"a\0b")[:-1] + b"?",
         "a short pHYs": chunk(b"pHYs", b"\0\0\1"),
         "a short gAMA": chunk(b"gAMA", b"\0"),
