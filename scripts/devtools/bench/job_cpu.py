@@ -1,6 +1,7 @@
 """CPU time of a job and of a shard's row, in a worker whose network costs nothing, against a floor: what its
 unavoidable parts take when they run alone on one thread, in the same run. A job: a JPEG of 500x375 is decoded
-and fitted, three overlays are encoded, five objects are hashed and put. A row: get, decode, fit.
+and fitted, three overlays are encoded, five objects are hashed and put. A row: get, decode, fit. Then the
+same in an engine process and a job process that stays on one core.
 
     job_cpu.py PASSES
 
@@ -19,7 +20,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
 from pathlib import Path
 from statistics import median
@@ -49,6 +50,7 @@ PACKAGES = ("celery", "kombu", "redis", "obstore", "opencv-python-headless", "si
 REQUIRED_TIMES_FLOOR = {"job": 2.0, "row": 1.4}
 FLOORS = {"job": ("decode", "fit", "encode", "put", "hash"), "row": ("get", "decode", "fit")}
 PHOTOS, TURNS, NETWORK, SIDE = 40, 3, "no_time", 224
+ACROSS: dict[str, Any] = {"job_processes": 1, "one_core": True}
 COUNTS, QUICK_COUNTS = {"job": 400, "row": 1024}, {"job": 60, "row": 128}  # in a turn
 REPEATS, QUICK_REPEATS = 100, 20  # of the floor, in a turn
 POLL_INTERVAL_S, PATIENCE_S = 0.1, 300
@@ -211,6 +213,9 @@ def run_rows(bed: Testbed, count: int) -> None:
         subprocess.run(words, env=variables, stdout=subprocess.DEVNULL, check=True, timeout=PATIENCE_S)
 
 
+RUNS: dict[str, Callable[[Testbed, int], None]] = {"job": run_jobs, "row": run_rows}
+
+
 def used(bed: Testbed) -> tuple[Counter[str], Counter[str]]:
     """What the worker has used until now: seconds and calls by part; `total` is of all its processes."""
     asked = bed.passes.with_name("asked")
@@ -235,12 +240,13 @@ def measure(*, quick: bool) -> dict[str, Any]:
             run_jobs(bed, counts["job"])  # warms up
             for _ in range(turns):
                 floors.append({name: _median_ms(run, repeats) for name, run in alone.items()})
-                for kind, run in {"job": run_jobs, "row": run_rows}.items():
+                for kind, run in RUNS.items():
                     before = used(bed)
                     run(bed, counts[kind])
                     for total, then, now in zip(parts[kind], before, used(bed), strict=True):
                         total.update({name: (now[name] - then[name]) / counts[kind] / turns for name in now})
             device = bed.device
+        across = {} if quick else _across(photos, counts, turns)
     finally:
         cv2.setNumThreads(threads)
     floor_ms = {name: median(each[name] for each in floors) for name in floors[0]}
@@ -254,10 +260,28 @@ def measure(*, quick: bool) -> dict[str, Any]:
         },
         **{f"cpu_ms_per_{kind}": ms for kind, ms in cpu_ms.items()},
         **{
-            f"times_floor_{kind}": cpu_ms[kind] / sum(floor_ms[name] for name in names)
+            f"times_floor_{kind}{where}": ms[kind] / sum(floor_ms[name] for name in names)
+            for where, ms in (("", cpu_ms), ("_across", across))
             for kind, names in FLOORS.items()
+            if kind in ms
         },
     }
+
+
+def _across(photos: Sequence[bytes], counts: dict[str, int], turns: int) -> dict[str, float]:
+    """What an engine process and a job process take together for a job and for a row, in milliseconds."""
+    with testbed.running((NETWORK,), photos, **ACROSS) as bed:
+        run_jobs(bed, counts["job"])  # warms up
+        return {
+            kind: median(_cpu_ms(bed, run, counts[kind]) for _ in range(turns)) for kind, run in RUNS.items()
+        }
+
+
+def _cpu_ms(bed: Testbed, run: Callable[[Testbed, int], None], count: int) -> float:
+    """What the processes of the worker take for one of so many, in milliseconds."""
+    before = cpu_seconds(bed.processes["worker"])
+    run(bed, count)
+    return 1e3 * (cpu_seconds(bed.processes["worker"]) - before) / count
 
 
 def _median_ms(run: Callable[[], object], repeats: int) -> float:
@@ -268,7 +292,9 @@ def _median_ms(run: Callable[[], object], repeats: int) -> float:
 def requirements(figures: Figures) -> Iterator[Requirement]:
     """Times the floor."""
     for kind, most in REQUIRED_TIMES_FLOOR.items():
-        yield at_most(f"CPU of a {kind}, by its floor", most, figures[f"times_floor_{kind}"], " times")
+        for where, words in ("", ""), ("_across", ", engine and a job process"):
+            if (times := figures.get(f"times_floor_{kind}{where}")) is not None:
+                yield at_most(f"CPU of a {kind}, by its floor{words}", most, times, " times")
 
 
 def blocks(figures: Figures) -> Iterator[str]:
