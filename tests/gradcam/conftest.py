@@ -1,7 +1,7 @@
 """Shared fixtures: real networks, each built once, and a function that wraps a model of a test."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))  # for `devtools`
 
 from gradcam_worker.gradcam.catalog import NetworkRow
+from gradcam_worker.gradcam.methods import cam
+from gradcam_worker.gradcam.network import Method
 
 if TYPE_CHECKING:  # at run time only tests marked `tensorflow` load it
     from gradcam_worker.gradcam.models.keras_network import KerasNetwork
@@ -63,6 +65,27 @@ def build_with_keras(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
         return model
 
     return build
+
+
+@pytest.fixture(scope="session")
+def compute_together() -> Callable[..., dict[str, NDArray[np.float32]]]:
+    """Raw maps of several methods, (images, k, rows, columns), from one pass: their formulas alone differ.
+
+    That a method gives the same where its own backward pass is shorter is tested in test_shortcut.
+    """
+
+    def compute_together(
+        network: "KerasNetwork", pixels: NDArray[np.uint8], class_ids: NDArray[np.int32], names: Sequence[str]
+    ) -> dict[str, NDArray[np.float32]]:
+        def every(ops: Any, activations: Any, gradients: Any) -> Any:
+            return ops.concatenate([cam.METHODS[name](ops, activations, gradients) for name in names], axis=1)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(cam.METHODS, "every", every)
+            raw = network.compute(pixels, class_ids, Method("every")).raw
+        return dict(zip(names, np.split(raw, len(names), axis=1), strict=True))
+
+    return compute_together
 
 
 @pytest.fixture(scope="session")

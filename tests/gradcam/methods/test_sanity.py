@@ -35,10 +35,13 @@ Maps = NDArray[np.float32]
 SIGNED = sorted(set(cam.METHODS) - {"gradcam++", "layercam", "eigencam"})
 POSITIVE = ["gradcam++", "layercam"]  # they drop what speaks against a class, and so hear less of the head
 BY_GRADIENTS = sorted([*SIGNED, *POSITIVE])
+PREPARED = sorted(set(cam.METHODS) - {"notebook"})  # its image is not preprocessed
 Kept = Callable[[str, str], tuple[float, float]]
 
 
-def cascade(network: Any) -> Iterator[tuple[str, dict[str, Maps]]]:
+def cascade(
+    network: Any, compute_together: Callable[..., dict[str, Maps]]
+) -> Iterator[tuple[str, dict[str, Maps]]]:
     """Raw maps (photos x classes, rows, columns) of every method: as trained, then after each stage.
 
     The classes are those that the trained network ranked first. The network's weights are shuffled in place.
@@ -48,7 +51,8 @@ def cascade(network: Any) -> Iterator[tuple[str, dict[str, Maps]]]:
     class_ids = network.compute(pixels, ranked).class_ids
 
     def maps() -> dict[str, Maps]:
-        raw = {name: network.compute(pixels, class_ids, Method(name)).raw for name in cam.METHODS}
+        raw = compute_together(network, pixels, class_ids, PREPARED)
+        raw["notebook"] = network.compute(pixels, class_ids, Method("notebook")).raw
         return {name: one.reshape(-1, *one.shape[2:]) for name, one in raw.items()}
 
     yield "as trained", maps()
@@ -72,11 +76,12 @@ def rank_correlation(one: Maps, other: Maps) -> float:
 
 
 @pytest.fixture(scope="module")
-def kept() -> Kept:
+def kept(compute_together: Callable[..., dict[str, Maps]]) -> Kept:
     """Of a method's maps after a stage: overlap and rank correlation with the trained network's, means."""
     from gradcam_worker.gradcam.models.loading import load_network  # of its own: its weights are shuffled
 
-    (_, trained), *stages = cascade(load_network("efficientnet_lite0", forward="tensorflow"))
+    network = load_network("efficientnet_lite0", forward="tensorflow")
+    (_, trained), *stages = cascade(network, compute_together)
     figures = {
         (stage, name): (overlap(trained[name], raw), rank_correlation(trained[name], raw))
         for stage, maps in stages

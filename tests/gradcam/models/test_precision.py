@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
+from numpy.typing import NDArray
 
 from gradcam_worker.errors import InvalidSettings
 from gradcam_worker.gradcam.catalog import CATALOG
 from gradcam_worker.gradcam.methods import cam
-from gradcam_worker.gradcam.network import Computed, Method
+from gradcam_worker.gradcam.network import Method
 
 pytestmark = pytest.mark.tensorflow
 log = logging.getLogger(__name__)
@@ -26,7 +27,9 @@ SMALL = replace(CATALOG["mobilenet"], input_size=(64, 64), map_size=None)
 FEWER = ["mixed_bfloat16", "bfloat16"]
 fewer_digits = pytest.mark.parametrize("precision", FEWER)
 Load = Callable[[str], Any]
-ComputePhotos = Callable[[str, str], Computed]
+Maps = NDArray[np.float32]
+MapsOfPhotos = Callable[[str], dict[str, Maps]]
+NAMES = ["gradcam", "gradcam++", "hirescam", "xgradcam", "layercam", "eigencam"]
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +42,20 @@ def load() -> Load:
 
 
 @pytest.fixture(scope="module")
-def compute_photos(load: Load) -> ComputePhotos:
-    """The shipped photos and the classes that float32 ranks first to fifth."""
+def photographed() -> NDArray[np.uint8]:
+    """The shipped photos."""
     from devtools.agreement.photos import photographs
 
-    pixels = photographs((224, 224))
-    class_ids = load("float32").compute(pixels, TOP_5).class_ids
-    return cache(lambda precision, name: load(precision).compute(pixels, class_ids, Method(name)))
+    return photographs((224, 224))
+
+
+@pytest.fixture(scope="module")
+def maps_of_photos(
+    load: Load, photographed: NDArray[np.uint8], compute_together: Callable[..., dict[str, Maps]]
+) -> MapsOfPhotos:
+    """Raw maps of the shipped photos and the classes that float32 ranks first to fifth, by method."""
+    class_ids = load("float32").compute(photographed, TOP_5).class_ids
+    return cache(lambda precision: compute_together(load(precision), photographed, class_ids, NAMES))
 
 
 @fewer_digits
@@ -61,9 +71,9 @@ def test_the_facts_name_the_precision_and_the_last_layer_stays_in_float32(precis
 @pytest.mark.usefixtures("eagerly")
 @fewer_digits
 def test_every_photo_keeps_its_best_class_and_scores_stay_close(
-    precision: str, compute_photos: ComputePhotos
+    precision: str, load: Load, photographed: NDArray[np.uint8]
 ) -> None:
-    exact, reduced = compute_photos("float32", "gradcam").scores, compute_photos(precision, "gradcam").scores
+    exact, reduced = (load(one).scores(photographed) for one in ("float32", precision))
     assert_array_equal(reduced.argmax(axis=1), exact.argmax(axis=1))
     assert np.abs(reduced - exact).max() < 0.06 * np.abs(exact).max()
     assert not np.array_equal(reduced, exact)
@@ -71,11 +81,11 @@ def test_every_photo_keeps_its_best_class_and_scores_stay_close(
 
 @pytest.mark.usefixtures("eagerly")
 @fewer_digits
-@pytest.mark.parametrize("name", ["gradcam", "gradcam++", "hirescam", "xgradcam", "layercam", "eigencam"])
-def test_hot_regions_stay_where_they_are(precision: str, name: str, compute_photos: ComputePhotos) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_hot_regions_stay_where_they_are(precision: str, name: str, maps_of_photos: MapsOfPhotos) -> None:
     from devtools.agreement.photos import overlap
 
-    exact, reduced = (compute_photos(one, name).raw.reshape(-1, 7, 7) for one in ("float32", precision))
+    exact, reduced = (maps_of_photos(one)[name].reshape(-1, 7, 7) for one in ("float32", precision))
     assert reduced.dtype == np.float32
     hot = overlap(exact, reduced)
     maps = [np.stack([cam.heatmaps(raw[np.newaxis]) for raw in one]) for one in (exact, reduced)]
