@@ -32,7 +32,7 @@ def train(
 
     keras.utils.set_random_seed(seed)
     shapes = draw(images, TRAINING_SEED + seed, plant)
-    model = _build(keras)
+    model = untrained()
     steps = epochs * (images // BATCH)
     rate = keras.optimizers.schedules.CosineDecay(RATE, steps)
     model.compile(keras.optimizers.Adam(rate), "sparse_categorical_crossentropy")
@@ -41,7 +41,10 @@ def train(
     return model
 
 
-def _build(keras: Any) -> Any:
+def untrained() -> Any:
+    """The Keras model with random weights."""
+    import keras
+
     layers = keras.layers
     return keras.Sequential(
         [

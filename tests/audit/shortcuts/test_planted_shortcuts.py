@@ -1,12 +1,17 @@
-"""The short form of `scripts/audit-evidence`: one training with a watermark."""
+"""The short form of `scripts/audit-evidence`: one training with a watermark.
+
+The network's weights lie beside this file, so that it need not train it; run as a program, with `scripts` in
+PYTHONPATH, it trains it anew. That a network learns is tested in test_compare_evidence.
+"""
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from devtools.planted.evidence import audit_shapes, is_planted
 from devtools.planted.shapes import CLASSES, Shapes, draw, plant_of
-from devtools.planted.training import train, wrap
+from devtools.planted.training import train, untrained, wrap
 from gradcam_worker.audit.report import DatasetFacts
 from gradcam_worker.audit.shortcuts.gaze import GazeOptions
 from gradcam_worker.errors import UnknownNetwork, WeightsChecksumMismatch
@@ -21,11 +26,23 @@ pytestmark = [
 ]
 PLANT = plant_of("watermark", 2)
 IMAGES = 400
+TRAINED = Path(__file__).with_name("watermark_network.npz")
 
 
 @pytest.fixture(scope="module")
 def model() -> object:
-    return train(2, PLANT)
+    model = untrained()
+    with np.load(TRAINED) as weights:
+        model.set_weights([weights[str(number)].astype(np.float32) for number in range(len(model.weights))])
+    return model
+
+
+def save() -> None:
+    """Train the network and keep its weights, in half precision."""
+    weights = enumerate(train(2, PLANT).get_weights())
+    np.savez_compressed(
+        TRAINED, allow_pickle=False, **{str(number): weight.astype(np.float16) for number, weight in weights}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -119,3 +136,7 @@ def test_the_network_of_a_dataset_is_loaded_from_the_registry_with_its_weights(
     pixels, placement = opened.load((tmp_path / "images" / "00003.png").as_uri(), "")
     assert (pixels == shapes.pixels[3]).all()
     assert placement is None
+
+
+if __name__ == "__main__":
+    save()
