@@ -1,5 +1,6 @@
 """Fixtures that many tests use: photos, real servers and settings for them, a small HTTP server."""
 
+import atexit
 import contextlib
 import gc
 import logging
@@ -97,6 +98,7 @@ def pytest_configure() -> None:
     A shell without job control starts background processes with SIGINT ignored, and children inherit that.
     They inherit TensorFlow's level of logging too, which JAX lowers where it is imported before ours.
     """
+    atexit.register(gc.freeze)  # as commands do: pytest has searched for garbage by then
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     sys.dont_write_bytecode = False

@@ -1,5 +1,6 @@
 """The extras of this package: which one brings an optional package, and how it is installed."""
 
+import atexit
 import gc
 import sys
 import threading
@@ -61,6 +62,8 @@ def run_as_command() -> None:
     """Say that this process runs a command of ours, and no program of a user's."""
     global _is_command  # noqa: PLW0603  # it is of the process
     _is_command = True
+    # Python searches for garbage twice as it exits: that takes seconds where TensorFlow is loaded.
+    atexit.register(gc.freeze)
 
 
 class _Hiding(MetaPathFinder):

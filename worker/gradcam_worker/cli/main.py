@@ -3,8 +3,6 @@
 Exit codes: see `gradcam_worker.cli.exit_codes`.
 """
 
-import atexit
-import gc
 import os
 import signal
 import sys
@@ -27,8 +25,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     _end_at_sigterm_in_container()
     extras.run_as_command()
-    # Python searches for garbage twice as it exits: that takes seconds where TensorFlow is loaded.
-    atexit.register(gc.freeze)
     try:
         with extras.without_garbage_collection():
             # Redis's client has metrics that nobody asks for, and imports all of OpenTelemetry for them.
