@@ -9,6 +9,7 @@ processes. A fork is a process of its own, with its own environment, files, sign
 
 import atexit
 import builtins
+import logging
 import os
 import runpy
 import select
@@ -144,6 +145,7 @@ def _be(words: Sequence[str], stdin: int, files: Iterable[int], environment: Map
             if callable(signal.getsignal(number)):  # which exec would have reset
                 signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        logging.getLogger().handlers.clear()  # the program says how it logs
         pools._threads_queues.clear()  # type: ignore[attr-defined]  # noqa: SLF001  # threads of the parent
         end_with(partial(run, words, environment))
     finally:

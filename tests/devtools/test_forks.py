@@ -15,9 +15,10 @@ import pytest
 from devtools import forks
 
 PROGRAM = """
-import atexit, os, signal, sys, tempfile, threading
+import atexit, logging, os, signal, sys, tempfile, threading
 told = int(sys.argv[1])
-if signal.getsignal(signal.SIGTERM) != signal.SIG_DFL or os.getsid(0) != os.getpid():
+has_handlers = signal.getsignal(signal.SIGTERM) != signal.SIG_DFL or logging.getLogger().handlers
+if has_handlers or os.getsid(0) != os.getpid():
     os._exit(66)
 try:
     os.fstat(int(os.environ["CLOSED"]))
