@@ -95,8 +95,16 @@ class TestAgreement:
     @pytest.mark.parametrize("flip", [False, True])
     @pytest.mark.parametrize("count", [1, 3])
     def test_scores_and_maps_are_those_of_tensorflow_for_every_batch_size(
-        self, build: Build, compile_it: Callable[..., None], pixels: NDArray[np.uint8], count: int, flip: bool
+        self,
+        build: Build,
+        compile_it: Callable[..., None],
+        pixels: NDArray[np.uint8],
+        count: int,
+        flip: bool,
+        request: pytest.FixtureRequest,
     ) -> None:
+        if not (count == 3 and flip):  # one is traced, too
+            request.getfixturevalue("eagerly")
         network, reference = build(), build()
         compile_it(network)
         assert is_compiled(network)
@@ -110,6 +118,7 @@ class TestAgreement:
         assert ours.outputs is not None
         assert_allclose(ours.outputs.sum(axis=1), 1, rtol=1e-5)
 
+    @pytest.mark.usefixtures("eagerly")
     def test_the_forward_pass_of_tensorflow_is_not_run(
         self, build: Build, compile_it: Callable[..., None], pixels: NDArray[np.uint8]
     ) -> None:
@@ -119,6 +128,7 @@ class TestAgreement:
         network._row = replace(network._row, preprocessing=None)  # type: ignore[arg-type]  # the trunk needs it
         assert network.compute(pixels, WANTED).raw.any()
 
+    @pytest.mark.usefixtures("eagerly")
     @pytest.mark.parametrize("method", [Method("gradcam++"), Method(layer="early"), Method("eigencam")])
     def test_what_needs_more_than_the_short_backward_pass_runs_on_tensorflow(
         self, build: Build, compile_it: Callable[..., None], pixels: NDArray[np.uint8], method: Method
@@ -179,6 +189,7 @@ class TestFallback:
         assert events(caplog) == ["forward_not_compiled"]
         assert not is_compiled(network)
 
+    @pytest.mark.usefixtures("eagerly")
     def test_outputs_that_differ_are_not_used(
         self,
         build: Build,
@@ -246,7 +257,7 @@ class TestCache:
         [path] = (tmp_path / "cache").iterdir()
         return path
 
-    @pytest.mark.usefixtures("cached")
+    @pytest.mark.usefixtures("eagerly", "cached")
     def test_it_is_converted_once(
         self,
         build: Build,

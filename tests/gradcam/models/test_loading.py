@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -19,18 +18,19 @@ from numpy.typing import NDArray
 from gradcam_worker.errors import NetworkIncompatible, UnknownNetwork, WeightsUnavailable
 from gradcam_worker.gradcam.catalog import CATALOG, NetworkRow
 from gradcam_worker.gradcam.network import Network
+from tests.gradcam.small_networks import CLASSIFIER
 
 pytestmark = pytest.mark.tensorflow
 
-SMALL = replace(CATALOG["mobilenet"], input_size=(64, 64), map_size=None)
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
 def small() -> Any:
-    """A network of the catalog for small images, with random weights."""
+    """A small network with random weights."""
     from gradcam_worker.gradcam.models.loading import load_network
 
-    return load_network(SMALL, random_seed=3, forward="tensorflow")
+    return load_network(CLASSIFIER, random_seed=3, forward="tensorflow")
 
 
 def weights(network: Any) -> NDArray[np.float32]:
@@ -62,7 +62,7 @@ def test_an_unknown_network_is_refused_with_similar_ones() -> None:
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(small: Any) -> None:
     from gradcam_worker.gradcam.models.loading import load_network
 
-    same, other = (load_network(SMALL, random_seed=seed, forward="tensorflow") for seed in (3, 4))
+    same, other = (load_network(CLASSIFIER, random_seed=seed, forward="tensorflow") for seed in (3, 4))
     assert_array_equal(weights(small), weights(same))
     assert not np.array_equal(weights(small), weights(other))
     assert small.facts.weights_sha256 is None
@@ -160,7 +160,7 @@ def test_the_whole_backward_pass_can_be_requested(wrap: Callable[..., Any], smal
     x = keras.layers.GlobalAveragePooling2D()(keras.layers.Conv2D(6, 1)(inputs))
     saved = keras.Model(inputs, keras.layers.Dense(2)(x))
     assert [wrap(saved, exact_backward=exact)._exact_backward for exact in (False, True)] == [False, True]
-    exact = load_network(SMALL, random_seed=3, exact_backward=True, forward="tensorflow")
+    exact = load_network(CLASSIFIER, random_seed=3, exact_backward=True, forward="tensorflow")
     assert exact._exact_backward
     assert not small._exact_backward
 
@@ -178,7 +178,7 @@ def run_with_keras_json(program: str, folder: Path, config: str) -> subprocess.C
     variables = {name: value for name, value in os.environ.items() if name != "KERAS_BACKEND"}
     return subprocess.run(
         [sys.executable, "-P", "-c", program],
-        env={**variables, "KERAS_HOME": str(folder)},
+        env={**variables, "KERAS_HOME": str(folder), "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,
@@ -197,10 +197,9 @@ def test_keras_json_in_a_home_folder_is_ignored_and_a_download_is_found_there(
         "from gradcam_worker.gradcam import catalog\n"
         "from gradcam_worker.gradcam.models import loading; config = backend.keras.config\n"
         "print(loading._keras_download_path(catalog.find('xception')))\n"
-        "from dataclasses import replace\n"
-        "row = replace(catalog.find('mobilenet'), input_size=(64, 64), map_size=None)\n"
-        "network = loading.load_network(row, random_seed=3, forward='tensorflow')\n"
-        "scores = network.scores(np.full((1, 64, 64, 3), 90, np.uint8))\n"
+        "from tests.gradcam.small_networks import CLASSIFIER\n"
+        "network = loading.load_network(CLASSIFIER, random_seed=3, forward='tensorflow')\n"
+        "scores = network.scores(np.full((1, *CLASSIFIER.input_size, 3), 90, np.uint8))\n"
         "print(backend.name(), config.floatx(), config.epsilon(), config.dtype_policy().name, "
         "config.image_data_format(), network.facts.dtype, *scores[0, :3])"
     )
@@ -208,7 +207,7 @@ def test_keras_json_in_a_home_folder_is_ignored_and_a_download_is_found_there(
     path, *facts, one, two, three = done.stdout.split()
     assert path == str(download)
     assert facts == ["tensorflow", "float32", "1e-07", "float32", "channels_last", "float32"]
-    expected = small.scores(np.full((1, 64, 64, 3), 90, np.uint8))[0, :3]
+    expected = small.scores(np.full((1, *CLASSIFIER.input_size, 3), 90, np.uint8))[0, :3]
     assert_allclose([float(one), float(two), float(three)], expected, rtol=1e-4)
 
 
@@ -235,7 +234,7 @@ def test_the_keras_configuration_of_a_program_is_neither_used_nor_changed(small:
         config.set_epsilon(0.01)
         config.set_image_data_format("channels_first")
         config.set_dtype_policy("mixed_float16")
-        network = load_network(SMALL, random_seed=3, forward="tensorflow")
+        network = load_network(CLASSIFIER, random_seed=3, forward="tensorflow")
         assert (config.floatx(), config.epsilon(), config.image_data_format()) == (
             "float16",
             0.01,
@@ -248,5 +247,5 @@ def test_the_keras_configuration_of_a_program_is_neither_used_nor_changed(small:
         config.set_image_data_format(before[2])
         config.set_dtype_policy(before[3])
     assert network.facts == small.facts
-    pixels = np.full((1, 64, 64, 3), 90, np.uint8)
+    pixels = np.full((1, *CLASSIFIER.input_size, 3), 90, np.uint8)
     assert_array_equal(network.scores(pixels), small.scores(pixels))

@@ -5,7 +5,6 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -15,15 +14,14 @@ from numpy.testing import assert_array_equal
 from numpy.typing import NDArray
 
 from gradcam_worker.errors import InvalidSettings
-from gradcam_worker.gradcam.catalog import CATALOG
 from gradcam_worker.gradcam.methods import cam
 from gradcam_worker.gradcam.network import Method
+from tests.gradcam.small_networks import CLASSIFIER
 
 pytestmark = pytest.mark.tensorflow
 log = logging.getLogger(__name__)
 
 TOP_5 = np.tile(-np.arange(1, 6, dtype=np.int32), (5, 1))
-SMALL = replace(CATALOG["mobilenet"], input_size=(64, 64), map_size=None)
 FEWER = ["mixed_bfloat16", "bfloat16"]
 fewer_digits = pytest.mark.parametrize("precision", FEWER)
 Load = Callable[[str], Any]
@@ -218,7 +216,7 @@ def test_only_the_precision_tf32_allows_tf32_and_a_cpu_computes_in_float32() -> 
 
     try:
         for precision in ("float32", "tf32", "float32"):
-            network = load_network(SMALL, random_seed=1, precision=precision, forward="tensorflow")
+            network = load_network(CLASSIFIER, random_seed=1, precision=precision, forward="tensorflow")
             assert allowed() == (precision == "tf32")
             assert network.facts.dtype == "float32"
     finally:
