@@ -86,6 +86,7 @@ import json, os, sys
 from gradcam_worker import extras
 from gradcam_worker.errors import InvalidSettings, MissingExtra
 extras.run_as_command()
+import gradcam_worker.client.client, gradcam_worker.settings  # of the base install
 for statements, missing in json.load(sys.stdin):
     if os.fork():
         os.wait()
@@ -104,7 +105,7 @@ for statements, missing in json.load(sys.stdin):
 def doors() -> dict[tuple[str, str], tuple[str, set[str]]]:
     """For each door what was told, and which of the heaviest packages were imported.
 
-    One process, which has imported next to nothing, forks another one for each door.
+    One process, which has imported what the base install has, forks another one for each door.
     """
     command, doors = [sys.executable, "-P", "-c", OPEN], json.dumps(DOORS)
     done = subprocess.run(command, input=doors, capture_output=True, text=True, check=True)
