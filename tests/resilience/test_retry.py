@@ -11,6 +11,7 @@ import pytest
 
 from gradcam_worker.errors import JobCanceled, JobTimeout
 from gradcam_worker.resilience import retry
+from gradcam_worker.resilience.blocking import run_blocking
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.resilience.retry import RetryPolicy
 
@@ -87,6 +88,20 @@ def test_it_is_not_tried_again_where_the_pause_would_last_longer_than_the_time_l
         call = gone(2)
         with pytest.raises(ConnectionError, match="gone 1"):
             policy.call(call, deadline)
+
+
+def test_work_that_is_ended_in_a_pause_is_not_tried_again() -> None:
+    retries, call = AT_ONCE.start(), gone(1)
+
+    async def once() -> int:
+        return call()
+
+    async def pause(_: float) -> None:
+        retries.end()
+
+    with pytest.raises(ConnectionError, match="gone 1"):
+        run_blocking(retries.call_awaited(once, pause))
+    assert call.calls == 1
 
 
 def test_each_pause_is_as_long_as_the_policy_says(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from gradcam_worker.errors import AttemptFenced, JobTimeout, OutputNotAllowed, S
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.resilience.retry import Retries
 from gradcam_worker.settings import Settings
-from gradcam_worker.storage.s3 import S3
+from gradcam_worker.storage.s3 import S3, STORAGE
 from gradcam_worker.storage.stores import FolderStore, Object, S3Store, Store, Stores, probe
 from gradcam_worker.testing import MemoryStore
 
@@ -172,6 +173,48 @@ def test_an_upload_that_is_left_early_begins_nothing_more() -> None:
             upload.add(item)
     slow.pool.shutdown()
     assert len(slow.begun) <= 1
+
+
+def test_an_upload_may_wait_for_its_objects_longer_than_for_the_server(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    passed_s = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + passed_s[0])
+    monkeypatch.setattr("gradcam_worker.resilience.retry.time", clock)
+    slow: Any = Slow()
+    begun = queue.Queue[str]()
+
+    def put(_: str, key: str, *others: Any) -> None:
+        retries: Retries = others[-1]
+        retries.check("storage")  # as S3 does
+        begun.put(key)
+
+    slow.put = put
+    with S3Store(slow, "b", "").upload(Deadline(30)) as upload:
+        passed_s[0] += 2 * STORAGE.total_s
+        upload.add(OBJECTS[0])
+        assert begun.get(timeout=30) == "j/0.jpg"
+        passed_s[0] += 2 * STORAGE.total_s
+        upload.finish(("m.json", b"", "application/json"))
+    assert begun.get() == "m.json"
+
+
+def test_what_waits_for_the_lease_when_an_upload_is_left_is_not_written() -> None:
+    class Unleased(Deadline):
+        asked, renewed = threading.Event(), threading.Event()
+
+        def check(self, doing: str) -> None:
+            self.asked.set()
+            self.renewed.wait()
+
+    slow, deadline = Slow(), Unleased(30)
+    s3: Any = slow
+    with S3Store(s3, "b", "").upload(deadline) as upload:
+        upload.add(OBJECTS[0])
+        deadline.asked.wait()
+    deadline.renewed.set()
+    slow.pool.shutdown()
+    assert not slow.begun
 
 
 def test_an_upload_of_any_store_ends_with_its_last_object(store: Store) -> None:

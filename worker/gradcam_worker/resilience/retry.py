@@ -98,13 +98,17 @@ class Retries:
         """Seconds left, never below zero."""
         return max(min(self._deadline.left_s(), self._end_s - time.monotonic()), 0.0)
 
+    def stop_clock(self) -> None:
+        """Count no time until `begin_again`: calls are tried for as long as the job may run."""
+        self._end_s = math.inf
+
     def begin_again(self) -> None:
-        """Give the calls that are not done all of the time again."""
+        """Give the calls that are not done all of the time, from now on."""
         self._started_s = time.monotonic()
         self._end_s = self._started_s + self._policy.total_s
 
     def end(self) -> None:
-        """Repeat no try from now on."""
+        """Repeat no try from now on, not even one whose pause has begun."""
         self._ended = True
 
     def check(self, doing: str) -> None:
@@ -166,6 +170,9 @@ class Retries:
                     log.info("call_retry_scheduled", delay_s=pause_s, error=error)
                 self.record_failure(error)
                 await pause(pause_s)
+                if self._ended:
+                    self.raise_if_cancelled()
+                    raise
 
     def wait_for(self, calls: Sequence["Future[T]"], doing: str) -> list[T]:
         """Wait for parallel calls of this work.

@@ -76,7 +76,8 @@ class Store(Protocol):
     def upload(self, deadline: Deadline) -> AbstractContextManager[Upload]:
         """`put_many` of objects that are not all there yet.
 
-        Where the block ends before `finish` has returned, no further write is started.
+        The time of its tries begins with `finish`. Where the block ends before that has returned, no further
+        write is started.
 
         Args:
             deadline: The job's.

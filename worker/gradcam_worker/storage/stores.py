@@ -59,11 +59,12 @@ class S3Upload:
             uploads: How many there are at once, this one included.
         """
         self._uri, self._put, self._start_thread = uri, put, start
+        retries.stop_clock()  # until `finish`: to make the objects may take longer than all tries
         self._retries, self._uploads = retries, uploads
         self._waiting = deque[Object]()
         self._last: Object | None = None
         self._count = self._unwritten = self._threads = 0  # objects, those not yet written, threads that run
-        self._ended = False  # no further write is started
+        self.ended = False  # no further write is started
         self._calls: list[Future[None]] = []
         self._lock = threading.Lock()
 
@@ -77,10 +78,10 @@ class S3Upload:
 
     def finish(self, last: Object | None = None) -> None:
         """See `Upload.finish`."""
+        self._retries.begin_again()
         with self._lock:
             self._last = last
             self._start_threads(max(self._count // self._uploads, 1), at_least=1 if last else 0)
-        self._retries.begin_again()
         try:
             self._retries.wait_for(self._calls, "upload")
         except S3_ERRORS as error:
@@ -89,13 +90,13 @@ class S3Upload:
 
     def end(self) -> None:
         """Start no further write, and repeat none."""
-        self._ended = True
+        self.ended = True
         self._retries.end()
 
     def _start_threads(self, most: int, *, at_least: int = 0) -> None:
         """Start threads until there are `most`, or one for each object. The lock is held."""
         wanted = min(most, max(self._unwritten, at_least))
-        while self._threads < wanted and not self._ended:
+        while self._threads < wanted and not self.ended:
             self._threads += 1
             self._calls.append(self._start_thread(self._run))
 
@@ -107,7 +108,7 @@ class S3Upload:
                 self._put(item)
                 written = 1
         except BaseException:
-            self._ended = True
+            self.end()
             raise
 
     def _next(self, written: int) -> Object | None:
@@ -115,12 +116,11 @@ class S3Upload:
         with self._lock:
             self._unwritten -= written
             item = None
-            if self._waiting and not self._ended:
+            if self._waiting and not self.ended:
                 item = self._waiting.popleft()
-            elif (
-                self._last and not self._unwritten and not self._ended
-            ):  # else another thread goes on with it
+            elif self._last and not self._unwritten and not self.ended:
                 self._unwritten, item, self._last = 1, self._last, None
+            # else another thread goes on with the last one
             if item is None:
                 self._threads -= 1
             return item
@@ -180,7 +180,8 @@ class S3Store:
     def _upload(self, deadline: Deadline, retries: Retries) -> Iterator[S3Upload]:
         def put(item: Object) -> None:
             deadline.check("upload")
-            self._put(item, retries)
+            if not upload.ended:  # the check may have waited for the lease
+                self._put(item, retries)
 
         with self._s3.uploading() as uploads:
             upload = S3Upload(self.uri(""), put, self._s3.pool.submit, retries, uploads)
