@@ -12,6 +12,8 @@ Every attempt at a job writes the same artifacts under the same keys. They are e
 attempts computed the image in batches of the same size; otherwise float32 numbers differ from the seventh
 digit on.
 
+An attempt that fails or is given up leaves what it has written: artifacts are uploaded while others are
+drawn.
 A write that was in progress when its attempt was given up cannot be undone. It may arrive after the next
 attempt wrote the same key. Then an artifact can differ from the sha256 in the manifest, by those digits.
 """
