@@ -1,6 +1,8 @@
+import errno
 import os
 import subprocess
 import sys
+from collections.abc import Collection
 
 import pytest
 
@@ -55,6 +57,36 @@ print(chosen == min(cores), affinities() <= {frozenset([core]) for core in cores
 
 def test_where_its_cores_are_taken_away_it_chooses_another() -> None:
     assert run("print(one_core.idle_core({10_000}) in cores)") == "True"
+
+
+class Container:
+    """What a container may do with the cores of its process."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, cores: set[int], given: set[int]) -> None:
+        self.cores, self.affinity = cores, given
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: {*self.affinity})
+        monkeypatch.setattr(os, "sched_setaffinity", self.bind)
+
+    def bind(self, _: int, wanted: Collection[int]) -> None:
+        """As the system does."""
+        if not self.cores.intersection(wanted):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        self.affinity = self.cores.intersection(wanted)
+
+
+def test_cores_that_a_container_gets_later_are_chosen_among(monkeypatch: pytest.MonkeyPatch) -> None:
+    container = Container(monkeypatch, {0, 1}, given={0, 1})
+    cores = one_core.choices()
+    assert container.affinity == {0, 1}
+    for container.cores in ({0, 1, 2, 3}, {7, 70}):
+        one_core.idle_core(cores)
+        assert container.affinity == container.cores
+
+
+def test_a_process_that_is_kept_to_some_cores_stays_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    container = Container(monkeypatch, {0, 1, 2, 3}, given={1, 2})
+    one_core.idle_core(one_core.choices())
+    assert container.affinity == {1, 2}
 
 
 @needs_two_cores

@@ -9,7 +9,7 @@ wakes a thread that may run anywhere: an idle one, if there is any.
 import os
 import threading
 import time
-from collections.abc import Set as AbstractSet
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,6 +19,7 @@ INTERVAL_S = 2.0  # between two choices
 SLEEP_S = 0.001  # the system chooses a core when a thread wakes
 PROCESSOR = 36  # in `stat` after the name: the core on which the thread runs
 THREADS = Path("/proc/self/task")
+ANY = range(8192)  # more than Linux knows; it leaves out those that the container does not have
 
 
 def keep_on_one_core(interval_s: float = INTERVAL_S) -> BackgroundLoop | None:
@@ -32,17 +33,29 @@ def keep_on_one_core(interval_s: float = INTERVAL_S) -> BackgroundLoop | None:
     """
     if not hasattr(os, "sched_setaffinity") or not THREADS.is_dir():
         return None
-    cores = os.sched_getaffinity(0)
-    try:
-        os.sched_setaffinity(0, cores)
-    except OSError:  # a sandbox forbids it
+    if len(os.sched_getaffinity(0)) == 1:
         return None
-    if len(cores) == 1:
+    try:
+        cores = choices()
+    except OSError:  # a sandbox forbids it
         return None
     return BackgroundLoop("one core", lambda: bind(idle_core(cores)), interval_s, immediately=True)
 
 
-def idle_core(cores: AbstractSet[int]) -> int:
+def choices() -> Collection[int]:
+    """Find the cores among which this process may choose.
+
+    Returns:
+        Those of its affinity; ANY where these are all of its container's, which may get others later.
+    """
+    given = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, ANY)
+    has_all = os.sched_getaffinity(0) == given
+    os.sched_setaffinity(0, given)
+    return ANY if has_all else given
+
+
+def idle_core(cores: Collection[int]) -> int:
     """Let the system choose one of these cores for this thread.
 
     Args:
@@ -55,7 +68,7 @@ def idle_core(cores: AbstractSet[int]) -> int:
     try:
         os.sched_setaffinity(thread, cores)
     except OSError:  # the system has taken all of them away from this process: it may use others
-        os.sched_setaffinity(thread, range(os.cpu_count() or 1))
+        os.sched_setaffinity(thread, ANY)
     time.sleep(SLEEP_S)
     *_, numbers = (THREADS / str(thread) / "stat").read_text(encoding="utf-8").rpartition(")")
     return int(numbers.split()[PROCESSOR])
