@@ -62,7 +62,7 @@ SLOW_WAITING = (
 )
 # What waits outside of those folders: for the ends of processes that it starts.
 WAITING = {
-    "tests/runtime/test_supervisor.py",
+    "tests/runtime/processes/test_supervisor.py",
     "tests/delivery/test_sql.py",
     "tests/docs/test_dataset.py",
     "tests/docs/test_site.py",

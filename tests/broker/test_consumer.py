@@ -40,7 +40,7 @@ from gradcam_worker.broker.transport import REPLY_TTL_MS, Channel
 from gradcam_worker.errors import InvalidJob, LedgerUnavailable
 from gradcam_worker.resilience.outages import Outages
 from gradcam_worker.resilience.stall import StallDetector
-from gradcam_worker.runtime import worker_process
+from gradcam_worker.runtime.processes import worker_process
 from gradcam_worker.schemas import strict_json
 from gradcam_worker.schemas.ids import new_id
 from gradcam_worker.settings import Settings

@@ -8,7 +8,7 @@ import pytest
 from gradcam_worker import errors
 from gradcam_worker.cli.exit_codes import MEANINGS, ExitCode, of_error
 from gradcam_worker.cli.main import main
-from gradcam_worker.client.backfills import error_of
+from gradcam_worker.client.datasets.backfills import error_of
 
 
 def test_each_code_has_a_meaning_and_errors_have_the_code_of_their_cause() -> None:

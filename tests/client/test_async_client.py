@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import redis
 
-from gradcam_worker.client import poller
 from gradcam_worker.client.async_client import AsyncGradcamClient
 from gradcam_worker.client.calls import REDIS_RETRIES
 from gradcam_worker.client.client import GradcamClient
+from gradcam_worker.client.waiting import poller
 from gradcam_worker.errors import InvalidJob, LedgerUnavailable, UnknownJob, WaitTimeout
 from gradcam_worker.ledger.ledger import Tenant
 from gradcam_worker.ledger.redis.store import RedisLedger

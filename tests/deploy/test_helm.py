@@ -17,7 +17,7 @@ import gradcam_worker
 from devtools.deploy_checks import cluster_environment, egress, helm, scaling, tools, wiring
 from devtools.deploy_checks.scaling import Scaler, Work
 from gradcam_worker.client.client import GradcamClient
-from gradcam_worker.runtime import supervisor
+from gradcam_worker.runtime.processes import supervisor
 from gradcam_worker.schemas.job import Job
 from gradcam_worker.schemas.work import ROUTES
 from gradcam_worker.settings import Settings

@@ -34,7 +34,7 @@ from gradcam_worker.ledger.ledger import Tenant, device_s_of
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.resilience.circuit_breaker import CircuitBreaker
 from gradcam_worker.resilience.server_activity import ServerActivity
-from gradcam_worker.runtime import bootstrap
+from gradcam_worker.runtime.processes import bootstrap
 from gradcam_worker.schemas.ids import new_id
 from gradcam_worker.schemas.job import Job
 from gradcam_worker.schemas.shard import Shard

@@ -22,7 +22,7 @@ from gradcam_worker.errors import ImageFetchFailed, ImageForbidden, InvalidJob
 from gradcam_worker.execution.handler import JobHandler
 from gradcam_worker.execution.leases import LeaseManager
 from gradcam_worker.resilience.circuit_breaker import CircuitBreaker
-from gradcam_worker.runtime import worker_process
+from gradcam_worker.runtime.processes import worker_process
 from gradcam_worker.schemas.ids import new_id
 from gradcam_worker.schemas.status import WorkerRef
 from gradcam_worker.schemas.strict_json import Unreadable

@@ -9,7 +9,7 @@ import pytest
 
 from devtools.faults.cluster import running_cluster
 from gradcam_worker.operations import servers
-from gradcam_worker.runtime import preflight
+from gradcam_worker.runtime.processes import preflight
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(240)]
 

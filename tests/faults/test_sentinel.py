@@ -18,7 +18,7 @@ from gradcam_worker.client.async_client import AsyncGradcamClient
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.errors import InvalidSettings, LedgerUnavailable
 from gradcam_worker.ledger.redis.store import RedisLedger
-from gradcam_worker.runtime import preflight
+from gradcam_worker.runtime.processes import preflight
 from gradcam_worker.schemas.job import Job
 from gradcam_worker.settings import Settings
 

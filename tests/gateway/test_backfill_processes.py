@@ -9,7 +9,7 @@ from threading import Barrier, BrokenBarrierError
 import pytest
 from fastapi.testclient import TestClient
 
-from gradcam_worker.client import backfills
+from gradcam_worker.client.datasets import backfills
 from gradcam_worker.errors import BackfillConflict, ServerBusy
 from gradcam_worker.gateway.backfill_processes import MAX_RUNNING_OF_TENANT, BackfillProcesses
 from gradcam_worker.gateway.routes.backfills import backfill_id

@@ -24,7 +24,7 @@ from gradcam_worker.gradcam.network import GRADCAM, Computed, Method, NetworkFac
 from gradcam_worker.inference.model_cache import ModelCache
 from gradcam_worker.inference.request import InferenceResult
 from gradcam_worker.resilience.deadline import Deadline
-from gradcam_worker.runtime.preloading import freeze_loaded_objects
+from gradcam_worker.runtime.processes.preloading import freeze_loaded_objects
 from gradcam_worker.testing import TinyNetwork
 
 PIXELS = np.full((16, 16, 3), (255, 0, 0), np.uint8)

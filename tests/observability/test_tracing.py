@@ -303,7 +303,7 @@ def loaded():
     return {name for name in sys.modules if name.startswith("opentelemetry")}
 import redis
 before = loaded()  # where it is installed, redis-py looks at it for metrics of its own
-import gradcam_worker.runtime.worker_process, gradcam_worker.runtime.supervisor
+import gradcam_worker.runtime.processes.worker_process, gradcam_worker.runtime.processes.supervisor
 import gradcam_worker.operations.doctor
 import cv2, numpy
 from gradcam_worker.testing import eager_client

@@ -14,7 +14,7 @@ from gradcam_worker.observability.prometheus import Metrics
 from gradcam_worker.operations import doctor, servers
 from gradcam_worker.redis_server import server_checks
 from gradcam_worker.redis_server.server_checks import CHECKS, ServerMonitor, check_info
-from gradcam_worker.runtime import preflight
+from gradcam_worker.runtime.processes import preflight
 from gradcam_worker.settings import Settings
 
 PASSWORD = "planted-password"  # of a server that lives for a test

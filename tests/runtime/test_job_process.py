@@ -12,7 +12,7 @@ from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.inference.engine_server import EngineFacts, EngineServer
 from gradcam_worker.inference.model_cache import ModelCache
 from gradcam_worker.runtime import devices
-from gradcam_worker.runtime.supervisor import WORKER, plan_processes
+from gradcam_worker.runtime.processes.supervisor import WORKER, plan_processes
 from gradcam_worker.settings import Settings
 from gradcam_worker.testing import TinyNetwork
 

@@ -18,7 +18,7 @@ from gradcam_worker.execution.handler import Disposition, JobHandler
 from gradcam_worker.execution.leases import LeaseManager
 from gradcam_worker.images.fetch import UriFetcher
 from gradcam_worker.resilience.circuit_breaker import CircuitBreaker
-from gradcam_worker.runtime import bootstrap
+from gradcam_worker.runtime.processes import bootstrap
 from gradcam_worker.schemas.ids import new_id
 from gradcam_worker.schemas.job import Job
 from gradcam_worker.schemas.shard import Shard

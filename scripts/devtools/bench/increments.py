@@ -15,7 +15,7 @@ from devtools.bench import testbed
 from devtools.bench.backfill_command import command, counted, write_input
 from devtools.bench.report import Figures, Requirement, at_least, at_most, table
 from devtools.bench.testbed import Testbed
-from gradcam_worker.client import backfills
+from gradcam_worker.client.datasets import backfills
 from gradcam_worker.ledger.redis.store import RedisLedger
 
 TITLE = "Increments of a backfill"

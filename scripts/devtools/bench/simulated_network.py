@@ -235,8 +235,9 @@ def start_worker(
 def work(passes: str, ready_fd: str | None = None) -> int:
     """Run a worker, or, with `ready_fd`, one of the processes that its supervisor starts."""
     from gradcam_worker import extras
-    from gradcam_worker.runtime import devices, engine_process, worker_process
-    from gradcam_worker.runtime.supervisor import Supervisor
+    from gradcam_worker.runtime import devices
+    from gradcam_worker.runtime.processes import engine_process, worker_process
+    from gradcam_worker.runtime.processes.supervisor import Supervisor
 
     extras.run_as_command()  # as `gradcam worker` does: TensorFlow without what it imports for others
 

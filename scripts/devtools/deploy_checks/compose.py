@@ -15,7 +15,7 @@ from devtools.deploy_checks.dockerfile import DOCKERFILE, stages
 from gradcam_worker import __version__
 from gradcam_worker.cli.commands import gradcam
 from gradcam_worker.errors import InvalidSettings
-from gradcam_worker.runtime.supervisor import REQUEUE_TIMEOUT_S
+from gradcam_worker.runtime.processes.supervisor import REQUEUE_TIMEOUT_S
 from gradcam_worker.settings import Settings
 
 FOLDER = ROOT / "docker"

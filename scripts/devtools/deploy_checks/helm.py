@@ -23,7 +23,7 @@ from devtools import ROOT
 from devtools.deploy_checks import cluster_environment, egress, tools, wiring
 from devtools.deploy_checks.scaling import Scaler
 from devtools.deploy_checks.wiring import NAMESPACE, Document, of_kind, workloads
-from gradcam_worker.runtime import supervisor
+from gradcam_worker.runtime.processes import supervisor
 from gradcam_worker.schemas.work import ROUTES
 from gradcam_worker.settings import Settings
 

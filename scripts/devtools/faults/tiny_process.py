@@ -6,7 +6,7 @@ tiny_network.do_without_keras()
 
 from gradcam_worker.images import prepare  # noqa: E402
 from gradcam_worker.inference.pixel_pool import Block  # noqa: E402
-from gradcam_worker.runtime import engine_process, worker_process  # noqa: E402
+from gradcam_worker.runtime.processes import engine_process, worker_process  # noqa: E402
 from gradcam_worker.settings import Settings  # noqa: E402
 
 

@@ -20,7 +20,7 @@ SCRIPTS = Path(__file__).parents[2]
 IMPORTED = (
     "devtools.faults.tiny_process",
     "devtools.bench.testbed",  # benches with simulated networks may be forks, too
-    "gradcam_worker.runtime.supervisor",
+    "gradcam_worker.runtime.processes.supervisor",
     "boto3",
 )
 
@@ -74,7 +74,7 @@ def work(ready_fd: int) -> int:
 def supervise(program: str = __file__) -> int:
     """What `gradcam worker` does; `program work FD` is the worker process."""
     from gradcam_worker.observability.logs import configure_logging
-    from gradcam_worker.runtime import supervisor
+    from gradcam_worker.runtime.processes import supervisor
 
     if "devtools.faults.tiny_process" in sys.modules:  # then a fork has it, too
         from devtools import forks

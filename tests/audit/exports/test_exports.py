@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from gradcam_worker.audit.exports.export import FORMATS
-from gradcam_worker.cli.export import FORMATS as OFFERED
+from gradcam_worker.cli.datasets.export import FORMATS as OFFERED
 from gradcam_worker.cli.main import main
 from tests.audit.datasets import Image, folder_dataset
 

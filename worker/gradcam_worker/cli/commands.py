@@ -8,19 +8,8 @@ import click
 from click.core import ParameterSource
 
 from gradcam_worker import __version__, extras
-from gradcam_worker.cli import (
-    audit,
-    backfill,
-    compare,
-    convert,
-    gallery,
-    jobs,
-    ledger,
-    operate,
-    replay,
-    serve,
-    tenants,
-)
+from gradcam_worker.cli import convert, jobs, ledger, operate, serve, tenants
+from gradcam_worker.cli.datasets import audit, backfill, compare, gallery, replay
 from gradcam_worker.cli.exit_codes import ExitCode, of_error
 from gradcam_worker.cli.options import asks_for_json, json_option
 from gradcam_worker.errors import GradcamError, InvalidSettings
@@ -159,23 +148,23 @@ def worker(*, devices: str | None, unsupervised: bool, ready_fd: int | None) -> 
     configure_logging(settings.log_format, settings.log_level)
     if ready_fd is not None and settings.role == "engine":
         with extras.without_garbage_collection():
-            from gradcam_worker.runtime import engine_process
+            from gradcam_worker.runtime.processes import engine_process
         return engine_process.run(settings, ready_fd)
     if ready_fd is not None:
         with extras.without_garbage_collection():
-            from gradcam_worker.runtime import worker_process
+            from gradcam_worker.runtime.processes import worker_process
         return worker_process.run_supervised(settings, ready_fd)
-    from gradcam_worker.runtime import preflight
+    from gradcam_worker.runtime.processes import preflight
 
     if unsupervised:
         with extras.without_garbage_collection():
-            from gradcam_worker.runtime import worker_process
+            from gradcam_worker.runtime.processes import worker_process
         from gradcam_worker.runtime.devices import use_single_device
 
         settings = use_single_device(settings)
         preflight.check(settings)
         return worker_process.run(settings)
-    from gradcam_worker.runtime.supervisor import Supervisor
+    from gradcam_worker.runtime.processes.supervisor import Supervisor
 
     supervisor = Supervisor(settings)
     preflight.check(settings)
@@ -196,7 +185,7 @@ def deliver() -> int:
     """
     _require("httpx", "standardwebhooks")  # fail here, not when the first event is delivered
     with extras.without_garbage_collection():
-        from gradcam_worker.runtime import delivery_process, preflight
+        from gradcam_worker.runtime.processes import delivery_process, preflight
     settings = Settings.from_environment()
     configure_logging(settings.log_format, settings.log_level)
     preflight.check(settings, stores=False)

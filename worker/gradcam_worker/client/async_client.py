@@ -24,13 +24,13 @@ from copy import copy
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar, Unpack, overload
 
-from gradcam_worker.client.backfill_handle import AsyncBackfillHandle, BackfillHandle
-from gradcam_worker.client.backfills import BackfillStatus, Cancellation
 from gradcam_worker.client.client import GradcamClient
+from gradcam_worker.client.datasets.backfill_handle import AsyncBackfillHandle, BackfillHandle
+from gradcam_worker.client.datasets.backfills import BackfillStatus, Cancellation
+from gradcam_worker.client.datasets.submitted_backfills import still_running
 from gradcam_worker.client.job_fields import Classes, Image, ListConditions, TopN, WithTarget, naming_fields
 from gradcam_worker.client.job_handle import AsyncJobHandle
-from gradcam_worker.client.submitted_backfills import still_running
-from gradcam_worker.client.waiter import Subscription
+from gradcam_worker.client.waiting.waiter import Subscription
 from gradcam_worker.client.webhooks import Webhooks
 from gradcam_worker.errors import WaitTimeout
 from gradcam_worker.ledger.ledger import Tenant

@@ -15,10 +15,10 @@ from gradcam_worker.broker.publisher import Publisher
 from gradcam_worker.client import results
 from gradcam_worker.client.job_fields import as_job
 from gradcam_worker.client.live_workers import LiveWorkers, read_live_workers
-from gradcam_worker.client.loop_yielder import LoopYielder, never_yield
-from gradcam_worker.client.poller import StatusUpdate
 from gradcam_worker.client.results import Objects, Result
-from gradcam_worker.client.waiter import read_update, with_cause
+from gradcam_worker.client.waiting.loop_yielder import LoopYielder, never_yield
+from gradcam_worker.client.waiting.poller import StatusUpdate
+from gradcam_worker.client.waiting.waiter import read_update, with_cause
 from gradcam_worker.errors import (
     BrokerUnavailable,
     IdempotencyConflict,
@@ -357,7 +357,7 @@ class ClientCalls:
         return read_live_workers(await self._retried(lambda: awaited(self._ledger.find_workers)))
 
     async def read_update(self, job_id: str) -> StatusUpdate:
-        """Read a job once, for `client.waiter`: its document, or why it could not be read."""
+        """Read a job once, for `client.waiting.waiter`: its document, or why it could not be read."""
         return await read_update(self._ledger, job_id, self.owner)
 
     async def with_cause(self, late: WaitTimeout) -> WaitTimeout:

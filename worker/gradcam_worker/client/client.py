@@ -15,14 +15,14 @@ from typing import Any, Self, Unpack, overload
 
 from gradcam_worker.broker.publisher import Publisher
 from gradcam_worker.client import results
-from gradcam_worker.client.backfill_handle import BackfillHandle
-from gradcam_worker.client.backfills import BackfillStatus, Cancellation
 from gradcam_worker.client.calls import REDIS_RETRIES, ClientCalls
+from gradcam_worker.client.datasets.backfill_handle import BackfillHandle
+from gradcam_worker.client.datasets.backfills import BackfillStatus, Cancellation
+from gradcam_worker.client.datasets.submitted_backfills import OptionValue, SubmittedBackfills, still_running
 from gradcam_worker.client.job_fields import Classes, Image, ListConditions, TopN, WithTarget, naming_fields
 from gradcam_worker.client.job_handle import JobHandle
 from gradcam_worker.client.results import Objects, Result
-from gradcam_worker.client.submitted_backfills import OptionValue, SubmittedBackfills, still_running
-from gradcam_worker.client.waiter import JobWaiter
+from gradcam_worker.client.waiting.waiter import JobWaiter
 from gradcam_worker.client.webhooks import Webhooks
 from gradcam_worker.errors import WaitTimeout
 from gradcam_worker.ledger.ledger import Ledger, Tenant

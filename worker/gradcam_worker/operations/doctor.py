@@ -22,7 +22,8 @@ from gradcam_worker.gradcam.catalog import CATALOG, NetworkRow
 from gradcam_worker.gradcam.files import weights
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.redis_server.server_checks import ServerMonitor
-from gradcam_worker.runtime import devices, preflight
+from gradcam_worker.runtime import devices
+from gradcam_worker.runtime.processes import preflight
 from gradcam_worker.settings import Settings
 from gradcam_worker.text.visible import counted
 

@@ -1,4 +1,4 @@
-"""The processes of a worker: supervisor, worker process, delivery process, devices, liveness, start checks.
+"""What the processes of a worker are made of: devices, liveness, services, background loops, telemetry.
 
-Begin at `supervisor`, which starts `worker_process`; `bootstrap` builds what a worker process needs.
+Begin at `processes.supervisor`, which starts the others; `service_factory` builds what they share.
 """

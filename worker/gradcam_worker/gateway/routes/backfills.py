@@ -18,8 +18,8 @@ from gradcam_worker import extras
 from gradcam_worker.backfill.inputs.options import BoxFormat, is_coco
 from gradcam_worker.backfill.plan import SPEC_FIELDS, Plan
 from gradcam_worker.backfill.registry import RedisBackfillRegistry
-from gradcam_worker.client import backfills
-from gradcam_worker.client.submitted_backfills import command, wait_for_start
+from gradcam_worker.client.datasets import backfills
+from gradcam_worker.client.datasets.submitted_backfills import command, wait_for_start
 from gradcam_worker.errors import (
     BackfillConflict,
     InvalidRequest,

@@ -23,7 +23,7 @@ from gradcam_worker.gradcam.catalog import NetworkRow
 from gradcam_worker.ledger.ledger import Ledger
 from gradcam_worker.observability.health import Health
 from gradcam_worker.resilience.outages import Outages
-from gradcam_worker.runtime import preloading, worker_process
+from gradcam_worker.runtime.processes import preloading, worker_process
 from gradcam_worker.schemas.ids import new_id
 from gradcam_worker.schemas.status import StatusDocument
 from gradcam_worker.settings import Settings

@@ -14,8 +14,8 @@ from click.core import ParameterSource
 from pydantic import ValidationError
 
 from gradcam_worker.backfill.inputs.options import InputOptions
+from gradcam_worker.cli.datasets.input_options import input_options
 from gradcam_worker.cli.exit_codes import ExitCode
-from gradcam_worker.cli.input_options import input_options
 from gradcam_worker.cli.options import (
     OF_SPEC,
     GroupWithRun,
@@ -138,7 +138,7 @@ def _stored_options(output: str, *, has_input: bool) -> dict[str, Any]:
 
     Raises InvalidInput if they are not known, and the command has none.
     """
-    from gradcam_worker.client.backfills import open_dataset
+    from gradcam_worker.client.datasets.backfills import open_dataset
 
     dataset = open_dataset(output, Settings.from_environment())
     if has_input:
@@ -256,7 +256,7 @@ def run(
     from gradcam_worker.backfill.registry import RedisBackfillRegistry
     from gradcam_worker.backfill.runner import BackfillRunner
     from gradcam_worker.backfill.sharding import cut_shards
-    from gradcam_worker.client.backfills import open_dataset
+    from gradcam_worker.client.datasets.backfills import open_dataset
     from gradcam_worker.ledger.redis.store import RedisLedger
     from gradcam_worker.operations.terminal.progress_bar import (
         BackfillProgressBar,
@@ -441,7 +441,7 @@ def status(output: str, *, as_json: bool) -> int:
     Example:
       gradcam backfill status s3://results/photos
     """
-    from gradcam_worker.client import backfills
+    from gradcam_worker.client.datasets import backfills
 
     facts = backfills.read_status(output, Settings.from_environment())
     console.print_json(facts) if as_json else _show_status(facts)
@@ -490,7 +490,7 @@ def cancel(output: str, *, as_json: bool) -> int:
     Example:
       gradcam backfill cancel s3://results/photos
     """
-    from gradcam_worker.client import backfills
+    from gradcam_worker.client.datasets import backfills
 
     stopped = backfills.cancel(output, Settings.from_environment())
     if as_json:
@@ -530,7 +530,7 @@ def compact(output: str, *, target_size: float, as_json: bool) -> int:
     Example:
       gradcam backfill compact s3://results/photos
     """
-    from gradcam_worker.client import backfills
+    from gradcam_worker.client.datasets import backfills
 
     with interrupted_by_sigterm():
         merged = backfills.compact(output, Settings.from_environment(), int(target_size * MEGABYTE))

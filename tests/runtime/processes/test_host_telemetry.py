@@ -17,8 +17,8 @@ from gradcam_worker.errors import InvalidSettings, LedgerUnavailable
 from gradcam_worker.observability import health
 from gradcam_worker.observability.health import Health
 from gradcam_worker.observability.prometheus import CONTENT_TYPE, Metrics
-from gradcam_worker.runtime import host_telemetry
-from gradcam_worker.runtime.host_telemetry import NO_ANSWER, HostProcess, HostTelemetry
+from gradcam_worker.runtime.processes import host_telemetry
+from gradcam_worker.runtime.processes.host_telemetry import NO_ANSWER, HostProcess, HostTelemetry
 from gradcam_worker.settings import Settings
 
 WAIT_S = 20
@@ -86,7 +86,7 @@ def test_a_host_is_alive_while_its_supervisor_supervises(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now_s = [100.0]
-    monkeypatch.setattr("gradcam_worker.runtime.host_telemetry.time.monotonic", lambda: now_s[0])
+    monkeypatch.setattr("gradcam_worker.runtime.processes.host_telemetry.time.monotonic", lambda: now_s[0])
     telemetry = Host(tmp_path, "engine-0").telemetry
     assert telemetry.problems("/live") == {}, "though no process answers"
     now_s[0] += host_telemetry.NO_TURN_S + 1

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from gradcam_worker.client.backfills import BackfillStatus, Cancellation
+from gradcam_worker.client.datasets.backfills import BackfillStatus, Cancellation
 from gradcam_worker.client.job_handle import Handle
 
 if TYPE_CHECKING:

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import redis
 
-from gradcam_worker.client import poller
-from gradcam_worker.client import waiter as watch
 from gradcam_worker.client.client import GradcamClient
-from gradcam_worker.client.poller import StatusPoller, StatusUpdate
-from gradcam_worker.client.waiter import Subscription
+from gradcam_worker.client.waiting import poller
+from gradcam_worker.client.waiting import waiter as watch
+from gradcam_worker.client.waiting.poller import StatusPoller, StatusUpdate
+from gradcam_worker.client.waiting.waiter import Subscription
 from gradcam_worker.errors import LedgerUnavailable, UnknownJob, WaitTimeout
 from gradcam_worker.ledger.ledger import Tenant
 from gradcam_worker.ledger.redis import pubsub

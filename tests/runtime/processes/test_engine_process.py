@@ -19,7 +19,7 @@ from gradcam_worker import gradcam
 from gradcam_worker.errors import InternalError, InvalidSettings
 from gradcam_worker.gradcam.catalog import CATALOG
 from gradcam_worker.inference.engine_client import EngineClient
-from gradcam_worker.runtime import engine_process
+from gradcam_worker.runtime.processes import engine_process
 from gradcam_worker.settings import Settings
 from gradcam_worker.testing import TinyNetwork
 

@@ -36,7 +36,7 @@ from gradcam_worker.settings import AUTO, Settings
 from gradcam_worker.text.log_events import EventLogger
 
 if TYPE_CHECKING:
-    from gradcam_worker.runtime.host_telemetry import HostTelemetry
+    from gradcam_worker.runtime.processes.host_telemetry import HostTelemetry
 
 log = EventLogger("gradcam.supervisor")
 
@@ -258,7 +258,7 @@ class Supervisor:
 
     def _serve_metrics(self, folder: Path) -> "HostTelemetry":
         """Serve the metrics and health of all processes. Raises InvalidSettings."""
-        from gradcam_worker.runtime.host_telemetry import HostProcess, HostTelemetry
+        from gradcam_worker.runtime.processes.host_telemetry import HostProcess, HostTelemetry
 
         host_processes = [
             HostProcess(

@@ -21,8 +21,8 @@ from pydantic import ValidationError
 from gradcam_worker import extras
 from gradcam_worker.backfill.plan import Plan
 from gradcam_worker.backfill.registry import RedisBackfillRegistry
-from gradcam_worker.client import backfills
-from gradcam_worker.client.backfills import BackfillStatus, Cancellation
+from gradcam_worker.client.datasets import backfills
+from gradcam_worker.client.datasets.backfills import BackfillStatus, Cancellation
 from gradcam_worker.client.job_fields import OF_TARGET, without_short_forms
 from gradcam_worker.errors import BackfillRunning, BackfillStopped, GradcamError, InvalidJob
 from gradcam_worker.ledger.redis.store import RedisLedger

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gradcam_worker.cli.export import export
+from gradcam_worker.cli.datasets.export import export
 from gradcam_worker.cli.options import (
     GroupWithRun,
     RunCommand,

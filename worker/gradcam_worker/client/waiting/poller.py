@@ -1,4 +1,4 @@
-"""The one thread of a process that reads the ledger for all subscriptions: see `client.waiter`."""
+"""The one thread of a process that reads the ledger for all subscriptions: see `client.waiting.waiter`."""
 
 import math
 import threading
@@ -32,7 +32,7 @@ StatusUpdate = StatusDocument | Exception  # a job's document, or why it could n
 
 
 class Subscriber(Protocol):
-    """Receives the updates of one job: a `gradcam_worker.client.waiter.Subscription`."""
+    """Receives the updates of one job: a `gradcam_worker.client.waiting.waiter.Subscription`."""
 
     job_id: str
     unchecked_owner: str | None

@@ -1,4 +1,4 @@
-"""Waiting for jobs: one thread of a process (`client.poller`) reads the ledger for all subscriptions.
+"""Waiting for jobs: one thread of a process (`client.waiting.poller`) reads the ledger for all subscriptions.
 
 Where the ledger can push changes (`Ledger.open_updates`), the poller subscribes first, then reads the job,
 and reads it again whenever a change is pushed. A lost push does no harm: every job is also read from time to
@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 
-from gradcam_worker.client.poller import StatusPoller, StatusUpdate
+from gradcam_worker.client.waiting.poller import StatusPoller, StatusUpdate
 from gradcam_worker.errors import LedgerUnavailable, WaitTimeout, with_sentence
 from gradcam_worker.ledger.ledger import Ledger
 from gradcam_worker.resilience.blocking import awaited, run_blocking

@@ -14,9 +14,10 @@ from gradcam_worker.inference.engine_server import EngineFacts, EngineServer
 from gradcam_worker.observability import native_output, tracing
 from gradcam_worker.observability.logs import configure_logging
 from gradcam_worker.resilience.budget import limit_memory
-from gradcam_worker.runtime import background, parent_watch, preflight, service_factory
+from gradcam_worker.runtime import background, parent_watch, service_factory
 from gradcam_worker.runtime.liveness import LivenessReporter
-from gradcam_worker.runtime.preloading import freeze_loaded_objects, preload
+from gradcam_worker.runtime.processes import preflight
+from gradcam_worker.runtime.processes.preloading import freeze_loaded_objects, preload
 from gradcam_worker.runtime.telemetry import Telemetry
 from gradcam_worker.schemas.ids import process_name
 from gradcam_worker.settings import Settings

@@ -22,9 +22,9 @@ import pytest
 from gradcam_worker.errors import InvalidSettings
 from gradcam_worker.resilience.retry import RetryPolicy
 from gradcam_worker.runtime import devices
-from gradcam_worker.runtime import supervisor as supervisor_module
 from gradcam_worker.runtime.devices import Device
-from gradcam_worker.runtime.supervisor import Supervisor, plan_processes
+from gradcam_worker.runtime.processes import supervisor as supervisor_module
+from gradcam_worker.runtime.processes.supervisor import Supervisor, plan_processes
 from gradcam_worker.settings import Settings
 
 TIMEOUT_S = 40

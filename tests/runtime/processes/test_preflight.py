@@ -15,7 +15,8 @@ from pydantic import SecretStr
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.errors import BrokerUnavailable, InvalidSettings, LedgerUnavailable, StorageUnavailable
 from gradcam_worker.operations import servers
-from gradcam_worker.runtime import preflight, service_factory
+from gradcam_worker.runtime import service_factory
+from gradcam_worker.runtime.processes import preflight
 from gradcam_worker.settings import Settings
 from gradcam_worker.storage.s3_errors import IdentityFailed
 

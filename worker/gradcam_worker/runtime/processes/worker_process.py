@@ -37,10 +37,11 @@ from gradcam_worker.observability import native_output
 from gradcam_worker.observability.logs import configure_logging
 from gradcam_worker.resilience.budget import limit_memory
 from gradcam_worker.resilience.outages import Outage
-from gradcam_worker.runtime import background, parent_watch, preflight, service_factory
-from gradcam_worker.runtime.bootstrap import WorkerComponents, build_worker
+from gradcam_worker.runtime import background, parent_watch, service_factory
 from gradcam_worker.runtime.liveness import LivenessReporter
-from gradcam_worker.runtime.preloading import freeze_loaded_objects, preload
+from gradcam_worker.runtime.processes import preflight
+from gradcam_worker.runtime.processes.bootstrap import WorkerComponents, build_worker
+from gradcam_worker.runtime.processes.preloading import freeze_loaded_objects, preload
 from gradcam_worker.runtime.telemetry import Telemetry
 from gradcam_worker.schemas.job import Job
 from gradcam_worker.schemas.shard import Shard

@@ -1,0 +1,1 @@
+"""The commands that make, read, compare and export datasets. Begin at `backfill`."""
