@@ -4,7 +4,7 @@
 //   npm start -- photo.jpg                a file of this machine
 //
 // GRADCAM_API is the address of the API, GRADCAM_KEY an API key, where it asks for one. The types of every path,
-// body and answer are in gradcam.d.ts, which `npm run client` makes from the API's own OpenAPI document.
+// body and answer are in gradcam.ts, which `npm run client` makes from the API's own OpenAPI document.
 
 import { randomUUID } from "node:crypto";
 import { readFile } from "node:fs/promises";
