@@ -51,7 +51,7 @@ def run(command: Sequence[str | Path], broker_url: str = "") -> subprocess.Compl
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel of this tree."""
-    return release.build(ROOT, tmp_path_factory.mktemp("dist")).wheel
+    return release.build(ROOT, tmp_path_factory.mktemp("dist"), only="wheel").wheel
 
 
 def test_the_base_install_is_a_client_and_with_the_extra_cli_it_has_the_command(
