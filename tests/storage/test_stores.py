@@ -326,7 +326,7 @@ def test_an_attempt_that_is_overtaken_while_it_puts_begins_no_other(store: Store
         put_for_ever()
     time.sleep(1)  # for those that were under way
     store.put_many([(key, b"another", "text/plain") for key, *_ in objects], Deadline(60))
-    assert {store.get(key) for key, *_ in objects} == {b"another"}
+    assert {store.find(key, Deadline(60)) for key, *_ in objects} == {b"another"}
 
 
 class TestTrouble:
