@@ -1,7 +1,7 @@
 """CPU time of a job and of a shard's row, in a worker whose network costs nothing, against a floor: what its
 unavoidable parts take when they run alone on one thread, in the same run. A job: a JPEG of 500x375 is decoded
 and fitted, three overlays are encoded, five objects are hashed and put. A row: get, decode, fit. Then the
-same in an engine process and a job process that stays on one core.
+same in an engine process and a job process, on one core and on all.
 
     job_cpu.py PASSES
 
@@ -21,6 +21,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import wraps
 from pathlib import Path
 from statistics import median
@@ -50,7 +51,11 @@ PACKAGES = ("celery", "kombu", "redis", "obstore", "opencv-python-headless", "si
 REQUIRED_TIMES_FLOOR = {"job": 2.0, "row": 1.4}
 FLOORS = {"job": ("decode", "fit", "encode", "put", "hash"), "row": ("get", "decode", "fit")}
 PHOTOS, TURNS, NETWORK, SIDE = 40, 3, "no_time", 224
-ACROSS: dict[str, Any] = {"job_processes": 1, "one_core": True}
+ACROSS = "engine and a job process on one core"
+ARRANGEMENTS: dict[str, dict[str, Any]] = {
+    ACROSS: {"job_processes": 1, "one_core": True},
+    "engine and a job process on all cores": {"job_processes": 1, "one_core": False},
+}
 COUNTS, QUICK_COUNTS = {"job": 400, "row": 1024}, {"job": 60, "row": 128}  # in a turn
 REPEATS, QUICK_REPEATS = 100, 20  # of the floor, in a turn
 POLL_INTERVAL_S, PATIENCE_S = 0.1, 300
@@ -258,23 +263,31 @@ def measure(*, quick: bool) -> dict[str, Any]:
             kind: {name: (1e3 * seconds[name], calls[name]) for name in seconds}
             for kind, (seconds, calls) in parts.items()
         },
+        "across_ms": across,
         **{f"cpu_ms_per_{kind}": ms for kind, ms in cpu_ms.items()},
         **{
             f"times_floor_{kind}{where}": ms[kind] / sum(floor_ms[name] for name in names)
-            for where, ms in (("", cpu_ms), ("_across", across))
+            for where, ms in (("", cpu_ms), ("_across", across.get(ACROSS, {})))
             for kind, names in FLOORS.items()
             if kind in ms
         },
     }
 
 
-def _across(photos: Sequence[bytes], counts: dict[str, int], turns: int) -> dict[str, float]:
+def _across(photos: Sequence[bytes], counts: dict[str, int], turns: int) -> dict[str, dict[str, float]]:
     """What an engine process and a job process take together for a job and for a row, in milliseconds."""
-    with testbed.running((NETWORK,), photos, **ACROSS) as bed:
-        run_jobs(bed, counts["job"])  # warms up
-        return {
-            kind: median(_cpu_ms(bed, run, counts[kind]) for _ in range(turns)) for kind, run in RUNS.items()
+    taken: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in RUNS} for name in ARRANGEMENTS}
+    with ExitStack() as stack:
+        beds = {
+            name: stack.enter_context(testbed.running((NETWORK,), photos, **changes))
+            for name, changes in ARRANGEMENTS.items()
         }
+        for bed in beds.values():
+            run_jobs(bed, counts["job"])  # warms up
+        for _ in range(turns):
+            for (name, bed), (kind, run) in itertools.product(beds.items(), RUNS.items()):
+                taken[name][kind].append(_cpu_ms(bed, run, counts[kind]))
+    return {name: {kind: median(each) for kind, each in of.items()} for name, of in taken.items()}
 
 
 def _cpu_ms(bed: Testbed, run: Callable[[Testbed, int], None], count: int) -> float:
@@ -292,7 +305,7 @@ def _median_ms(run: Callable[[], object], repeats: int) -> float:
 def requirements(figures: Figures) -> Iterator[Requirement]:
     """Times the floor."""
     for kind, most in REQUIRED_TIMES_FLOOR.items():
-        for where, words in ("", ""), ("_across", ", engine and a job process"):
+        for where, words in ("", ""), ("_across", f", {ACROSS}"):
             if (times := figures.get(f"times_floor_{kind}{where}")) is not None:
                 yield at_most(f"CPU of a {kind}, by its floor{words}", most, times, " times")
 
@@ -302,7 +315,9 @@ def blocks(figures: Figures) -> Iterator[str]:
     for kind, names in FLOORS.items():
         parts = ", ".join(f"{name} {figures['floor_ms'][name]:.2f}" for name in names)
         yield f"Floor of a {kind}, CPU ms: {parts}; together {sum(map(figures['floor_ms'].get, names)):.2f}."
-    yield "What the worker takes, CPU ms, and how often:"
+    for name, ms in figures["across_ms"].items():
+        yield f"An {name}: {ms['job']:.2f} CPU ms a job, {ms['row']:.2f} a row."
+    yield "What a worker of one process takes, CPU ms, and how often:"
     rows = []
     for name in ("total", *PARTS, *REST.values()):
         job, row = (figures["parts"][kind].get(name, (0.0, 0.0)) for kind in FLOORS)
