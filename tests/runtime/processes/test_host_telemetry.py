@@ -3,6 +3,7 @@
 import http.client
 import json
 import socket
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -151,6 +152,22 @@ def test_a_socket_is_this_users_alone_replaces_a_dead_one_and_may_be_nowhere(tmp
     assert health.ask(path, "/metrics", WAIT_S) == (200, b"up 1\n")
     with pytest.raises(InvalidSettings, match=r"GRADCAM_METRICS_SOCKET: .*/none/x cannot be listened at"):
         health.serve(tmp_path / "none" / "x", Health(), bytes, CONTENT_TYPE)
+
+
+def test_a_socket_that_was_removed_is_made_again(tmp_path: Path) -> None:
+    path = tmp_path / "sockets" / "engine-0.http"
+    path.parent.mkdir()
+    health.serve(path, Health(), lambda: b"up 1\n", CONTENT_TYPE)
+    for _ in range(2):
+        path.unlink()
+        path.parent.rmdir()
+        end_s = time.monotonic() + WAIT_S
+        while not path.exists():
+            assert time.monotonic() < end_s
+            time.sleep(0.02)
+        assert health.ask(path, "/metrics", WAIT_S) == (200, b"up 1\n")
+        assert path.stat().st_mode & 0o777 == 0o600
+        assert path.parent.stat().st_mode & 0o777 == 0o700
 
 
 @pytest.mark.parametrize(

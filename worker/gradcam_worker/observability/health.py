@@ -166,19 +166,18 @@ class _Server(socketserver.TCPServer):
     def __init__(self, address: tuple[str, int] | Path) -> None:
         self._calls = Queue[tuple[Any, Any]](MAX_WAITING_CALLERS)
         self._started_s: dict[socket.socket, float] = {}
+        self._path: Path | None = None  # of a Unix socket
         if not isinstance(address, Path):
             self.address_family, host = listening.family_and_host(address[0])
             super().__init__((host, address[1]), _Handler)
             return
-        self.address_family = socket.AF_UNIX
-        address.unlink(missing_ok=True)
-        mask = os.umask(0o177)
-        try:
-            super().__init__(str(address), _Handler)  # type: ignore[arg-type]  # as UnixStreamServer's
-        finally:
-            os.umask(mask)
+        self.address_family, self._path = socket.AF_UNIX, address
+        super().__init__(str(address), _Handler)  # type: ignore[arg-type]  # as UnixStreamServer's
 
     def server_bind(self) -> None:
+        if self._path:
+            listening.bind_for_this_user(self.socket, self._path)
+            return
         if self.address_family == socket.AF_INET6:
             alone = self.server_address[0] != listening.EVERY_ADDRESS
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, alone)
@@ -207,11 +206,27 @@ class _Server(socketserver.TCPServer):
         super().shutdown_request(request)
 
     def service_actions(self) -> None:
-        """Close connections that are open for too long, such as those that send a byte a second."""
+        """Close connections that are open for too long, such as those that send a byte a second.
+
+        Make a Unix socket again that somebody has removed, as programs do that tidy up /tmp.
+        """
+        if self._path and not self._path.exists():
+            self._listen_again(self._path)
         for request, started_s in [*self._started_s.items()]:
             if time.monotonic() - started_s > MAX_CALL_S:
                 with suppress(OSError):
                     request.shutdown(socket.SHUT_RDWR)
+
+    def _listen_again(self, path: Path) -> None:
+        with socket.socket(socket.AF_UNIX) as again:
+            try:
+                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                listening.bind_for_this_user(again, path)
+                again.listen(self.request_queue_size)
+            except OSError as error:  # the next turn tries again
+                log.debug("health_socket_not_made", socket=path, error=error)
+                return
+            os.dup2(again.fileno(), self.fileno(), inheritable=False)  # the serving thread waits for it
 
     def work(self) -> None:
         while True:
