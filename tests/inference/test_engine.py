@@ -36,7 +36,7 @@ from gradcam_worker.gradcam.catalog import CATALOG, NetworkRow
 from gradcam_worker.gradcam.explain import Explanation, explain_pixels
 from gradcam_worker.gradcam.network import GRADCAM, Computed, Method
 from gradcam_worker.gradcam.sizing import SIZINGS, Sizing
-from gradcam_worker.inference import engine_client, messages
+from gradcam_worker.inference import engine_client, engine_server, messages
 from gradcam_worker.inference.engine_client import EngineClient
 from gradcam_worker.inference.engine_server import EngineFacts, EngineServer
 from gradcam_worker.inference.model_cache import ModelCache
@@ -949,6 +949,73 @@ def test_a_network_that_loads_slowly_delays_no_other_however_many_jobs_wait_for_
         may_go_on.set()
         assert all(future.result(WAIT_S).explained for future in slow)
     assert loads == [ROW.name, "vgg16"]
+
+
+@contextmanager
+def setting(event: threading.Event) -> Iterator[None]:
+    """Set an event in the end, whatever happens."""
+    try:
+        yield
+    finally:
+        event.set()
+
+
+def test_requests_that_are_given_up_while_their_network_loads_are_answered_at_once(path: Path) -> None:
+    may_go_on = threading.Event()
+
+    def load(_: NetworkRow) -> TinyNetwork:
+        may_go_on.wait()
+        return TinyNetwork()
+
+    with (
+        engine(path, ModelCache(load)) as server,
+        client(path) as remote,
+        ThreadPoolExecutor(1) as pool,
+        setting(may_go_on),
+    ):
+        remote.connect(WAIT_S)
+        # A successor of the engine gets requests whose networks it has not loaded.
+        network = engine_client.RemoteNetwork(
+            remote._register(ROW), ROW, TinyNetwork().facts, TinyNetwork.labels
+        )
+        deadline = Deadline(WAIT_S)
+        asked = pool.submit(remote.compute, network, RED, (-1,), GRADCAM, deadline, images=1)
+        wait_for(lambda: sum(map(len, server._waiting_for.values())) == 1)
+        deadline.cancel(JobCanceled("no longer wanted"))
+        with pytest.raises(JobCanceled, match="no longer wanted"):
+            asked.result(WAIT_S / 2)
+        wait_for(lambda: remote.free_bytes == remote._pool.size - HEADER_BYTES)
+        assert remote.in_flight == 0
+        may_go_on.set()
+        assert explain(remote).explained
+
+
+def test_a_job_process_that_ends_while_its_network_loads_leaves_no_memory_and_no_load_to_begin(
+    path: Path,
+) -> None:
+    may_go_on, loads = threading.Event(), list[str]()
+
+    def load(row: NetworkRow) -> TinyNetwork:
+        loads.append(row.name)
+        may_go_on.wait()
+        return TinyNetwork()
+
+    names = [name for name in CATALOG if name != ROW.name][: engine_server.LOADERS + 1]
+    with engine(path, ModelCache(load)) as server, client(path) as other, setting(may_go_on):
+        with client(path) as dying, ThreadPoolExecutor(len(names)) as pool:
+            dying.connect(WAIT_S)
+            asked = [pool.submit(dying.load, CATALOG[name]) for name in names]
+            wait_for(lambda: len(server._waiting_for) == len(names))
+            wait_for(lambda: len(loads) == engine_server.LOADERS)
+            (connection,) = map(weakref.ref, server._connections)
+            dying.close()
+            assert all(future.exception(WAIT_S) for future in asked)
+        other.connect(WAIT_S)  # the serving thread has turned since
+        wait_for(lambda: gc.collect() and connection() is None)
+        may_go_on.set()
+        wait_for(lambda: not server._waiting_for)
+        assert len(loads) == engine_server.LOADERS, "nobody waits for the others"
+        assert explain(other).explained
 
 
 def test_an_engine_of_another_version_that_follows_makes_its_job_process_end(

@@ -49,6 +49,7 @@ from gradcam_worker.inference.messages import (
 from gradcam_worker.inference.model_cache import ModelCache
 from gradcam_worker.inference.pixel_pool import AT_DEVICE, WAITING, MappedPool
 from gradcam_worker.inference.request import BatchKey, InferenceRequest, InferenceResponse
+from gradcam_worker.net import listening
 from gradcam_worker.observability.tracing import NO_TRACES, LinkTarget, Traces
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.text.log_events import EventLogger
@@ -382,6 +383,7 @@ class EngineServer:
         with self._lock, suppress(KeyError, ValueError, RuntimeError):  # or it is closed
             self._selector.unregister(connection.stream)
         connection.close()
+        self._wait_no_more(connection)
         self._model_cache.drop_cancelled()
 
     def _receive(self, connection: Connection, data: bytes) -> None:
@@ -432,9 +434,12 @@ class EngineServer:
         elif isinstance(message, Load):
             self._load_for(connection, message)
         elif isinstance(message, Cancel):
+            given_up = JobCanceled("The job process has given up.")
             if request := connection.requests.get(message.request):
-                request.deadline.cancel(JobCanceled("The job process has given up."))
+                request.deadline.cancel(given_up)
                 self._model_cache.drop_cancelled()
+            elif self._wait_no_more(connection, message.request):
+                connection.send(_failure(message.request, given_up))
         else:
             text = f"{type(message).__name__} was received from a job process."
             raise BrokenMessage(text)
@@ -485,8 +490,23 @@ class EngineServer:
         if not is_loading:
             self._loaders.submit(self._load, row)
 
+    def _wait_no_more(self, connection: Connection, number: int | None = None) -> bool:
+        """Forget the message of this number, or all of the connection, that wait for a network."""
+        found = False
+        with self._lock:
+            for waiting in self._waiting_for.values():
+                for pair in [*waiting]:
+                    if pair[0] is connection and number in {None, pair[1].request}:
+                        waiting.remove(pair)
+                        found = True
+        return found
+
     def _load(self, row: NetworkRow) -> None:
         """Load a network, which may take minutes; answer or queue the messages that wait for it."""
+        with self._lock:
+            if not self._waiting_for[row]:  # nobody wants it any more
+                del self._waiting_for[row]
+                return
         network, failure = None, None
         try:
             network = self._model_cache.load(row)
@@ -522,17 +542,12 @@ class EngineServer:
 def _listen(path: Path) -> socket.socket:
     """Listen on a socket that only this user can open. A file that is there is replaced."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    with suppress(FileNotFoundError):
-        path.unlink()
-    mask = os.umask(0o177)
     try:
-        listener.bind(str(path))
+        listening.bind_for_this_user(listener, path)
         listener.listen(128)
     except OSError:
         listener.close()
         raise
-    finally:
-        os.umask(mask)
     return listener
 
 
