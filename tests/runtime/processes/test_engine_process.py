@@ -36,12 +36,16 @@ BACKEND = SimpleNamespace(
 
 
 @contextmanager
-def engine(path: Path, load: Callable[[], object]) -> Iterator[tuple[ForkProcess, int, Path]]:
+def engine(
+    path: Path, load: Callable[[], object], backend: object = BACKEND, *, supervised: bool = True
+) -> Iterator[tuple[ForkProcess, int, Path]]:
     """An engine in a fork of this process, the end of the pipe with its signs, and what it writes.
 
     Args:
         path: Of its socket.
         load: Is called before each network is loaded.
+        backend: What computes.
+        supervised: Whether its supervisor lives.
     """
     settings = Settings(preload=("efficientnet_lite0",), engine_socket=path, role="engine")
     signs, writes = os.pipe()
@@ -60,19 +64,19 @@ def engine(path: Path, load: Callable[[], object]) -> Iterator[tuple[ForkProcess
                 os.dup2(file.fileno(), number)
         sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
         logging.getLogger().handlers.clear()  # those of pytest
-        sys.modules["gradcam_worker.gradcam.backend"] = gradcam.backend = BACKEND  # type: ignore[assignment]
+        sys.modules["gradcam_worker.gradcam.backend"] = gradcam.backend = backend  # type: ignore[assignment]
         sys.exit(engine_process.run(settings, writes, load=load_network))
 
     process = get_context("fork").Process(target=run)
     process.start()
-    for number in (writes, supervisor):
+    for number in (writes, supervisor, *([] if supervised else [open_end])):
         os.close(number)
     try:
         yield process, signs, log
     finally:
         process.kill()
         process.join()
-        for number in (signs, open_end):
+        for number in (signs, *([open_end] if supervised else [])):
             os.close(number)
 
 
@@ -118,3 +122,10 @@ def test_an_engine_works_when_a_job_asks_something_of_it(tmp_path: Path) -> None
             pass
         client.close()
         assert isinstance(asked.exception(TIMEOUT_S), InternalError)
+
+
+def test_an_engine_whose_device_does_not_answer_ends_with_its_supervisor(tmp_path: Path) -> None:
+    backend = SimpleNamespace(**{**vars(BACKEND), "device_name": lambda: time.sleep(3600)})
+    with engine(tmp_path / "engine", bool, backend, supervised=False) as (process, _, _log):
+        process.join(TIMEOUT_S)
+        assert process.exitcode == 1

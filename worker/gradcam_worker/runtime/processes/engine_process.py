@@ -50,6 +50,14 @@ def run(settings: Settings, ready_fd: int, *, load: service_factory.Load | None 
 
 
 def _serve(settings: Settings, ready_fd: int, load: service_factory.Load | None) -> None:
+    servers: list[EngineServer] = []
+
+    def stop_without_supervisor() -> None:
+        for server in servers:  # job processes finish their running jobs
+            server.wait_until_unused(settings.shutdown_timeout_s)
+        os._exit(1)
+
+    parent_watch.on_parent_exit(stop_without_supervisor)  # before the device is asked, which may hang
     limit_memory(settings.memory_bytes)
     telemetry = Telemetry(settings)
     model_cache = service_factory.build_model_cache(settings, load, telemetry.observer)
@@ -91,17 +99,13 @@ def _serve(settings: Settings, ready_fd: int, load: service_factory.Load | None)
             failures.append(error if isinstance(error, GradcamError) else InternalError.of(error))
             server.stop()
 
-    def stop_without_supervisor() -> None:
-        server.wait_until_unused(settings.shutdown_timeout_s)  # job processes finish their running jobs
-        os._exit(1)
-
     def stop(*_: object) -> None:
         timer = threading.Timer(STOP_TIMEOUT_S, os._exit, [0])  # the device hangs: requests are sent again
         timer.daemon = True
         timer.start()
         server.stop()
 
-    parent_watch.on_parent_exit(stop_without_supervisor)
+    servers.append(server)
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     telemetry.health.live["engine"] = telemetry.health.ready["engine"] = server.unhealthy_reason
