@@ -440,7 +440,9 @@ class Batcher:
                 try:
                     request.deadline.check(WAITING_FOR_DEVICE)
                 except GradcamError as error:
-                    request.complete(error=error)
+                    # The deadline keeps it. With its traceback, which leads to the request, neither of them
+                    # and no memory of a job process would be freed before a collection.
+                    request.complete(error=error.with_traceback(None))
                     request.after_batch()
         self._retries = [requests for requests in self._retries if requests]
 

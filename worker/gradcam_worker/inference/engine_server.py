@@ -306,13 +306,7 @@ class EngineServer:
         try:
             while not self._stopped:
                 self._turned_s = time.monotonic()
-                for key, events in self._selector.select(STATE_INTERVAL_S):
-                    if key.fileobj is self._listener:
-                        self._accept()
-                    elif key.fileobj is self._awake:
-                        self._awake.recv(4096)
-                    elif key.data in self._connections:
-                        self._serve_connection(key.data, events)
+                self._serve_events()
                 if time.monotonic() - reported_s >= STATE_INTERVAL_S:
                     reported_s = time.monotonic()
                     self._report_state()
@@ -327,6 +321,16 @@ class EngineServer:
             for connection in [*self._connections]:
                 self._close(connection)
             self._loaders.shutdown(wait=False, cancel_futures=True)
+
+    def _serve_events(self) -> None:
+        """Wait for events. No reference to a connection is kept: an idle thread must not keep its memory."""
+        for key, events in self._selector.select(STATE_INTERVAL_S):
+            if key.fileobj is self._listener:
+                self._accept()
+            elif key.fileobj is self._awake:
+                self._awake.recv(4096)
+            elif key.data in self._connections:
+                self._serve_connection(key.data, events)
 
     def _listen_again(self) -> None:
         """Make the socket again if somebody has removed it, as programs do that tidy up /tmp."""
