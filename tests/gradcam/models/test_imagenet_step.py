@@ -1,7 +1,8 @@
 """EfficientNet B0 to B7 have one step more where Keras builds them with `weights="imagenet"`."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -109,13 +110,30 @@ def load_own(path: Path, pretrained: bool | None = None, row: NetworkRow = SMALL
     return load_operator_model(*row_and_file(path, pretrained, row))
 
 
+@contextmanager
+def only_two_stages() -> Iterator[None]:
+    """Let Keras build EfficientNet with two of its seven stages: the step is before them."""
+    from keras.src.applications import efficientnet
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(efficientnet, "DEFAULT_BLOCKS_ARGS", efficientnet.DEFAULT_BLOCKS_ARGS[:2])
+        yield
+
+
+@pytest.fixture
+def two_stages() -> Iterator[None]:
+    with only_two_stages():
+        yield
+
+
 @pytest.fixture(scope="module")
 def fine_tuned(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, tuple[Path, Any]]:
     """Two owners' files, of networks built with `weights="imagenet"` and without it, and the models."""
     import keras
 
     folder = tmp_path_factory.mktemp("own")
-    untrained = build_untrained(SMALL, classes=5, input_shape=(64, 64, 3))
+    with only_two_stages():
+        untrained = build_untrained(SMALL, classes=5, input_shape=(64, 64, 3))
 
     def called(layer: Any, *args: Any, **kwargs: Any) -> Any:
         made = layer(*args, **kwargs)
@@ -134,6 +152,7 @@ def fine_tuned(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, tuple[Pat
     return made
 
 
+@pytest.mark.usefixtures("two_stages")
 @pytest.mark.parametrize("pretrained", [True, False])
 def test_an_operators_file_shows_how_its_network_was_built(
     pretrained: bool, fine_tuned: Any, noise: Callable[..., NDArray[np.uint8]]
@@ -149,6 +168,7 @@ def test_an_operators_file_shows_how_its_network_was_built(
     assert np.abs(fine_tuned[not pretrained][1](pixels.astype(np.float32)).numpy() - expected).max() > 1e-3
 
 
+@pytest.mark.usefixtures("two_stages")
 @pytest.mark.parametrize("pretrained", [True, False])
 def test_weights_in_the_operators_folder_count_as_imagenets_unless_they_list_other_layers(
     pretrained: bool, fine_tuned: Any, tmp_path: Path
@@ -166,6 +186,7 @@ def test_weights_in_the_operators_folder_count_as_imagenets_unless_they_list_oth
     assert _is_pretrained(ROW, path), "where it lists none"
 
 
+@pytest.mark.usefixtures("two_stages")
 @pytest.mark.parametrize("pretrained", [True, False])
 def test_a_registry_that_contradicts_the_file_is_refused(pretrained: bool, fine_tuned: Any) -> None:
     right = f"pretrained must be {str(pretrained).lower()}"
@@ -173,6 +194,7 @@ def test_a_registry_that_contradicts_the_file_is_refused(pretrained: bool, fine_
         load_own(fine_tuned[pretrained][0], not pretrained)
 
 
+@pytest.mark.usefixtures("two_stages")
 @pytest.mark.parametrize("pretrained", [None, True, False])
 def test_a_file_that_does_not_list_its_layers_is_loaded_as_the_registry_says_or_refused(
     pretrained: bool | None, fine_tuned: Any, tmp_path: Path
@@ -193,6 +215,7 @@ def test_a_file_that_does_not_list_its_layers_is_loaded_as_the_registry_says_or_
         assert names.count("Rescaling") == 1 + pretrained
 
 
+@pytest.mark.usefixtures("two_stages")
 def test_a_network_of_grey_images_cannot_be_pretrained(fine_tuned: Any) -> None:
     from gradcam_worker.gradcam.catalog import Preprocessing
 
