@@ -65,6 +65,7 @@ class Reception:
     redis: redis.Redis
     ledger_down: bool = False
     paused: bool = False
+    said_paused: int = 0  # how often its channel was told so
     handled: dict[str, Any] = field(default_factory=dict)  # message id -> its one argument
     headers: dict[str, Any] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)  # message id -> why
@@ -72,6 +73,10 @@ class Reception:
     raises: dict[str, BaseException] = field(default_factory=dict)  # message id -> once, in its thread
     holds: dict[str, threading.Event] = field(default_factory=dict)  # message id -> what its thread waits for
     stall: StallDetector = field(default_factory=lambda: StallDetector(lambda: False, math.inf))
+
+    def is_paused(self) -> bool:
+        self.said_paused += self.paused
+        return self.paused
 
     def key(self, name: str) -> str:
         return f"{self.settings.key_prefix}{name}"
@@ -141,7 +146,7 @@ def reception(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[R
         app.task(explain, name=publisher.EXPLAIN, bind=True, shared=False, Request=Request)
         outage = Outages().broker
         hooks = ConsumerHooks(
-            handler.refuse, lambda: None, handler.stall, outage, is_paused=lambda: handler.paused
+            handler.refuse, lambda: None, handler.stall, outage, is_paused=handler.is_paused
         )
         setup_worker_optimizations(app)
         worker = app.WorkController(
@@ -208,6 +213,8 @@ def test_a_worker_that_is_paused_leaves_messages_to_others_and_receives_them_aft
     reception: Reception,
 ) -> None:
     reception.paused = True
+    # What is under way by then may still take a message.
+    wait_for(lambda: reception.said_paused > len(publisher.QUEUES), "the end of the last request")
     messages = [new_id() for _ in range(3)]
     for message_id in messages:
         reception.put(envelope(message_id))
