@@ -1,9 +1,9 @@
 """Keeps a process on one core at a time.
 
 Python runs one thread at a time. Where the threads of a process are on several cores, each call that gives
-the interpreter up wakes a thread on another core: a job takes a third more CPU time, and no less wall time.
-So all threads of a job process are bound to one core, and from time to time to the one on which the system
-wakes a thread that may run anywhere: an idle one, if there is any.
+the interpreter up wakes a thread on another core: a job takes more CPU time, and no less wall time (see
+`scripts/bench job_cpu`). So all threads of a job process are bound to one core, and from time to time to the
+one on which the system wakes a thread that may run anywhere: an idle one, if there is any.
 """
 
 import os
