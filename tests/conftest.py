@@ -137,7 +137,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Whole files, from both ends: two processes begin with what waits, a third one with what computes.
+    """Whole files, from both ends: two processes begin with what waits, the others with what computes.
 
     So tests of real processes, which mostly wait, and the training of a network share the two cores; what is
     small comes last, wherever there is room. Not by the mark `xdist_group`: xdist 3.8 writes it into
