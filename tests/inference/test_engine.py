@@ -672,16 +672,24 @@ def test_blocks_of_different_sizes_never_overlap_and_all_become_free() -> None:
     assert pool._free == [(HEADER_BYTES, pool.size - HEADER_BYTES)]
 
 
+def four_requests(
+    job_process: EngineClient, pool: ThreadPoolExecutor, server: EngineServer, network: Blocking
+) -> list[Future[Any]]:
+    """Connect and send four requests; return when the engine has all of them, one of them at the device."""
+    job_process.connect(WAIT_S)
+    job_process.load(ROW)
+    sent = [pool.submit(explain, job_process) for _ in range(4)]
+    assert network.is_busy.wait(WAIT_S)
+    wait_for(lambda: sum(len(c.requests) for c in server._connections) == 4)
+    return sent
+
+
 def test_a_job_process_that_ends_leaves_nothing_behind(path: Path) -> None:
     network = Blocking()
     cache = ModelCache(lambda _: network, max_batch=1)
     with engine(path, cache) as server, client(path) as other, ThreadPoolExecutor(4) as pool:
         with client(path) as dying:
-            dying.connect(WAIT_S)
-            dying.load(ROW)
-            lost = [pool.submit(explain, dying) for _ in range(4)]
-            assert network.is_busy.wait(WAIT_S)
-            wait_for(lambda: sum(len(c.requests) for c in server._connections) == 4)
+            lost = four_requests(dying, pool, server, network)
         for future in lost:
             with pytest.raises(InternalError, match="closed"):
                 future.result(WAIT_S)
@@ -708,11 +716,7 @@ def test_the_memory_of_a_job_process_that_has_ended_waits_for_no_collection(path
     cache = ModelCache(lambda _: network, max_batch=1)
     with engine(path, cache) as server, ThreadPoolExecutor(4) as pool, no_collection():
         with client(path) as dying:
-            dying.connect(WAIT_S)
-            dying.load(ROW)
-            lost = [pool.submit(explain, dying) for _ in range(4)]
-            assert network.is_busy.wait(WAIT_S)
-            wait_for(lambda: sum(len(c.requests) for c in server._connections) == 4)
+            lost = four_requests(dying, pool, server, network)
             (memory,) = (weakref.ref(c.pool) for c in server._connections)
         assert all(future.exception(WAIT_S) for future in lost)
         network.may_go_on.set()

@@ -102,9 +102,8 @@ def plan_processes(
             continue
         label, variables = f"engine-{device.number}", {"GRADCAM_ROLE": "engine"}
         processes.append(Process(f"{device.name}, engine", label, "engine", device, variables))
-        variables = _job_variables(device, settings, count)
-        if "one_core" not in settings.model_fields_set and cores() < (count + ENGINE_CORES) * len(chosen):
-            variables["GRADCAM_ONE_CORE"] = "false"
+        has_core_each = cores() >= (count + ENGINE_CORES) * len(chosen)
+        variables = _job_variables(device, settings, count, has_core_each=has_core_each)
         processes += [
             Process(
                 f"{device.name}, jobs {number}", f"jobs-{device.number}-{number}", "jobs", device, variables
@@ -130,9 +129,14 @@ def _count_job_processes(
     return min(max(cores() // device_count - ENGINE_CORES, 1), MAX_AUTO_JOB_PROCESSES)
 
 
-def _job_variables(device: Device, settings: Settings, count: int) -> dict[str, str]:
-    """The variables of each of so many job processes of a device."""
+def _job_variables(device: Device, settings: Settings, count: int, *, has_core_each: bool) -> dict[str, str]:
+    """The variables of each of so many job processes of a device.
+
+    `has_core_each`: whether there is a core for each process of the host.
+    """
     variables = {"GRADCAM_ROLE": "jobs"}
+    if "one_core" not in settings.model_fields_set and not has_core_each:
+        variables["GRADCAM_ONE_CORE"] = "false"
     least = {  # of each process
         "threads": MIN_JOB_THREADS,
         "max_bytes_in_flight": settings.max_image_bytes,
